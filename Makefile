@@ -1,0 +1,52 @@
+# `make demo` and `make test` need nothing but python3 (3.10 to 3.13, with venv and pip) and make.
+# Another Python: make PYTHON=python3.12 demo. More options: make bench ARGS="--num-ranks 8".
+
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help demo test bench selftest lint format .venv clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo      train a small MoE model on four ranks, check it and measure it"
+	@echo "make test      run the tests"
+	@echo "make bench     measure dispatch and combine on this machine"
+	@echo "make selftest  run the conformance checks on this machine"
+	@echo "make lint      formatting, lint, types and the import contract, as CI does"
+	@echo "make format    mend what can be mended of it"
+	@echo "make .venv     create the virtual environment; the others do it first"
+	@echo "make clean     remove the virtual environment and all caches"
+
+demo: .venv
+	$(BIN)/fusco demo $(ARGS)
+
+test: .venv
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: .venv
+	$(BIN)/fusco bench $(ARGS)
+
+selftest: .venv
+	$(BIN)/fusco selftest $(ARGS)
+
+lint: .venv
+	$(BIN)/pre-commit run --all-files --show-diff-on-failure
+
+format: .venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit(f"fusco needs Python 3.10 or later, $(PYTHON) is {sys.version.split()[0]}: make PYTHON=python3.11 ...")'
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv or pip: install them (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,plot]'
+	@touch $@
+
+clean:
+	rm -rf .venv build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find src tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,154 @@
+"""What fusco is compared with: the same boundary in plain torch.distributed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselineDispatched:
+    """What `AllToAllBaseline.dispatch` returns; the tensors are valid until its next call.
+
+    Attributes:
+        tokens: `[R, H]`, expert-major.
+        row_weights: `[R]` fp32.
+        tokens_per_expert: `[num_local_experts]` int64.
+        slot_of_arrival: `[R]`, the expert-major row of each row in the order of arrival.
+        choice_of_sent: `[S]`, the flat (token, k) of each row this rank sent.
+        topk_weights: `[T, K]`, of this rank's tokens.
+        sent: rows sent to each rank.
+        received: rows received from each rank.
+    """
+
+    tokens: Tensor
+    row_weights: Tensor
+    tokens_per_expert: Tensor
+    slot_of_arrival: Tensor
+    choice_of_sent: Tensor
+    topk_weights: Tensor
+    sent: list[int]
+    received: list[int]
+
+
+class AllToAllBaseline:
+    """Permute, `all_to_all_single`, permute; and the same back, over a gloo group.
+
+    It is made as fast as plain torch makes it. Large buffers are kept from call to call, so that
+    it does not pay for fresh pages. Rows are permuted by `index_select` into them. The last
+    permutation and the weighted sum are one `embedding_bag`, in fp32: 16-bit rows want 16-bit
+    weights there, so these are split in two terms that together hold 16 bits of fraction or more.
+    """
+
+    name = "gloo-all_to_all"
+
+    def __init__(self, *, num_experts: int, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self._num_experts = num_experts
+        self._num_ranks = dist.get_world_size(group)
+        self._rank = dist.get_rank(group)
+        self._buffers: dict[str, Tensor] = {}
+        self._wire_bytes = 0
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes that this rank has sent to others so far."""
+        return self._wire_bytes
+
+    def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> BaselineDispatched:
+        """As `Shuffle.dispatch`, expert by expert in the same order."""
+        num_none = int((topk_idx < 0).sum())
+        choice_of_sent = torch.sort(topk_idx.flatten(), stable=True).indices[num_none:]
+        chosen = topk_idx.flatten()[choice_of_sent]
+        sent_counts = torch.bincount(chosen, minlength=self._num_experts)
+        received_counts = torch.empty_like(sent_counts)
+        self._all_to_all(received_counts, sent_counts)
+        sent = sent_counts.view(self._num_ranks, -1).sum(1).tolist()
+        received_counts = received_counts.view(self._num_ranks, -1)
+        received = received_counts.sum(1).tolist()
+
+        rows = self._buffer("leaving", sum(sent), x)
+        torch.index_select(x, 0, choice_of_sent // topk_idx.shape[1], out=rows)
+        arrived = self._buffer("arrived", sum(received), x)
+        self._all_to_all(arrived, rows, received, sent)
+        weights = topk_weights.new_empty(sum(received))
+        self._all_to_all(weights, topk_weights.flatten()[choice_of_sent], received, sent)
+
+        arrival_of_slot = _expert_major(received_counts)
+        tokens = self._buffer("tokens", sum(received), x)
+        torch.index_select(arrived, 0, arrival_of_slot, out=tokens)
+        return BaselineDispatched(
+            tokens=tokens,
+            row_weights=weights[arrival_of_slot],
+            tokens_per_expert=received_counts.sum(0),
+            slot_of_arrival=_inverse(arrival_of_slot, arrival_of_slot.numel()),
+            choice_of_sent=choice_of_sent,
+            topk_weights=topk_weights,
+            sent=sent,
+            received=received,
+        )
+
+    def combine(self, expert_outputs: Tensor, dispatched: BaselineDispatched) -> Tensor:
+        """As `Shuffle.combine`; terms are added in fp32 and rounded once."""
+        d = dispatched
+        rows = self._buffer("arrived", sum(d.received), expert_outputs)
+        torch.index_select(expert_outputs, 0, d.slot_of_arrival, out=rows)
+        # One row more, of zeros, is what a choice of no expert adds.
+        returned = self._buffer("returned", sum(d.sent) + 1, expert_outputs)
+        returned[-1] = 0
+        self._all_to_all(returned[:-1], rows, d.sent, d.received)
+        return_of_choice = _inverse(d.choice_of_sent, d.topk_weights.numel())
+        return _weighted_sum(returned, return_of_choice.view_as(d.topk_weights), d.topk_weights)
+
+    def _all_to_all(
+        self,
+        received: Tensor,
+        sent: Tensor,
+        received_splits: list[int] | None = None,
+        sent_splits: list[int] | None = None,
+    ) -> None:
+        dist.all_to_all_single(received, sent, received_splits, sent_splits, group=self._group)
+        own = sent_splits[self._rank] if sent_splits else len(sent) // self._num_ranks
+        self._wire_bytes += (len(sent) - own) * sent[:1].nbytes
+
+    def _buffer(self, name: str, num_rows: int, like: Tensor) -> Tensor:
+        buffer = self._buffers.get(name)
+        if buffer is None or len(buffer) < num_rows:
+            buffer = self._buffers[name] = like.new_empty((num_rows, *like.shape[1:]))
+        return buffer[:num_rows]
+
+
+def _expert_major(counts: Tensor) -> Tensor:
+    """The arrival of each expert-major row `[R]`, from the counts `[ranks, local experts]`.
+
+    Rows arrive sorted by source rank, then expert.
+    """
+    ends = counts.flatten().cumsum(0).view_as(counts)
+    lengths = counts.t().flatten()
+    begins_in_order = lengths.cumsum(0) - lengths
+    shift = (ends - counts).t().flatten() - begins_in_order
+    return torch.repeat_interleave(shift, lengths) + torch.arange(int(lengths.sum()))
+
+
+def _inverse(permutation: Tensor, size: int) -> Tensor:
+    """Where each of `size` things went; what went nowhere gets the number of those that did."""
+    inverse = permutation.new_full((size,), permutation.numel())
+    inverse[permutation] = torch.arange(permutation.numel())
+    return inverse
+
+
+def _weighted_sum(rows: Tensor, row_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    high_TK = weight_TK.to(rows.dtype)
+    if rows.element_size() > 2:
+        return F.embedding_bag(row_TK, rows, per_sample_weights=high_TK, mode="sum")
+    low_TK = (weight_TK - high_TK).to(rows.dtype)
+    return F.embedding_bag(
+        torch.cat((row_TK, row_TK), dim=1),
+        rows,
+        per_sample_weights=torch.cat((high_TK, low_TK), dim=1),
+        mode="sum",
+    )

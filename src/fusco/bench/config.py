@@ -1,0 +1,117 @@
+"""What one benchmark run measures, checked before any rank starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from fusco.errors import InputError, input_error
+
+Pattern = Literal["uniform", "zipf", "single-node", "imbalanced", "trace"]
+Dtype = Literal["bfloat16", "float16", "float32", "float64"]
+Switch = Literal["none", "fusion", "planner", "balancer"]
+
+PATTERNS: tuple[str, ...] = get_args(Pattern)
+DTYPES: tuple[str, ...] = get_args(Dtype)
+SWITCHES: tuple[str, ...] = get_args(Switch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """One configuration to measure.
+
+    Attributes:
+        num_ranks: ranks of the group.
+        num_tokens: tokens of each rank.
+        hidden_size: elements of a token's row.
+        top_k: experts of each token.
+        num_experts: experts of the whole group, in equal contiguous blocks.
+        dtype: of the rows, a floating type of torch by name.
+        engine: as `Shuffle` takes it; "auto" is the best one here.
+        pattern: one of PATTERNS, or any label where a routing is given to `run_bench`.
+        trace: the recorded routing that pattern "trace" reads.
+        ranks_per_node: as `Shuffle` takes it; None is the nodes that are there.
+        iterations: measured iterations of every contender.
+        warmup: iterations before them that are not counted.
+        seed: of rows and routings.
+        ablation: what is switched off; "none" is everything on.
+
+    Raises:
+        InputError: a value that cannot be measured.
+    """
+
+    num_ranks: int = 4
+    num_tokens: int = 1024
+    hidden_size: int = 2048
+    top_k: int = 8
+    num_experts: int = 64
+    dtype: str = "bfloat16"
+    engine: str = "auto"
+    pattern: str = "uniform"
+    trace: Path | None = None
+    ranks_per_node: int | None = None
+    iterations: int = 30
+    warmup: int = 3
+    seed: int = 0
+    ablation: str = "none"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            lowest = 0 if field.name in ("warmup", "seed") else 1
+            if isinstance(value, int) and value < lowest:
+                raise input_error(
+                    "bench",
+                    field.name,
+                    got=str(value),
+                    expected=f"at least {lowest}",
+                    remedy="give a larger one",
+                )
+        _check_choice("dtype", self.dtype, DTYPES)
+        _check_choice("ablation", self.ablation, SWITCHES)
+        if self.num_experts % self.num_ranks:
+            raise input_error(
+                "bench",
+                "num_experts",
+                got=f"{self.num_experts} on {self.num_ranks} ranks",
+                expected="a multiple of num_ranks",
+                remedy="the benchmark places equal blocks of experts; change one of the two",
+            )
+        if self.ranks_per_node is not None and self.num_ranks % self.ranks_per_node:
+            raise input_error(
+                "bench",
+                "ranks_per_node",
+                got=f"{self.ranks_per_node} with {self.num_ranks} ranks",
+                expected="a divisor of num_ranks",
+                remedy="change one of the two",
+            )
+        if (self.pattern == "trace") != (self.trace is not None):
+            raise InputError(
+                f"bench: pattern: got {self.pattern!r} and trace {self.trace}, expected a trace "
+                'file with pattern "trace" and with no other; give both or neither'
+            )
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype` as torch knows it."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+
+def check_pattern(pattern: str) -> None:
+    """Raises InputError unless `pattern` is one that can be generated or read."""
+    _check_choice("pattern", pattern, PATTERNS)
+
+
+def _check_choice(argument: str, got: str, choices: tuple[str, ...]) -> None:
+    if got not in choices:
+        raise input_error(
+            "bench",
+            argument,
+            got=repr(got),
+            expected=f"one of {', '.join(choices)}",
+            remedy="choose one of them",
+        )

@@ -1,0 +1,142 @@
+"""Measurements for the terminal: what was measured, the table, and where fusco loses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from fusco.bench.baselines import AllToAllBaseline
+from fusco.bench.records import OPS, Measurement
+
+FLOOR_TARGET = 2.0
+COMPARED_BY = (
+    "op",
+    "engine",
+    "pattern",
+    "num_ranks",
+    "num_nodes",
+    "num_tokens",
+    "hidden_size",
+    "top_k",
+    "num_experts",
+    "dtype",
+    "ablation",
+)
+
+
+def print_report(measurements: Sequence[Measurement], console: Console | None = None) -> None:
+    """Print the configuration, the table and the verdict of one `run_bench`."""
+    console = console or Console()
+    console.print(_configuration(measurements[0]))
+    console.print(_table(measurements))
+    for line in _verdict(measurements):
+        console.print(line)
+
+
+def print_comparison(
+    measurements: Sequence[Measurement],
+    record: Sequence[Measurement],
+    console: Console | None = None,
+) -> None:
+    """Print the measurements beside the last ones of the same configuration in a record."""
+    console = console or Console()
+    recorded = {_key(old): old for old in record}
+    table = _ruled("op", "engine")
+    for heading in ("p50 ms", "recorded ms", "recorded / now"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    other_hardware = False
+    for new in measurements:
+        old = recorded.get(_key(new))
+        if old is None:
+            table.add_row(new.op, new.engine, _ms(new.p50_ms), "none", "")
+            continue
+        other_hardware |= old.hardware != new.hardware
+        ratio = f"{old.p50_ms / new.p50_ms:.2f}x"
+        table.add_row(new.op, new.engine, _ms(new.p50_ms), _ms(old.p50_ms), ratio)
+    console.print(table)
+    if other_hardware:
+        console.print("The record is from other hardware: compare ratios, not times.")
+
+
+def _configuration(one: Measurement) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim")
+    grid.add_column()
+    seen = one.hardware
+    for name, value in (
+        ("ranks", f"{one.num_ranks} on {one.num_nodes} node{'s' * (one.num_nodes > 1)}"),
+        ("tokens", f"{one.num_tokens} a rank, hidden {one.hidden_size}, {one.dtype}"),
+        ("experts", f"top-{one.top_k} of {one.num_experts}"),
+        ("pattern", f"{one.pattern}, busiest rank {one.load_imbalance:.2f} times the mean"),
+        ("switched off", one.ablation),
+        ("iterations", f"{one.iterations}, seed {one.seed}"),
+        ("machine", f"{seen['cpu']}, {seen['cores']} cores, {seen['memory_gib']} GiB"),
+        ("threads", f"{one.num_threads} a rank"),
+        ("software", f"fusco {one.fusco}, torch {one.torch}, Python {one.python}"),
+    ):
+        grid.add_row(name, value)
+    return grid
+
+
+def _table(measurements: Sequence[Measurement]) -> Table:
+    table = _ruled("op", "engine")
+    for heading in ("p50 ms", "p10", "p90", "wire MB", "floor", "ratio"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for op in OPS:
+        of_op = [m for m in measurements if m.op == op]
+        for m in of_op:
+            table.add_row(
+                m.op,
+                m.engine,
+                _ms(m.p50_ms),
+                _ms(m.p10_ms),
+                _ms(m.p90_ms),
+                f"{m.wire_bytes / 1e6:.1f}",
+                f"{m.floor_fraction:.1%}",
+                f"{m.ratio_to_baseline:.2f}x",
+                style="dim" if m.is_baseline else "bold" if op == "total" else None,
+                end_section=m is of_op[-1],
+            )
+    return table
+
+
+def _ruled(*headings: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in headings:
+        table.add_column(heading, no_wrap=True)
+    return table
+
+
+def _ms(value: float) -> str:
+    return f"{value:.2f}" if value < 100 else f"{value:.0f}"
+
+
+def _verdict(measurements: Sequence[Measurement]) -> list[str]:
+    total = next(m for m in measurements if m.op == "total")
+    ours = [m for m in measurements if not m.is_baseline]
+    lines = [
+        f"ratio: the p50 of {AllToAllBaseline.name} over this one. floor: the least time over this "
+        f"one; for total that is {_ms(total.floor_ms)} ms, to read and write each row once at the "
+        f"{total.copy_gbps:.1f} GB/s which all ranks copying at once reached in this run."
+    ]
+    slower = [m for m in ours if m.ratio_to_baseline < 1]
+    lines += [
+        f"[red]{m.engine} loses[/red]: its {m.op} takes {1 / m.ratio_to_baseline:.2f} times as "
+        "long as the baseline's."
+        for m in slower
+    ]
+    if not slower:
+        lines.append(f"{total.engine} is faster than the baseline in every operation.")
+    far = [m.op for m in ours if m.floor_ms * FLOOR_TARGET < m.p50_ms]
+    if far:
+        lines.append(
+            f"More than {FLOOR_TARGET:.0f} times the floor: {', '.join(far)} of {total.engine}."
+        )
+    return lines
+
+
+def _key(measurement: Measurement) -> tuple[object, ...]:
+    return tuple(getattr(measurement, name) for name in COMPARED_BY)

@@ -1,0 +1,264 @@
+"""What `dispatch` and `combine` check of their arguments, before any rank is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fusco.errors import input_error
+from fusco.layout.segments import bytes_per_row
+from fusco.types import Dispatched, Plan, Rows, as_tuple
+
+SUMMABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a Shuffle was made for.
+
+    Attributes:
+        num_experts: E.
+        top_k: K.
+        max_tokens: the most tokens a rank may dispatch.
+        row_bytes: the most bytes a row may have, over all tensors of a tuple.
+        device_types: kinds of device the engine works on; None: any.
+        key: the mark that the Shuffle's plans carry.
+    """
+
+    num_experts: int
+    top_k: int
+    max_tokens: int
+    row_bytes: int
+    device_types: tuple[str, ...] | None
+    key: int
+
+    def check_dispatch(
+        self,
+        x: Rows,
+        topk_idx: Tensor | None,
+        topk_weights: Tensor | None,
+        plan: Plan | None,
+    ) -> None:
+        """Raise an InputError for the first argument that is wrong."""
+        rows = self._check_rows("dispatch", "x", x)
+        num_tokens, device = rows[0].shape[0], rows[0].device
+        if num_tokens > self.max_tokens:
+            raise input_error(
+                "dispatch",
+                "x",
+                got=f"{num_tokens} tokens",
+                expected=f"at most max_tokens={self.max_tokens}",
+                remedy="dispatch in parts, or make the Shuffle with a larger max_tokens",
+            )
+        if plan is None:
+            self._check_topk_idx(topk_idx, num_tokens, device)
+        else:
+            self._check_plan("dispatch", plan)
+            if topk_idx is not None:
+                raise input_error(
+                    "dispatch",
+                    "topk_idx",
+                    got="a tensor beside plan=",
+                    expected="one of the two",
+                    remedy="a plan already holds its routing",
+                )
+            if num_tokens != plan.num_tokens:
+                raise input_error(
+                    "dispatch",
+                    "x",
+                    got=f"{num_tokens} tokens",
+                    expected=f"the {plan.num_tokens} tokens of the plan",
+                    remedy="a plan serves the routing it was made from; dispatch with topk_idx",
+                )
+        if topk_weights is not None:
+            self._check_weights(topk_weights, num_tokens, device)
+
+    def check_combine(
+        self, expert_outputs: Rows, dispatched: Dispatched, *, weighted: bool
+    ) -> None:
+        """Raise an InputError for the first argument that is wrong."""
+        if not isinstance(dispatched, Dispatched):
+            raise input_error(
+                "combine",
+                "dispatched",
+                got=type(dispatched).__name__,
+                expected="what dispatch returned",
+                remedy="call combine(expert_outputs, d) with d = shuffle.dispatch(...)",
+            )
+        self._check_plan("combine", dispatched.plan)
+        rows = self._check_rows("combine", "expert_outputs", expert_outputs)
+        num_rows = dispatched.plan.num_rows
+        for each in rows:
+            if each.dtype not in SUMMABLE:
+                raise input_error(
+                    "combine",
+                    "expert_outputs",
+                    got=str(each.dtype),
+                    expected="float16, bfloat16, float32 or float64",
+                    remedy="rows are summed, so convert them first",
+                )
+            if each.shape[0] != num_rows:
+                raise input_error(
+                    "combine",
+                    "expert_outputs",
+                    got=f"{each.shape[0]} rows",
+                    expected=f"{num_rows}, one for each row of d.tokens, padding included",
+                    remedy="keep the order and number of d.tokens",
+                )
+        if not weighted:
+            return
+        row_weights = dispatched.row_weights
+        if row_weights.dtype != torch.float32 or row_weights.shape != (num_rows,):
+            raise input_error(
+                "combine",
+                "row_weights",
+                got=f"{row_weights.dtype} of shape {tuple(row_weights.shape)}",
+                expected=f"float32 of shape ({num_rows},)",
+                remedy="use the row_weights that dispatch returned, or weighted=False",
+            )
+
+    def _check_rows(self, operation: str, argument: str, given: Rows) -> tuple[Tensor, ...]:
+        several = isinstance(given, (tuple, list))
+        if not (several and given and all(isinstance(each, Tensor) for each in given)) and (
+            not isinstance(given, Tensor)
+        ):
+            raise input_error(
+                operation,
+                argument,
+                got=_kinds(given) if several else type(given).__name__,
+                expected="a tensor or a tuple of tensors",
+                remedy="pass rows [num_tokens, ...]",
+            )
+        rows = as_tuple(given)
+        for each in rows:
+            self._check_one(operation, argument, each, rows[0])
+        row_bytes = sum(bytes_per_row(each) for each in rows)
+        if row_bytes > self.row_bytes:
+            raise input_error(
+                operation,
+                argument,
+                got=f"rows of {row_bytes} bytes",
+                expected=f"at most {self.row_bytes} (hidden_size x dtype)",
+                remedy="make the Shuffle with a larger hidden_size or a wider dtype",
+            )
+        return rows
+
+    def _check_one(self, operation: str, argument: str, each: Tensor, first: Tensor) -> None:
+        if each.dim() == 0 or each.layout != torch.strided:
+            raise input_error(
+                operation,
+                argument,
+                got=f"a tensor of {each.dim()} dimensions, layout {each.layout}",
+                expected="dense rows [num_tokens, ...]",
+                remedy="the first dimension counts tokens",
+            )
+        if each.shape[0] != first.shape[0]:
+            raise input_error(
+                operation,
+                argument,
+                got=f"tensors of {first.shape[0]} and {each.shape[0]} rows",
+                expected="the same number in all of a tuple",
+                remedy="row i of every tensor belongs to token i",
+            )
+        kinds = self.device_types
+        if each.device != first.device or (kinds and each.device.type not in kinds):
+            raise input_error(
+                operation,
+                argument,
+                got=f"a tensor on {each.device}",
+                expected=f"all on one {' or '.join(kinds) if kinds else 'device'}",
+                remedy="move it, or choose another engine",
+            )
+
+    def _check_topk_idx(
+        self, topk_idx: Tensor | None, num_tokens: int, device: torch.device
+    ) -> None:
+        shape = (num_tokens, self.top_k)
+        if not isinstance(topk_idx, Tensor):
+            raise input_error(
+                "dispatch",
+                "topk_idx",
+                got=type(topk_idx).__name__,
+                expected=f"an int64 tensor of shape {shape}",
+                remedy="pass the expert ids of each token, or plan=",
+            )
+        if topk_idx.shape != shape or topk_idx.dtype not in (torch.int64, torch.int32):
+            raise input_error(
+                "dispatch",
+                "topk_idx",
+                got=f"{topk_idx.dtype} of shape {tuple(topk_idx.shape)}",
+                expected=f"int64 or int32 of shape {shape}",
+                remedy="one row a token of x, one column each of top_k; -1 for no expert",
+            )
+        _check_device("topk_idx", topk_idx, device)
+        if not topk_idx.numel():
+            return
+        low, high = (int(bound) for bound in torch.aminmax(topk_idx))
+        if low < -1 or high >= self.num_experts:
+            raise input_error(
+                "dispatch",
+                "topk_idx",
+                got=f"expert ids from {low} to {high}",
+                expected=f"-1 (no expert) to {self.num_experts - 1}",
+                remedy="check the router, or num_experts",
+            )
+
+    def _check_weights(
+        self, topk_weights: Tensor, num_tokens: int, device: torch.device
+    ) -> None:
+        shape = (num_tokens, self.top_k)
+        if not isinstance(topk_weights, Tensor):
+            raise input_error(
+                "dispatch",
+                "topk_weights",
+                got=type(topk_weights).__name__,
+                expected=f"a float32 tensor of shape {shape}, or None",
+                remedy="pass one weight for each expert id",
+            )
+        if topk_weights.shape != shape or topk_weights.dtype != torch.float32:
+            raise input_error(
+                "dispatch",
+                "topk_weights",
+                got=f"{topk_weights.dtype} of shape {tuple(topk_weights.shape)}",
+                expected=f"float32 of shape {shape}",
+                remedy="pass topk_weights.float(), one weight for each expert id",
+            )
+        _check_device("topk_weights", topk_weights, device)
+
+    def _check_plan(self, operation: str, plan: Plan) -> None:
+        if not isinstance(plan, Plan):
+            raise input_error(
+                operation,
+                "plan",
+                got=type(plan).__name__,
+                expected="the plan of an earlier dispatch, d.plan",
+                remedy="dispatch with topk_idx to make one",
+            )
+        if int(plan.identity[1]) != self.key:
+            raise input_error(
+                operation,
+                "plan",
+                got="a plan of another Shuffle",
+                expected="one that this Shuffle made",
+                remedy="dispatch with topk_idx to make one here",
+            )
+
+
+def _check_device(argument: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise input_error(
+            "dispatch",
+            argument,
+            got=f"a tensor on {tensor.device}",
+            expected=f"{device}, where x is",
+            remedy="move it there",
+        )
+
+
+def _kinds(rows: Iterable[object]) -> str:
+    return ", ".join(type(each).__name__ for each in rows) or "an empty tuple"
+
+

@@ -1,0 +1,146 @@
+"""`fusco bench`: measure dispatch and combine on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fusco.cli.failures import USER_ERROR, fail, short_failures
+from fusco.cli.launch import is_speaker, launched_group, launched_ranks
+
+if TYPE_CHECKING:
+    from fusco.bench import BenchConfig, Measurement
+
+DEFAULT_RANKS, DEFAULT_TOP_K, DEFAULT_EXPERTS = 4, 8, 64
+
+
+def bench(
+    num_ranks: Annotated[
+        int | None,
+        typer.Option(help="Ranks to start.", show_default="4, or as many as torchrun started"),
+    ] = None,
+    num_tokens: Annotated[int, typer.Option(help="Tokens of each rank.")] = 1024,
+    hidden_size: Annotated[int, typer.Option(help="Elements of a row.")] = 2048,
+    top_k: Annotated[
+        int | None,
+        typer.Option(help="Experts of each token.", show_default="8, or the trace's"),
+    ] = None,
+    num_experts: Annotated[
+        int | None,
+        typer.Option(help="Experts of all ranks.", show_default="64, or the trace's"),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(metavar="bfloat16|float16|float32|float64", help="Of the rows.")
+    ] = "bfloat16",
+    engine: Annotated[
+        str, typer.Option(metavar="auto|cpu|reference", help="fusco's engine.")
+    ] = "auto",
+    pattern: Annotated[
+        str,
+        typer.Option(
+            metavar="uniform|zipf|single-node|imbalanced|trace",
+            help="Who chooses which experts.",
+        ),
+    ] = "uniform",
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.npz", help="Recorded routing for --pattern trace."),
+    ] = None,
+    ranks_per_node: Annotated[
+        int | None,
+        typer.Option(help="Treat so many ranks as a node.", show_default="by host"),
+    ] = None,
+    iterations: Annotated[int, typer.Option(help="Iterations that count.")] = 30,
+    warmup: Annotated[int, typer.Option(help="Iterations before them.")] = 3,
+    seed: Annotated[int, typer.Option(help="Of rows and routing.")] = 0,
+    ablation: Annotated[
+        str,
+        typer.Option(metavar="none|fusion|planner|balancer", help="Mechanism to switch off."),
+    ] = "none",
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.jsonl", help="Append one JSON object a measurement."),
+    ] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.jsonl", help="Print the times beside those of a record."),
+    ] = None,
+) -> None:
+    """Measure dispatch and combine beside all_to_all with permutes, and the floor.
+
+    The time goes from (x, topk_idx, topk_weights) to expert-major rows, and from expert outputs to
+    token-major sums, planning included. Starts its own ranks, or runs under torchrun.
+    """
+    with short_failures():
+        from fusco.bench import BenchConfig
+        from fusco.bench.trace import load_trace
+
+        default_experts, default_top_k = DEFAULT_EXPERTS, DEFAULT_TOP_K
+        if trace is not None:
+            recorded = load_trace(trace)
+            default_experts, default_top_k = recorded.num_experts, recorded.top_k
+        config = BenchConfig(
+            num_ranks=_first(num_ranks, launched_ranks(), DEFAULT_RANKS),
+            num_tokens=num_tokens,
+            hidden_size=hidden_size,
+            top_k=_first(top_k, default_top_k),
+            num_experts=_first(num_experts, default_experts),
+            dtype=dtype,
+            engine=engine,
+            pattern=pattern,
+            trace=trace,
+            ranks_per_node=ranks_per_node,
+            iterations=iterations,
+            warmup=warmup,
+            seed=seed,
+            ablation=ablation,
+        )
+        _measure_and_report(config, output, compare)
+
+
+def _measure_and_report(config: BenchConfig, output: Path | None, compare: Path | None) -> None:
+    from rich.console import Console
+
+    from fusco.bench import print_comparison, print_report, run_bench, write_jsonl
+
+    record = None if compare is None else _read_record(compare)
+    if output is not None and is_speaker():
+        _check_writable(output)
+    console = Console()
+    with launched_group():
+        if not is_speaker():
+            run_bench(config)
+            return
+        with console.status(f"measuring on {config.num_ranks} ranks"):
+            measurements = run_bench(config)
+    print_report(measurements, console)
+    if record is not None:
+        print_comparison(measurements, record, console)
+    if output is not None:
+        write_jsonl(measurements, output)
+        console.print(f"Wrote {len(measurements)} measurements to {output}")
+
+
+def _read_record(path: Path) -> list[Measurement]:
+    from fusco.bench import read_jsonl
+
+    try:
+        return read_jsonl(path)
+    except (OSError, ValueError) as error:
+        raise fail(f"bench: --compare: {error}", USER_ERROR) from None
+
+
+def _check_writable(path: Path) -> None:
+    """Find out before the run, not after it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a"):
+            pass
+    except OSError as error:
+        raise fail(f"bench: --output: {error}", USER_ERROR) from None
+
+
+def _first(*values: int | None) -> int:
+    return next(value for value in values if value is not None)

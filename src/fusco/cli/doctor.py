@@ -1,0 +1,147 @@
+"""`fusco doctor`: what was found on this machine, and why an engine is not available."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fusco.cli.failures import FAILURE, short_failures
+
+PACKAGES = ("torch", "numpy", "numba", "typer", "rich", "matplotlib")
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what was found here: software, machine, engines and why one is missing.
+
+    The exit code is 1 if no engine can run or an environment variable cannot be read.
+    """
+    with short_failures():
+        facts = examine()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        _print_facts(facts)
+    if not facts["healthy"]:
+        raise typer.Exit(FAILURE)
+
+
+def examine() -> dict[str, Any]:
+    """All that doctor shows, as it stands in its JSON."""
+    import fusco
+    from fusco.bench.records import hardware, source_commit
+    from fusco.engines import probe
+
+    engines = [
+        {"name": found.name, "available": found.available, "reason": found.reason}
+        for found in probe()
+    ]
+    variables = _variables()
+    return {
+        "fusco": fusco.__version__,
+        "commit": source_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "hardware": hardware(),
+        "devices": _devices(),
+        "shared_memory": _shared_memory(),
+        "engines": engines,
+        "environment": variables,
+        "healthy": any(engine["available"] for engine in engines)
+        and not any(variable["problem"] for variable in variables),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[dict[str, Any]]:
+    import torch
+
+    devices: list[dict[str, Any]] = [{"device": "cpu", "name": platform.machine()}]
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        devices.append(
+            {
+                "device": f"cuda:{index}",
+                "name": found.name,
+                "memory_gib": round(found.total_memory / 2**30, 1),
+            }
+        )
+    return devices
+
+
+def _shared_memory() -> dict[str, Any]:
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return {
+        "memfd": hasattr(os, "memfd_create"),
+        "limit_gib": None if text == "max" else round(int(text) / 2**30, 1),
+    }
+
+
+def _variables() -> list[dict[str, Any]]:
+    from fusco.env import VARIABLES
+    from fusco.errors import InputError
+
+    found = []
+    for variable in VARIABLES:
+        problem = None
+        try:
+            variable.get()
+        except InputError as error:
+            problem = str(error)
+        found.append(
+            {
+                "name": variable.name,
+                "value": os.environ.get(variable.name),
+                "description": variable.description,
+                "problem": problem,
+            }
+        )
+    return found
+
+
+def _print_facts(facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(show_header=False, title="fusco doctor")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("fusco", f"{facts['fusco']}, commit {facts['commit'] or 'unknown'}")
+    table.add_row("python", f"{facts['python']} on {facts['platform']}")
+    for name, version in facts["packages"].items():
+        table.add_row(name, version or "[yellow]not installed[/yellow]")
+    seen = facts["hardware"]
+    table.add_row("machine", f"{seen['cpu']}, {seen['cores']} cores, {seen['memory_gib']} GiB")
+    for device in facts["devices"]:
+        size = f", {device['memory_gib']} GiB" if "memory_gib" in device else ""
+        table.add_row(device["device"], device["name"] + size)
+    shared = facts["shared_memory"]
+    limit = "no limit" if shared["limit_gib"] is None else f"limit {shared['limit_gib']} GiB"
+    table.add_row("shared memory", f"memfd {'yes' if shared['memfd'] else 'no'}, {limit}")
+    table.add_section()
+    for engine in facts["engines"]:
+        verdict = "[green]available[/green]" if engine["available"] else "[red]not here[/red]"
+        table.add_row(f"engine {engine['name']}", f"{verdict}: {escape(engine['reason'])}")
+    table.add_section()
+    for variable in facts["environment"]:
+        value = escape("not set" if variable["value"] is None else variable["value"])
+        if variable["problem"]:
+            value = f"[red]{escape(variable['problem'])}[/red]"
+        table.add_row(variable["name"], f"{value}\n[dim]{variable['description']}[/dim]")
+    Console().print(table)

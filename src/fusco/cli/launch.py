@@ -1,0 +1,34 @@
+"""Where a command's ranks come from: started by torchrun or its like, or by the command itself."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+
+def launched_ranks() -> int | None:
+    """How many ranks a launcher started, this process among them; None if it started none."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return None
+    return int(os.environ["WORLD_SIZE"])
+
+
+def is_speaker() -> bool:
+    """Whether this process is the one that prints."""
+    return launched_ranks() is None or os.environ["RANK"] == "0"
+
+
+@contextlib.contextmanager
+def launched_group() -> Iterator[None]:
+    """Join the default gloo group of the launched ranks; nothing where none were launched."""
+    if launched_ranks() is None:
+        yield
+        return
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,85 @@
+"""What a Shuffle is made of, and whether that makes sense."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from fusco.errors import input_error
+from fusco.topology import contiguous_placement
+from fusco.types import Ablation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Configuration:
+    """The arguments of `Shuffle` that must be equal on all ranks; see there."""
+
+    num_experts: int
+    hidden_size: int
+    top_k: int
+    max_tokens: int
+    dtype: str
+    ranks_per_node: int | None
+    placement: tuple[int, ...] | None
+    expert_alignment: int
+    ablation: Ablation = field(default_factory=Ablation)
+
+    def check(self, num_ranks: int, dtype: object) -> None:
+        """Raise an InputError for what is wrong in itself."""
+        if not isinstance(dtype, torch.dtype):
+            raise input_error(
+                "Shuffle",
+                "dtype",
+                got=repr(dtype),
+                expected="a torch.dtype",
+                remedy="pass for example torch.bfloat16",
+            )
+        for name in ("num_experts", "hidden_size", "top_k", "max_tokens", "expert_alignment"):
+            _check_count(name, getattr(self, name))
+        if self.ranks_per_node is not None:
+            _check_count("ranks_per_node", self.ranks_per_node)
+        if self.placement is None:
+            if self.num_experts % num_ranks:
+                raise input_error(
+                    "Shuffle",
+                    "num_experts",
+                    got=str(self.num_experts),
+                    expected=f"a multiple of the {num_ranks} ranks",
+                    remedy="or pass placement=, the rank of each expert",
+                )
+            return
+        if not isinstance(self.placement, tuple) or len(self.placement) != self.num_experts:
+            is_list = isinstance(self.placement, tuple)
+            raise input_error(
+                "Shuffle",
+                "placement",
+                got=f"{len(self.placement)} entries" if is_list else repr(self.placement),
+                expected=f"a list of {self.num_experts} ranks, one an expert",
+                remedy="pass the rank of every expert",
+            )
+        for rank in self.placement:
+            if isinstance(rank, int) and 0 <= rank < num_ranks:
+                continue
+            raise input_error(
+                "Shuffle",
+                "placement",
+                got=f"rank {rank!r}",
+                expected=f"ranks of the group, 0 to {num_ranks - 1}",
+                remedy="ranks are counted in the group, not in the job",
+            )
+
+    def rank_of_expert(self, num_ranks: int) -> tuple[int, ...]:
+        """The placement, given or implied."""
+        return self.placement or contiguous_placement(self.num_experts, num_ranks)
+
+
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise input_error(
+            "Shuffle",
+            name,
+            got=repr(value),
+            expected="an integer above 0",
+            remedy="pass a positive number",
+        )

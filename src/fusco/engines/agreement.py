@@ -1,0 +1,93 @@
+"""How all ranks come to the same conclusion: go on, or raise the same error."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from fusco.errors import DisagreementError, FuscoError, InputError, WindowMemoryError
+from fusco.layout.records import HEADER, Header, Operation, Status
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Call:
+    """What this rank is about to do, before it has asked the others.
+
+    Attributes:
+        operation: which operation.
+        plan: the number of the plan in use; -1 where a new one is made.
+        form: in words, all that must be equal on every rank, such as row formats.
+        error: what is wrong with this rank's arguments, if anything.
+    """
+
+    operation: Operation
+    plan: int = -1
+    form: str = ""
+    error: InputError | WindowMemoryError | None = None
+
+    def header(self, epoch: int, base: int = 0, capacity: int = 0) -> Header:
+        """The head of the record to publish."""
+        return Header(
+            epoch=epoch,
+            operation=self.operation,
+            status=self._status,
+            plan=self.plan,
+            signature=zlib.crc32(self.form.encode()),
+            base=base,
+            capacity=capacity,
+        )
+
+    def failed(self, error: WindowMemoryError) -> Call:
+        """The same call, which this rank cannot make."""
+        return replace(self, error=self.error or error)
+
+    @property
+    def _status(self) -> Status:
+        if self.error is None:
+            return Status.READY
+        return Status.NO_MEMORY if isinstance(self.error, MemoryError) else Status.BAD_INPUT
+
+    @property
+    def text(self) -> str:
+        """What to tell the others when something is wrong."""
+        if self.error is not None:
+            return str(self.error)
+        plan = "a new plan" if self.plan < 0 else f"plan {self.plan}"
+        return f"{self.operation.text} with {plan}" + (f", {self.form}" if self.form else "")
+
+
+def is_agreed(records: npt.NDArray[np.int64]) -> bool:
+    """Whether all ranks published the same operation, each of them ready.
+
+    Args:
+        records: int64 `[P, HEADER + payload]`.
+    """
+    heads = records[:, :HEADER]
+    names = Header.__dataclass_fields__
+    alike = [index for index, name in enumerate(names) if name not in ("base", "capacity")]
+    status = list(names).index("status")
+    return bool((heads[:, alike] == heads[0, alike]).all() and (heads[:, status] == 0).all())
+
+
+def disagreement(
+    call: Call, records: npt.NDArray[np.int64], texts: list[str], rank: int
+) -> FuscoError:
+    """The error that every rank raises after records that are not agreed."""
+    if call.error is not None:
+        return call.error
+    for peer, record in enumerate(records):
+        status = Header.unpack(record).status
+        if status != Status.READY:
+            kind = WindowMemoryError if status == Status.NO_MEMORY else InputError
+            return kind(f"rank {peer}: {texts[peer]}")
+    by_text: dict[str, list[str]] = {}
+    for peer, text in enumerate(texts):
+        by_text.setdefault(text, []).append(str(peer))
+    calls = "; ".join(f"rank {', '.join(ranks)}: {text}" for text, ranks in by_text.items())
+    return DisagreementError(
+        f"{call.operation.text}: the ranks' calls do not fit together ({calls}); "
+        f"every rank must make the same calls in the same order (this is rank {rank})"
+    )

@@ -1,0 +1,190 @@
+"""What an engine promises. Read this before adding one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fusco.engines.agreement import Call
+from fusco.engines.meter import Meter
+from fusco.layout.records import HEADER
+from fusco.topology import Topology
+from fusco.types import Ablation, Plan, Segments, Stats
+
+TEXT_BYTES = 2048
+"""Longest text a rank can tell the others when something is wrong; the rest is cut."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class World:
+    """What an engine is made for.
+
+    Attributes:
+        group: the ranks that take part; no other group is created.
+        topology: ranks, nodes and placement.
+        key: the number that plans carry as the mark of their Shuffle.
+        top_k: K.
+        alignment: every expert's rows are padded to a multiple of it.
+        timeout_s: bound of every wait, seconds.
+        ablation: mechanisms that are switched off.
+    """
+
+    group: dist.ProcessGroup
+    topology: Topology
+    key: int
+    top_k: int
+    alignment: int
+    timeout_s: float
+    ablation: Ablation
+
+    @property
+    def payload(self) -> int:
+        """Length of a record's payload: the counts of a plan, or the sizes of an exchange."""
+        ranks = self.topology.num_ranks
+        counts = self.topology.num_experts + ranks + self.topology.num_nodes
+        return max(counts, EXCHANGE_FIELDS * ranks)
+
+    @property
+    def record_len(self) -> int:
+        """Length of a record in int64."""
+        return HEADER + self.payload
+
+
+EXCHANGE_FIELDS = 3
+"""What a rank says of its segments for each peer: their number, bytes, and a hash of sizes."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Delivery:
+    """What a dispatch brings.
+
+    Attributes:
+        rows: one tensor `[R, ...]` for each that was dispatched, expert-major, zero on padding.
+        row_weights: float32 `[R]`, 1 where no weights were given, 0 on padding.
+        plan: the plan used or made.
+    """
+
+    rows: tuple[Tensor, ...]
+    row_weights: Tensor
+    plan: Plan
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Returned:
+    """What a combine brings.
+
+    Attributes:
+        sums: one tensor `[T, ...]` for each that was combined.
+        pair_values: float32 `[T, K]`, each pair's entry of `row_values`; 0 where there is no
+            expert. None where none were given.
+    """
+
+    sums: tuple[Tensor, ...]
+    pair_values: Tensor | None
+
+
+class Engine(ABC):
+    """Moves rows between the ranks of one group.
+
+    All methods but `stats` and `close` are collective. Each begins by publishing a record (`Call.header`,
+    and counts or sizes) and waiting for everybody's; from the same records all ranks go on or
+    raise the same error, after which the next call works. After a `PeerError` the engine is dead.
+    Row order and sums never depend on arrival.
+    """
+
+    name: ClassVar[str]
+    device_types: ClassVar[tuple[str, ...] | None]
+    """Kinds of device whose tensors it takes; None: any."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.meter = Meter(world.topology.num_ranks)
+        self._num_plans = 0
+
+    @property
+    @abstractmethod
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+
+    @property
+    @abstractmethod
+    def plans_two_levels(self) -> bool:
+        """Whether its plans have a node level."""
+
+    @abstractmethod
+    def agree_on_error(self, call: Call) -> None:
+        """Publish `call`, whose error is set, so that every rank raises it. Always raises."""
+
+    @abstractmethod
+    def dispatch(
+        self,
+        call: Call,
+        rows: tuple[Tensor, ...],
+        weights: Tensor | None,
+        routing: Tensor | Plan,
+    ) -> Delivery:
+        """Bring every row to the final expert-major slots of its experts.
+
+        Args:
+            call: what to agree on.
+            rows: tensors `[T, ...]`.
+            weights: float32 `[T, K]`; None: every pair has weight 1.
+            routing: int64 `[T, K]` expert ids, -1 for none; or the plan to reuse.
+        """
+
+    @abstractmethod
+    def combine(
+        self,
+        call: Call,
+        rows: tuple[Tensor, ...],
+        row_weights: Tensor | None,
+        plan: Plan,
+        row_values: Tensor | None = None,
+    ) -> Returned:
+        """Sum every token's rows at its source.
+
+        The sum: weight times row, then add, in fp32 (fp64 for fp64), k ascending, gives a rank's
+        partial, rounded to the dtype; a node's partials are summed in rank order and rounded; the
+        source sums the nodes in order and rounds.
+
+        Args:
+            call: what to agree on.
+            rows: floating tensors `[R, ...]`, expert-major.
+            row_weights: float32 `[R]`; None: a plain sum.
+            plan: of the dispatch.
+            row_values: float32 `[R]`, values that return to their pairs unsummed.
+        """
+
+    @abstractmethod
+    def exchange(
+        self,
+        call: Call,
+        source: Tensor,
+        send: Sequence[Segments],
+        out: Tensor,
+        receive: Sequence[Segments],
+    ) -> None:
+        """Move segments of `source` into segments of `out` (both uint8 `[bytes]`), one to one."""
+
+    @abstractmethod
+    def stats(self) -> Stats:
+        """What it has done so far; not collective."""
+
+    @abstractmethod
+    def close(self, lost: int | None = None) -> None:
+        """Release everything. Idempotent, not collective.
+
+        Args:
+            lost: the rank whose loss is the reason, so that others can be told.
+        """
+
+    def new_identity(self) -> Tensor:
+        """The identity of the plan that all ranks have just agreed to make."""
+        self._num_plans += 1
+        return torch.tensor([self._num_plans - 1, self.world.key])

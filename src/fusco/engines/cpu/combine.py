@@ -1,0 +1,134 @@
+"""Combine on the CPU: partial sums straight into their token's rank, which adds them up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from fusco.engines.agreement import Call
+from fusco.engines.base import Returned
+from fusco.engines.cpu.kernels.reduce import scratch, send_partials, send_values, sum_tokens
+from fusco.engines.cpu.session import Session
+from fusco.layout.blocks import Ints, combine_sections
+from fusco.layout.segments import bytes_per_row
+from fusco.types import Arrival, Plan
+
+# How numba sees the elements of each dtype; see kernels/elements.py.
+_SEEN_AS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+
+
+def combine(
+    session: Session,
+    call: Call,
+    rows: tuple[Tensor, ...],
+    row_weights: Tensor | None,
+    plan: Plan,
+    row_values: Tensor | None,
+) -> Returned:
+    """See `Engine.combine`."""
+    rank, leg, arrival = session.rank, plan.send, plan.arrival
+    row_bytes = [bytes_per_row(each) for each in rows]
+    sent = np.array([[leg.row.shape[0], leg.slot.shape[0] if row_values is not None else 0]])
+    own = combine_sections(sent[:, 0], row_bytes, sent[:, 1])
+    with record_function("fusco::agree"):
+        call, block = session.reserve(call, int(own.total[0]))
+        agreement = session.agree(call, block, sent[0])
+    sizes = agreement.payload
+    sections = combine_sections(sizes[:, 0], row_bytes, sizes[:, 1])
+    at = sections.start + session.addresses(agreement, agreement.base + sections.total)
+    lines = [_Line(each, row_weights) for each in rows]
+    with record_function("fusco::write"):
+        for line, base in zip(lines, at, strict=False):
+            line.send(arrival, rank, base)
+        if row_values is not None:
+            _send_values(row_values, arrival, at[-1])
+    with record_function("fusco::wait"):
+        session.finish(agreement)
+    starts = sections.start[:, rank].tolist()
+    with record_function("fusco::sum"):
+        sums = []
+        for line, start in zip(lines, starts, strict=False):
+            count = leg.row.shape[0] * line.width
+            partials = session.window.view(block, start, count, line.elements.dtype)
+            sums.append(line.sum(plan, rank, partials))
+        values = None
+        if row_values is not None:
+            view = session.window.view(block, starts[-1], leg.slot.shape[0], np.float32)
+            values = row_values.new_zeros(plan.num_tokens * plan.top_k)
+            values[leg.pair] = torch.from_numpy(view)
+            values = values.view(plan.num_tokens, plan.top_k)
+    session.window.heap.release(block)
+    return Returned(sums=tuple(sums), pair_values=values)
+
+
+class _Line:
+    """Rows that are summed, and the scratch lines of their sums."""
+
+    def __init__(self, rows: Tensor, row_weights: Tensor | None) -> None:
+        self.like = rows
+        self.width = rows.shape[1:].numel()
+        seen_as = _SEEN_AS.get(rows.dtype, rows.dtype)
+        self.elements: npt.NDArray[Any] = rows.contiguous().view(-1).view(seen_as).numpy()
+        wide = np.float64 if rows.dtype == torch.float64 else np.float32
+        self.weights = np.empty(0, dtype=wide)
+        if row_weights is not None:
+            self.weights = row_weights.numpy().astype(wide, copy=False)
+        self.sums, self.node, self.total = (scratch(np.dtype(wide)) for _ in range(3))
+        self.line = scratch(self.elements.dtype)
+
+    def send(self, arrival: Arrival, rank: int, base: Ints) -> None:
+        """Partials of what arrived from other ranks, to where each rank's block has them."""
+        row_bytes = self.width * self.elements.itemsize
+        send_partials(
+            self.elements,
+            self.width,
+            self.weights,
+            arrival.slot_ptr.numpy(),
+            arrival.slot.numpy(),
+            arrival.peer_ptr.numpy(),
+            rank,
+            base + arrival.peer_start.numpy() * row_bytes,
+            self.sums,
+            self.line,
+        )
+
+    def sum(self, plan: Plan, rank: int, partials: npt.NDArray[Any]) -> Tensor:
+        """`[T, ...]`, from the partials of other ranks and the own rank's rows."""
+        arrival, leg = plan.arrival, plan.send
+        out = self.like.new_empty(plan.num_tokens, *self.like.shape[1:])
+        own = slice(*arrival.peer_ptr[rank : rank + 2].tolist())
+        sum_tokens(
+            self.elements,
+            self.width,
+            self.weights,
+            arrival.slot_ptr.numpy(),
+            arrival.slot.numpy(),
+            int(leg.peer_ptr[rank]),
+            own.start,
+            own.stop - own.start,
+            partials,
+            leg.sum_segment.numpy(),
+            leg.sum_node.numpy(),
+            self.sums,
+            self.node,
+            self.total,
+            self.line,
+            out.view(-1).view(_SEEN_AS.get(out.dtype, out.dtype)).numpy(),
+        )
+        return out
+
+
+def _send_values(row_values: Tensor, arrival: Arrival, base: Ints) -> None:
+    send_values(
+        row_values.contiguous().numpy(),
+        arrival.slot_ptr.numpy(),
+        arrival.slot.numpy(),
+        arrival.peer_ptr.numpy(),
+        base + arrival.pair_start.numpy() * 4,
+        np.empty(arrival.slot.shape[0], dtype=np.float32),
+    )

@@ -1,0 +1,165 @@
+"""Dispatch on the CPU: plan, write into the peers' windows, wait for theirs, wrap what came."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from fusco.engines.agreement import Call
+from fusco.engines.base import Delivery
+from fusco.engines.cpu.kernels.scatter import by_pair, scatter_rows, scatter_values, ship_slots
+from fusco.engines.cpu.session import Agreement, Session
+from fusco.layout.blocks import Ints, Sections, dispatch_sections
+from fusco.layout.heap import Block, align
+from fusco.layout.segments import as_segments, bytes_per_row, from_segments
+from fusco.planner import Sends, count_pairs, plan_sends, sort_pairs
+from fusco.planner.legs import mirror
+from fusco.planner.plan import finish
+from fusco.types import Arrival, Counts, Leg, Plan
+
+
+def dispatch_new(
+    session: Session,
+    call: Call,
+    rows: tuple[Tensor, ...],
+    weights: Tensor | None,
+    topk_idx: Tensor,
+    new_identity: Callable[[], Tensor],
+) -> tuple[Delivery, Tensor]:
+    """Plan and dispatch; also the rows that each rank receives, int64 `[P]`.
+
+    A block is reserved and published before its need is known; the counts of all ranks, which
+    come with the same records, say what each rank needs.
+    """
+    world, topology, rank = session.world, session.world.topology, session.rank
+    with record_function("fusco::plan"):
+        pairs = sort_pairs(topk_idx, topology)
+        packed = count_pairs(pairs, topology)
+    with record_function("fusco::agree"):
+        block = session.window.reserve_largest()
+        agreement = session.agree(call, block, packed.numpy())
+    identity = new_identity()
+    with record_function("fusco::plan"):
+        counts = Counts.split(
+            torch.from_numpy(agreement.payload), topology.num_experts, topology.num_ranks
+        )
+        sends = plan_sends(
+            pairs, counts, topology, alignment=world.alignment, ablation=world.ablation
+        )
+    traffic = sends.traffic
+    sizes = traffic.direct
+    sections = dispatch_sections(
+        traffic.rows.numpy(),
+        [bytes_per_row(each) for each in rows],
+        sizes.segments.sum(dim=0).numpy(),
+        sizes.pairs.sum(dim=0).numpy(),
+    )
+    agreement = session.fit(agreement, sections.total)
+    at = _addresses(session, agreement, sections)
+    with record_function("fusco::write"):
+        leg = sends.direct
+        ship_slots(
+            leg.peer_ptr.numpy(),
+            leg.slot_ptr.numpy(),
+            leg.slot.numpy(),
+            at[-2] + sizes.segments[:rank].sum(dim=0).numpy() * 8,
+            at[-1] + sizes.pairs[:rank].sum(dim=0).numpy() * 8,
+            np.empty(leg.row.shape[0], dtype=np.int64),
+        )
+        _write(rows, weights, leg, at, world.top_k)
+    with record_function("fusco::wait"):
+        session.finish(agreement)
+    arrival = _read_slots(session, agreement, sections, sends)
+    plan = finish(identity, sends, arrival, None, rank)
+    return _wrap(session, agreement, sections, rows, weights, plan), traffic.rows
+
+
+def dispatch_planned(
+    session: Session, call: Call, rows: tuple[Tensor, ...], weights: Tensor | None, plan: Plan
+) -> Delivery:
+    """Dispatch by an existing plan: every rank knows its need, and says how many rows it gets."""
+    none = np.zeros(session.world.topology.num_ranks, dtype=np.int64)
+    row_bytes = [bytes_per_row(each) for each in rows]
+    own = dispatch_sections(np.array([plan.num_rows]), row_bytes, none[:1], none[:1])
+    with record_function("fusco::agree"):
+        call, block = session.reserve(call, int(own.total[0]))
+        agreement = session.agree(call, block, np.array([plan.num_rows]))
+    sections = dispatch_sections(agreement.payload[:, 0], row_bytes, none, none)
+    at = _addresses(session, agreement, sections)
+    with record_function("fusco::write"):
+        _write(rows, weights, plan.send, at, session.world.top_k)
+    with record_function("fusco::wait"):
+        session.finish(agreement)
+    return _wrap(session, agreement, sections, rows, weights, plan)
+
+
+def _addresses(session: Session, agreement: Agreement, sections: Sections) -> Ints:
+    """int64 `[sections, P]`: where each section of each rank's block is mapped here."""
+    return sections.start + session.addresses(agreement, agreement.base + sections.total)
+
+
+def _write(
+    rows: Sequence[Tensor], weights: Tensor | None, leg: Leg, at: Ints, top_k: int
+) -> None:
+    """Send all rows and weights to their slots; sections in the order of `dispatch_sections`."""
+    num_pairs = leg.sum_segment.numel()
+    slot = np.full(num_pairs, -1, dtype=np.int64)
+    target = np.empty(num_pairs, dtype=np.int64)
+    by_pair(leg.pair.numpy(), leg.slot.numpy(), slot)
+    by_pair(leg.pair.numpy(), leg.target.numpy(), target)
+    for each, base in zip(rows, at, strict=False):
+        segments = as_segments(each)
+        scatter_rows(segments.data_ptr(), segments.shape[1], slot, target, top_k, base)
+    if weights is not None:
+        dense = weights.contiguous()
+        scatter_values(dense.data_ptr(), slot, target, at[len(rows)])
+
+
+def _read_slots(
+    session: Session, agreement: Agreement, sections: Sections, sends: Sends
+) -> Arrival:
+    """The slot lists that all ranks have written into this rank's block, copied out of it."""
+    sizes, rank = sends.traffic.direct, session.rank
+    lists = []
+    for section, count in ((-2, sizes.segments), (-1, sizes.pairs)):
+        start = int(sections.start[section, rank])
+        view = session.window.view(
+            agreement.block, start, int(count[:, rank].sum()), np.int64
+        )
+        lists.append(torch.from_numpy(view.copy()))
+    return mirror(sizes, rank, lists[0], lists[1], torch.full_like(lists[1], rank))
+
+
+def _wrap(
+    session: Session,
+    agreement: Agreement,
+    sections: Sections,
+    rows: Sequence[Tensor],
+    weights: Tensor | None,
+    plan: Plan,
+) -> Delivery:
+    """Rows become tensors where they lie; the rest of the block is free again."""
+    window, block, start = session.window, agreement.block, sections.start[:, session.rank]
+    is_padding = plan.row_segment < 0
+    if weights is None:
+        row_weights = (~is_padding).to(torch.float32)
+    else:
+        view = window.view(block, int(start[len(rows)]), plan.num_rows, np.float32)
+        row_weights = torch.from_numpy(view.copy())
+        row_weights[is_padding] = 0
+    end = block.base
+    got = []
+    for like, begin in zip(rows, start.tolist(), strict=False):
+        row_bytes = bytes_per_row(like)
+        part = Block(base=block.base + begin, size=align(plan.num_rows * row_bytes))
+        segments = window.as_tensor(part, plan.num_rows * row_bytes).view(plan.num_rows, row_bytes)
+        if session.world.alignment > 1:
+            segments[is_padding] = 0
+        got.append(from_segments(segments, like))
+        end = part.base + part.size
+    window.heap.release(Block(base=end, size=block.base + block.size - end))
+    return Delivery(rows=tuple(got), row_weights=row_weights, plan=plan)

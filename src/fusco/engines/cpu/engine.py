@@ -1,0 +1,101 @@
+"""The CPU engine: peers write rows straight into their final slots in each other's windows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from fusco.engines.agreement import Call
+from fusco.engines.base import Delivery, Engine, Returned, World
+from fusco.engines.cpu.combine import combine
+from fusco.engines.cpu.dispatch import dispatch_new, dispatch_planned
+from fusco.engines.cpu.exchange import exchange
+from fusco.engines.cpu.session import Session
+from fusco.layout.segments import bytes_per_row
+from fusco.types import Plan, Segments, Stats
+
+
+class CpuEngine(Engine):
+    """Ranks of one host. Plans have one level, since every rank reaches every window; sums are
+    still taken node by node where nodes are emulated."""
+
+    name = "cpu"
+    device_types = ("cpu",)
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world)
+        self._session: Session | None = Session(world, self.meter.wait_s)
+        self._process = os.getpid()
+
+    @property
+    def plans_two_levels(self) -> bool:
+        return False
+
+    @property
+    def is_closed(self) -> bool:
+        return self._session is None
+
+    def agree_on_error(self, call: Call) -> None:
+        session = self._open()
+        session.agree(call, session.nothing, np.empty(0, dtype=np.int64))
+
+    def dispatch(
+        self,
+        call: Call,
+        rows: tuple[Tensor, ...],
+        weights: Tensor | None,
+        routing: Tensor | Plan,
+    ) -> Delivery:
+        session = self._open()
+        if isinstance(routing, Plan):
+            delivery = dispatch_planned(session, call, rows, weights, routing)
+        else:
+            delivery, rows_per_rank = dispatch_new(
+                session, call, rows, weights, routing, self.new_identity
+            )
+            self.meter.planned(rows_per_rank)
+        send = delivery.plan.send
+        row_bytes = sum(bytes_per_row(each) for each in rows)
+        self.meter.moved((send.slot_ptr[send.peer_ptr].diff() * row_bytes).tolist())
+        self.meter.dispatched(delivery.plan)
+        return delivery
+
+    def combine(
+        self,
+        call: Call,
+        rows: tuple[Tensor, ...],
+        row_weights: Tensor | None,
+        plan: Plan,
+        row_values: Tensor | None = None,
+    ) -> Returned:
+        returned = combine(self._open(), call, rows, row_weights, plan, row_values)
+        row_bytes = sum(bytes_per_row(each) for each in rows)
+        self.meter.moved((plan.arrival.peer_ptr.diff() * row_bytes).tolist())
+        self.meter.combined()
+        return returned
+
+    def exchange(
+        self,
+        call: Call,
+        source: Tensor,
+        send: Sequence[Segments],
+        out: Tensor,
+        receive: Sequence[Segments],
+    ) -> None:
+        exchange(self._open(), call, source, send, out, receive)
+
+    def stats(self) -> Stats:
+        return self.meter.stats(window_bytes=self._open().window.mapping.size)
+
+    def close(self, lost: int | None = None) -> None:
+        # A forked child shares the memory, but must not speak for the rank.
+        if self._session is not None and self._process == os.getpid():
+            self._session.close(lost)
+        self._session = None
+
+    def _open(self) -> Session:
+        assert self._session is not None, "operators look up open engines only"
+        return self._session

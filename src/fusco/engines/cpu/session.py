@@ -1,0 +1,182 @@
+"""One rank's place among the ranks of its host: windows, control blocks, and agreement."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fusco.engines.agreement import Call, disagreement, is_agreed
+from fusco.engines.base import World
+from fusco.engines.cpu.control import Control, Stage
+from fusco.engines.cpu.window import Mapping, Window
+from fusco.errors import EngineUnavailableError, WindowMemoryError
+from fusco.layout.blocks import Ints
+from fusco.layout.heap import Block
+from fusco.layout.records import HEADER, Header, Status
+from fusco.transports.mailbox import Mailbox
+
+_INITIAL_WINDOW_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Agreement:
+    """What all ranks have agreed on.
+
+    Attributes:
+        operation: its name, for errors.
+        block: this rank's block, for what it receives.
+        base: int64 `[P]`, where each rank's block begins in its window, bytes.
+        capacity: int64 `[P]`, the size of each rank's block, bytes.
+        payload: int64 `[P, payload]`, what each rank published.
+    """
+
+    operation: str
+    block: Block
+    base: Ints
+    capacity: Ints
+    payload: npt.NDArray[np.int64]
+
+    def placed(self, block: Block, base: Ints) -> Agreement:
+        """The same with other places."""
+        return replace(self, block=block, base=base)
+
+
+class Session:
+    """Windows of all ranks, and the protocol by which every operation begins and ends."""
+
+    def __init__(self, world: World, wait_s: list[float]) -> None:
+        self.world = world
+        self.rank = world.topology.rank
+        self.window = Window(_INITIAL_WINDOW_BYTES)
+        self.control = Control(self.rank, world.record_len, world.timeout_s, wait_s)
+        self._windows = self._connect(Mailbox(world.group, world.timeout_s, wait_s))
+
+    @property
+    def nothing(self) -> Block:
+        """The block of an operation that brings this rank nothing."""
+        return Block(base=0, size=0)
+
+    def _connect(self, mailbox: Mailbox) -> list[Mapping]:
+        num_ranks = self.world.topology.num_ranks
+        mine = [os.getpid(), self.control.mapping.file, self.window.mapping.file]
+        theirs = torch.empty(num_ranks, len(mine), dtype=torch.int64)
+        mailbox.swap([torch.tensor(mine)] * num_ranks, list(theirs.unbind()), operation="Shuffle")
+        processes, controls, windows = theirs.T.tolist()
+        problem = ""
+        try:
+            opened = [Mapping.open(*each) for each in zip(processes, controls, strict=True)]
+            mapped = [Mapping.open(*each) for each in zip(processes, windows, strict=True)]
+        except OSError as error:
+            problem = f"{error.strerror}: {error.filename}"
+        failed = torch.empty(num_ranks, 1, dtype=torch.int64)
+        flag = torch.tensor([int(bool(problem))])
+        mailbox.swap([flag] * num_ranks, list(failed.unbind()), operation="Shuffle")
+        if failed.any():
+            rank = int(failed.argmax())
+            raise EngineUnavailableError(
+                f"Shuffle: engine 'cpu': rank {rank} cannot open the windows of its peers "
+                f"({problem or 'see its own error'}); ranks must run as one user, or use "
+                "engine='reference'"
+            )
+        self.control.connect(opened, processes)
+        return mapped
+
+    def agree(self, call: Call, block: Block, payload: npt.NDArray[np.int64]) -> Agreement:
+        """Publish what this rank is about to do and where it can receive; what all say.
+
+        Raises:
+            InputError, DisagreementError, WindowMemoryError: on all ranks.
+            PeerError: a rank did not come.
+        """
+        control, operation = self.control, call.operation.text
+        record = np.zeros(self.world.record_len, dtype=np.int64)
+        call.header(control.begin(), block.base, block.size).pack(record)
+        record[HEADER : HEADER + payload.size] = payload
+        records = control.share(record, operation)
+        if not is_agreed(records):
+            self.window.heap.release(block)
+            texts = control.share_text(call.text, operation)
+            raise disagreement(call, records, texts, self.rank)
+        heads = [Header.unpack(row) for row in records]
+        return Agreement(
+            operation=operation,
+            block=block,
+            base=np.array([head.base for head in heads]),
+            capacity=np.array([head.capacity for head in heads]),
+            payload=records[:, HEADER:],
+        )
+
+    def reserve(self, call: Call, size: int) -> tuple[Call, Block]:
+        """A block for what this rank will receive; a lack of memory becomes the call's error."""
+        try:
+            return call, self.window.reserve(size)
+        except MemoryError as error:
+            return call.failed(_no_memory(call.operation.text, error)), self.nothing
+
+    def fit(self, agreement: Agreement, needs: Ints) -> Agreement:
+        """Shrink this rank's block to its need; where one is too small its rank grows its window,
+        and all ranks learn the new place.
+
+        Args:
+            agreement: with blocks reserved before needs were known.
+            needs: int64 `[P]`, bytes each rank needs, the same on all ranks.
+        """
+        short = needs > agreement.capacity
+        own, heap = agreement.block, self.window.heap
+        if not short[self.rank]:
+            own = heap.shrink(own, int(needs[self.rank]))
+        if not short.any():
+            return agreement.placed(own, agreement.base)
+        problem: MemoryError | None = None
+        if short[self.rank]:
+            heap.release(own)
+            own = self.nothing
+            try:
+                own = self.window.reserve(int(needs[self.rank]))
+            except MemoryError as error:
+                problem = error
+            status = Status.READY if problem is None else Status.NO_MEMORY
+            self.control.tell_growth(own.base, own.size, status)
+        base = agreement.base.copy()
+        for rank in np.flatnonzero(short).tolist():
+            base[rank], _, status = self.control.growth(rank, agreement.operation)
+            if status != Status.READY:
+                heap.release(own)
+                # All ranks come here, so that none publishes again while another still reads.
+                self.control.reach(Stage.DONE)
+                self.control.wait_all(Stage.DONE, agreement.operation)
+                text = problem or f"rank {rank}: no memory left to grow its window"
+                raise _no_memory(agreement.operation, text)
+        return agreement.placed(own, base)
+
+    def addresses(self, agreement: Agreement, end: Ints) -> Ints:
+        """int64 `[P]`: where each rank's block is mapped here; `end` is where blocks end, bytes."""
+        found = np.empty(len(self._windows), dtype=np.int64)
+        for rank, mapping in enumerate(self._windows):
+            if end[rank] > mapping.size:
+                mapping = self._windows[rank] = mapping.remapped()
+            found[rank] = mapping.address
+        return found + agreement.base
+
+    def finish(self, agreement: Agreement) -> None:
+        """Until all ranks have written all that they write in this operation."""
+        self.control.reach(Stage.DONE)
+        self.control.wait_all(Stage.DONE, agreement.operation)
+
+    def close(self, lost: int | None) -> None:
+        self.control.close(lost)
+        for mapping in self._windows:
+            os.close(mapping.file)
+        self._windows.clear()
+        self.window.close()
+        os.close(self.control.mapping.file)
+
+
+def _no_memory(operation: str, what: object) -> WindowMemoryError:
+    return WindowMemoryError(
+        f"{operation}: {what}; free memory, dispatch fewer tokens, or balance the routing"
+    )

@@ -1,0 +1,124 @@
+"""Windows: anonymous shared memory (memfd) of one rank, mapped by all."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import weakref
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fusco.layout.heap import Block, Heap, align
+
+_GROWTH = 1.25
+
+
+class Mapping:
+    """One shared memory file, mapped whole. It has no name: when the last process that has it
+    open or mapped ends, however it ends, the memory is gone.
+    """
+
+    def __init__(self, file: int, size: int) -> None:
+        self.file = file
+        self.size = size
+        self._map = mmap.mmap(file, size)
+        self.bytes: npt.NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8)
+        self.address = int(self.bytes.ctypes.data)
+
+    @classmethod
+    def create(cls, name: str, size: int) -> Mapping:
+        """A new file of zeros."""
+        file = os.memfd_create(name)
+        os.posix_fallocate(file, 0, size)
+        return cls(file, size)
+
+    @classmethod
+    def open(cls, process: int, file: int) -> Mapping:
+        """The file that another process has open."""
+        opened = os.open(f"/proc/{process}/fd/{file}", os.O_RDWR | os.O_CLOEXEC)
+        return cls(opened, os.fstat(opened).st_size)
+
+    def remapped(self) -> Mapping:
+        """The same file at its present size. What still uses the old mapping keeps it alive."""
+        return Mapping(self.file, os.fstat(self.file).st_size)
+
+
+class Window:
+    """This rank's window: what peers write into, and the heap that shares it out."""
+
+    def __init__(self, initial_bytes: int) -> None:
+        self.mapping = Mapping.create("fusco-window", align(initial_bytes))
+        self.heap = Heap(self.mapping.size)
+
+    def reserve(self, size: int) -> Block:
+        """A block of at least `size` bytes; the window grows if it must.
+
+        Raises:
+            MemoryError: the system has not so much memory.
+        """
+        block = self.heap.reserve_largest()
+        if block.size < size:
+            self.heap.release(block)
+            self._grow(self.heap.capacity_for(size))
+            block = self.heap.reserve_largest()
+        return self.heap.shrink(block, size)
+
+    def reserve_largest(self) -> Block:
+        """The largest free block whole, for a need that is not known yet."""
+        return self.heap.reserve_largest()
+
+    def _grow(self, capacity: int) -> None:
+        old = self.mapping
+        capacity = align(max(capacity, int(old.size * _GROWTH)))
+        try:
+            # Allocated now, so that a lack of memory is an error here and not a signal later.
+            os.posix_fallocate(old.file, old.size, capacity - old.size)
+        except OSError as error:
+            raise MemoryError(
+                f"the window cannot grow from {old.size} to {capacity} bytes: {error.strerror}"
+            ) from error
+        self.mapping = old.remapped()
+        self.heap.extend(capacity)
+
+    def address_of(self, block: Block) -> int:
+        """Where a block is mapped in this process."""
+        return self.mapping.address + block.base
+
+    def as_tensor(self, block: Block, num_bytes: int) -> Tensor:
+        """uint8 `[num_bytes]` at the head of a block, which returns to the heap with the tensor."""
+        span = _Span(self.mapping, block.base, num_bytes)
+        finalizer = weakref.finalize(span, self.heap.release, block)
+        finalizer.atexit = False
+        return torch.from_numpy(np.asarray(span))
+
+    def view(self, block: Block, offset: int, count: int, dtype: Any) -> npt.NDArray[Any]:
+        """`count` elements of a block from byte `offset` on; not to outlive the block."""
+        begin = block.base + offset
+        size = count * np.dtype(dtype).itemsize
+        return self.mapping.bytes[begin : begin + size].view(dtype)
+
+    def close(self) -> None:
+        """Close the file; mapped memory stays for the tensors that use it."""
+        os.close(self.mapping.file)
+
+
+class _Span:
+    """Bytes of a mapping, kept alive by whoever keeps an array of them."""
+
+    def __init__(self, mapping: Mapping, base: int, num_bytes: int) -> None:
+        self._mapping = mapping
+        self._base = base
+        self._num_bytes = num_bytes
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        return {
+            "version": 3,
+            "typestr": "|u1",
+            "shape": (self._num_bytes,),
+            "data": (self._mapping.address + self._base, False),
+        }

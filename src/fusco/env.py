@@ -1,0 +1,85 @@
+"""Every environment variable that fusco reads, typed. A bad value raises."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from fusco.errors import InputError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variable(Generic[T]):
+    """One environment variable: its name, how it is read, and what it means."""
+
+    name: str
+    parse: Callable[[str], T]
+    default: T
+    description: str
+
+    def get(self) -> T:
+        """Its value now.
+
+        Raises:
+            InputError: the variable is set to something that cannot be read.
+        """
+        text = os.environ.get(self.name)
+        if text is None:
+            return self.default
+        try:
+            return self.parse(text)
+        except ValueError as error:
+            raise InputError(
+                f"environment: {self.name}: got {text!r}, expected {error}; change or unset it"
+            ) from None
+
+
+def _engine(text: str) -> str:
+    if text not in ("auto", "reference", "cpu"):
+        raise ValueError("one of auto, reference, cpu")
+    return text
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError("a number of seconds") from None
+    if value <= 0:
+        raise ValueError("a number of seconds above 0")
+    return value
+
+
+def _natural(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise ValueError("a whole number, 0 or more")
+    return int(text)
+
+
+ENGINE = Variable(
+    name="FUSCO_ENGINE",
+    parse=_engine,
+    default="auto",
+    description='The engine that engine="auto" stands for.',
+)
+TIMEOUT_S: Variable[float | None] = Variable(
+    name="FUSCO_TIMEOUT_S",
+    parse=_seconds,
+    default=None,
+    description="Bound of every wait in seconds where timeout_s is None; unset: the group's.",
+)
+NODE_ID: Variable[int | None] = Variable(
+    name="FUSCO_NODE_ID",
+    parse=_natural,
+    default=None,
+    description="This rank's node; unset: the host it runs on.",
+)
+VARIABLES: tuple[Variable[str] | Variable[float | None] | Variable[int | None], ...] = (
+    ENGINE,
+    TIMEOUT_S,
+    NODE_ID,
+)

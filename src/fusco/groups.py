@@ -1,0 +1,67 @@
+"""Process groups and their timeouts, in the forms that torch.distributed offers."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+from fusco import env
+from fusco.errors import InputError, input_error
+
+
+def resolve_group(operation: str, group: dist.ProcessGroup | dist.DeviceMesh | None) -> dist.ProcessGroup:
+    """The group meant: the default one, the one given, or that of a one-dimensional mesh.
+
+    Raises:
+        InputError: there is no default group, or it is something else.
+    """
+    if isinstance(group, dist.ProcessGroup):
+        return group
+    if isinstance(group, dist.DeviceMesh):
+        if group.ndim == 1:
+            return group.get_group()
+        raise _bad_group(
+            operation,
+            f"a DeviceMesh of {group.ndim} dimensions",
+            "a one-dimensional DeviceMesh",
+            "pass one of its dimensions, such as mesh['ep']",
+        )
+    if group is not None:
+        raise _bad_group(
+            operation,
+            type(group).__name__,
+            "a ProcessGroup that this rank is in, a DeviceMesh or None",
+            "pass the result of torch.distributed.new_group on its members",
+        )
+    if not dist.is_initialized() or dist.group.WORLD is None:
+        raise _bad_group(
+            operation,
+            "None without a default group",
+            "an initialised torch.distributed",
+            "call torch.distributed.init_process_group first, for example under torchrun",
+        )
+    return dist.group.WORLD
+
+
+def _bad_group(operation: str, got: str, expected: str, remedy: str) -> InputError:
+    return input_error(operation, "group", got=got, expected=expected, remedy=remedy)
+
+
+def resolve_timeout_s(operation: str, timeout_s: float | None, default_s: float) -> float:
+    """The bound of every wait: the argument, the environment's, or the group's.
+
+    Raises:
+        InputError: it is not a positive number.
+    """
+    if timeout_s is None:
+        timeout_s = env.TIMEOUT_S.get()
+    if timeout_s is None:
+        return default_s
+    if not isinstance(timeout_s, (int, float)) or not timeout_s > 0:
+        raise input_error(
+            operation,
+            "timeout_s",
+            got=repr(timeout_s),
+            expected="a number of seconds above 0, or None",
+            remedy="None takes the group's timeout",
+        )
+    return float(timeout_s)

@@ -1,0 +1,38 @@
+"""Tensors as rows of bytes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def as_segments(rows: Tensor) -> Tensor:
+    """A tensor of any dtype as uint8 `[num_rows, row_bytes]`, one segment a row."""
+    shape = (rows.shape[0], bytes_per_row(rows))
+    if rows.numel() == 0:
+        return torch.empty(shape, dtype=torch.uint8, device=rows.device)
+    return rows.contiguous().view(rows.shape[0], -1).view(torch.uint8).view(shape)
+
+
+def from_segments(segments: Tensor, like: Tensor) -> Tensor:
+    """The inverse: uint8 `[num_rows, row_bytes]` with the dtype and row shape of `like`."""
+    shape = (segments.shape[0], *like.shape[1:])
+    if segments.numel() == 0:
+        return torch.empty(shape, dtype=like.dtype, device=segments.device)
+    return segments.view(like.dtype).view(shape)
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """A contiguous tensor as uint8 `[bytes]`, the same memory."""
+    return tensor.detach().view(-1).view(torch.uint8)
+
+
+def bytes_per_row(rows: Tensor) -> int:
+    """Bytes of one row of `rows` `[num_rows, ...]`."""
+    return rows.element_size() * rows[0:1].shape[1:].numel()
+
+
+def describe_rows(rows: Tensor) -> str:
+    """The row format in words, such as `bfloat16[*, 2048]`."""
+    row_shape = "".join(f", {size}" for size in rows.shape[1:])
+    return f"{str(rows.dtype).removeprefix('torch.')}[*{row_shape}]"

@@ -1,0 +1,170 @@
+"""How the ranks of a group find out about each other when a Shuffle is made."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fusco import env
+from fusco.engines import probe
+from fusco.errors import DisagreementError, EngineUnavailableError, InputError, input_error
+from fusco.groups import resolve_timeout_s
+from fusco.transports.mailbox import Mailbox
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meeting:
+    """What ranks have learnt of each other.
+
+    Attributes:
+        node_of_rank: the node of each rank, numbered in the order of their first rank.
+        engine: the engine to use.
+        timeout_s: bound of every wait, seconds.
+    """
+
+    node_of_rank: tuple[int, ...]
+    engine: str
+    timeout_s: float
+
+
+def meet(
+    operation: str,
+    group: dist.ProcessGroup,
+    settings: Mapping[str, Any],
+    *,
+    error: InputError | None = None,
+    engine: str,
+    ranks_per_node: int | None = None,
+    timeout_s: float | None = None,
+) -> Meeting:
+    """Compare settings, find the nodes and choose the engine; collective.
+
+    Args:
+        operation: what to call this in errors.
+        group: the ranks.
+        settings: what must be equal on all ranks; JSON.
+        error: what is wrong with this rank's arguments.
+        engine: the engine asked for, or "auto".
+        ranks_per_node: ranks that share a node, in blocks; None: found by host.
+        timeout_s: bound of every wait, seconds; None: the environment's, or the group's.
+
+    Raises:
+        InputError: an argument is wrong on some rank.
+        DisagreementError: the ranks' settings differ.
+        EngineUnavailableError: the engine asked for cannot serve these ranks.
+        PeerError: a rank did not come.
+    """
+    bound_s, node, default_engine = group_timeout_s(group), None, "auto"
+    try:
+        check_engine(operation, engine)
+        bound_s = resolve_timeout_s(operation, timeout_s, bound_s)
+        node, default_engine = env.NODE_ID.get(), env.ENGINE.get()
+    except InputError as problem:
+        error = error or problem
+    greetings = _swap_greetings(
+        operation,
+        group,
+        {
+            "error": str(error or ""),
+            "settings": {**settings, "engine": default_engine if engine == "auto" else engine},
+            "host": host_id(),
+            "node": node,
+        },
+        bound_s,
+    )
+    if error is not None:
+        raise error
+    _compare(operation, greetings)
+    hosts = [greeting["host"] for greeting in greetings]
+    nodes = [greeting["node"] for greeting in greetings]
+    labels = hosts if None in nodes else nodes
+    if ranks_per_node is not None:
+        labels = [rank // ranks_per_node for rank in range(group.size())]
+    return Meeting(
+        node_of_rank=_number(labels),
+        engine=_choose(operation, greetings[0]["settings"]["engine"], len(set(hosts)) == 1),
+        timeout_s=bound_s,
+    )
+
+
+def check_engine(operation: str, engine: str) -> None:
+    """Raise an InputError unless there is such an engine."""
+    names = ("auto", *(each.name for each in probe()))
+    if engine not in names:
+        raise input_error(
+            operation,
+            "engine",
+            got=repr(engine),
+            expected=" or ".join(names),
+            remedy="see `fusco doctor` for what can run here",
+        )
+
+
+def group_timeout_s(group: dist.ProcessGroup) -> float:
+    """The timeout that the group was made with, seconds."""
+    # NOTE: torch has a public setter for it and no getter.
+    backend = group._get_backend(group._device_types[0])
+    return float(backend.options._timeout.total_seconds())
+
+
+def host_id() -> str:
+    """Equal on two ranks only if they can open each other's memory: one kernel, one set of
+    process ids."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    pids = Path("/proc/self/ns/pid")
+    if boot.exists() and pids.exists():
+        return f"{boot.read_text().strip()} {os.readlink(pids)}"
+    return socket.gethostname()
+
+
+def _compare(operation: str, greetings: Sequence[Mapping[str, Any]]) -> None:
+    for rank, greeting in enumerate(greetings):
+        if greeting["error"]:
+            raise InputError(f"rank {rank}: {greeting['error']}")
+    for rank, greeting in enumerate(greetings):
+        for name, value in greeting["settings"].items():
+            first = greetings[0]["settings"][name]
+            if value != first:
+                raise DisagreementError(
+                    f"{operation}: {name}: rank 0 has {first!r}, rank {rank} has {value!r}; "
+                    "all ranks must pass the same"
+                )
+
+
+def _choose(operation: str, asked: str, shares_memory: bool) -> str:
+    if asked == "cpu" and not shares_memory:
+        raise EngineUnavailableError(
+            f"{operation}: engine 'cpu' needs all ranks on one host, where they can open each "
+            "other's memory; use engine='reference' between hosts"
+        )
+    if asked != "auto":
+        return asked
+    can_run = [each.name for each in probe() if each.available]
+    return "cpu" if shares_memory and "cpu" in can_run else "reference"
+
+
+def _number(labels: Sequence[object]) -> tuple[int, ...]:
+    numbers: dict[object, int] = {}
+    return tuple(numbers.setdefault(label, len(numbers)) for label in labels)
+
+
+def _swap_greetings(
+    operation: str, group: dist.ProcessGroup, mine: Mapping[str, Any], timeout_s: float
+) -> list[dict[str, Any]]:
+    mailbox = Mailbox(group, timeout_s)
+    text = json.dumps(mine).encode()
+    sizes = torch.empty(group.size(), 1, dtype=torch.int64)
+    size = torch.tensor([len(text)])
+    mailbox.swap([size] * group.size(), list(sizes.unbind()), operation=operation)
+    letter = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    letters = [torch.empty(n, dtype=torch.uint8) for n in sizes[:, 0].tolist()]
+    mailbox.swap([letter] * group.size(), letters, operation=operation)
+    return [json.loads(each.numpy().tobytes()) for each in letters]

@@ -1,0 +1,341 @@
+"""dispatch, combine and their backwards as torch.library operators.
+
+A Shuffle is named by its key, a plan by its tensors, so that torch.compile and checkpointing see
+nothing but tensors and integers. `form` says in words what must be equal on all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from fusco.engines.agreement import Call
+from fusco.engines.base import Engine
+from fusco.errors import ClosedError, PeerError
+from fusco.gradients import weigh_gradients
+from fusco.layout.records import Operation
+from fusco.layout.segments import describe_rows
+from fusco.types import NUM_PLAN_TENSORS, Plan
+
+ENGINES: dict[int, Engine] = {}
+"""The engines of all open Shuffles, by key."""
+
+
+@contextmanager
+def using(shuffle: int) -> Iterator[Engine]:
+    """The engine of an open Shuffle; a lost rank closes it for good.
+
+    Raises:
+        ClosedError: it is closed.
+    """
+    engine = engine_of(shuffle)
+    try:
+        yield engine
+    except PeerError as error:
+        del ENGINES[shuffle]
+        engine.close(lost=error.rank)
+        raise
+
+
+def engine_of(shuffle: int) -> Engine:
+    """The engine of an open Shuffle.
+
+    Raises:
+        ClosedError: it is closed.
+    """
+    if shuffle not in ENGINES:
+        raise ClosedError("this Shuffle was closed, or a rank was lost; make a new one")
+    return ENGINES[shuffle]
+
+
+def describe(rows: Sequence[Tensor], weights: Tensor | None, *, grads: bool) -> str:
+    """The part of a call that must be equal on all ranks, in words."""
+    formats = ", ".join(describe_rows(each) for each in rows)
+    notes = "" if weights is None else ", with weights"
+    if grads and torch.is_grad_enabled():
+        names = [str(i) for i, each in enumerate(rows) if each.requires_grad]
+        if weights is not None and weights.requires_grad:
+            names.append("weights")
+        notes += f", gradients of {' '.join(names)}" if names else ", no gradients"
+    return formats + notes
+
+
+def plan_number(plan: Sequence[Tensor]) -> int:
+    """The number that all ranks know a plan by."""
+    return int(plan[0][0])
+
+
+@custom_op(
+    "fusco::dispatch",
+    mutates_args=(),
+    schema="(Tensor[] rows, Tensor topk_idx, Tensor? topk_weights, int shuffle, str form)"
+    " -> (Tensor[], Tensor, Tensor[])",
+)
+def dispatch(
+    rows: Sequence[Tensor], topk_idx: Tensor, topk_weights: Tensor | None, shuffle: int, form: str
+) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    """Make a plan and run it: rows `[T, ...]` to `[R, ...]`, row weights `[R]`, the plan."""
+    call = Call(operation=Operation.DISPATCH, form=form)
+    with using(shuffle) as engine:
+        got = engine.dispatch(call, tuple(rows), topk_weights, topk_idx)
+    return list(got.rows), got.row_weights, got.plan.to_tensors()
+
+
+@custom_op(
+    "fusco::dispatch_planned",
+    mutates_args=(),
+    schema="(Tensor[] rows, Tensor? topk_weights, Tensor[] plan, int shuffle, str form)"
+    " -> (Tensor[], Tensor)",
+)
+def dispatch_planned(
+    rows: Sequence[Tensor],
+    topk_weights: Tensor | None,
+    plan: Sequence[Tensor],
+    shuffle: int,
+    form: str,
+) -> tuple[list[Tensor], Tensor]:
+    """Run a plan again: rows `[T, ...]` to `[R, ...]`, row weights `[R]`."""
+    call = Call(operation=Operation.DISPATCH_PLANNED, plan=plan_number(plan), form=form)
+    with using(shuffle) as engine:
+        got = engine.dispatch(call, tuple(rows), topk_weights, Plan.from_tensors(plan))
+    return list(got.rows), got.row_weights
+
+
+@custom_op(
+    "fusco::combine",
+    mutates_args=(),
+    schema="(Tensor[] rows, Tensor? row_weights, Tensor? anchor, Tensor[] plan, int shuffle,"
+    " str form) -> Tensor[]",
+)
+def combine(
+    rows: Sequence[Tensor],
+    row_weights: Tensor | None,
+    anchor: Tensor | None,
+    plan: Sequence[Tensor],
+    shuffle: int,
+    form: str,
+) -> list[Tensor]:
+    """Sum rows `[R, ...]` to `[T, ...]`. `anchor` only ties the result to the dispatch, so that a
+    rank whose experts had no rows, and hence no graph, takes part in the backward too."""
+    call = Call(operation=Operation.COMBINE, plan=plan_number(plan), form=form)
+    with using(shuffle) as engine:
+        got = engine.combine(call, tuple(rows), row_weights, Plan.from_tensors(plan))
+    return list(got.sums)
+
+
+@custom_op(
+    "fusco::dispatch_backward",
+    mutates_args=(),
+    schema="(Tensor[] grads, Tensor? grad_row_weights, Tensor[] plan, int shuffle, str form)"
+    " -> (Tensor[], Tensor)",
+)
+def dispatch_backward(
+    grads: Sequence[Tensor],
+    grad_row_weights: Tensor | None,
+    plan: Sequence[Tensor],
+    shuffle: int,
+    form: str,
+) -> tuple[list[Tensor], Tensor]:
+    """Gradients `[R, ...]` summed to `[T, ...]`; those of row weights back to `[T, K]`."""
+    call = Call(operation=Operation.DISPATCH_BACKWARD, plan=plan_number(plan), form=form)
+    with using(shuffle) as engine:
+        got = engine.combine(
+            call, tuple(grads), None, Plan.from_tensors(plan), grad_row_weights
+        )
+    values = got.pair_values
+    return list(got.sums), plan[0].new_empty(0, dtype=torch.float32) if values is None else values
+
+
+@custom_op(
+    "fusco::combine_backward",
+    mutates_args=(),
+    schema="(Tensor[] grads, Tensor[] rows, Tensor? row_weights, Tensor[] plan, int shuffle,"
+    " str form) -> (Tensor[], Tensor)",
+)
+def combine_backward(
+    grads: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    row_weights: Tensor | None,
+    plan: Sequence[Tensor],
+    shuffle: int,
+    form: str,
+) -> tuple[list[Tensor], Tensor]:
+    """Gradients `[T, ...]` to those of the rows `[R, ...]` and of the row weights `[R]`."""
+    call = Call(operation=Operation.COMBINE_BACKWARD, plan=plan_number(plan), form=form)
+    with using(shuffle) as engine:
+        got = engine.dispatch(call, tuple(grads), None, Plan.from_tensors(plan))
+    return weigh_gradients(list(got.rows), list(rows), row_weights)
+
+
+def _dispatch_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    rows, _, topk_weights, ctx.shuffle, _ = inputs
+    _remember_dispatch(ctx, rows, topk_weights, output[2])
+
+
+def _planned_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    rows, topk_weights, plan, ctx.shuffle, _ = inputs
+    _remember_dispatch(ctx, rows, topk_weights, plan)
+
+
+def _remember_dispatch(
+    ctx: Any, rows: Sequence[Tensor], topk_weights: Tensor | None, plan: Sequence[Tensor]
+) -> None:
+    ctx.needs = [each.requires_grad for each in rows]
+    ctx.needs_weights = topk_weights is not None and topk_weights.requires_grad
+    ctx.save_for_backward(*plan)
+
+
+def _gather_gradients(
+    ctx: Any, grads: Sequence[Tensor], grad_row_weights: Tensor
+) -> tuple[list[Tensor | None], Tensor | None]:
+    wanted = [grad.contiguous() for grad, need in zip(grads, ctx.needs, strict=True) if need]
+    values = grad_row_weights.contiguous() if ctx.needs_weights else None
+    form = describe(wanted, values, grads=False)
+    sums, grad_weights = dispatch_backward(
+        wanted, values, list(ctx.saved_tensors), ctx.shuffle, form
+    )
+    rest = iter(sums)
+    grad_rows = [next(rest) if need else None for need in ctx.needs]
+    return grad_rows, grad_weights if ctx.needs_weights else None
+
+
+def _dispatch_grad(ctx: Any, grads: Sequence[Tensor], grad_row_weights: Tensor, _: Any) -> Any:
+    grad_rows, grad_weights = _gather_gradients(ctx, grads, grad_row_weights)
+    return grad_rows, None, grad_weights, None, None
+
+
+def _planned_grad(ctx: Any, grads: Sequence[Tensor], grad_row_weights: Tensor) -> Any:
+    grad_rows, grad_weights = _gather_gradients(ctx, grads, grad_row_weights)
+    return grad_rows, grad_weights, [None] * len(ctx.saved_tensors), None, None
+
+
+def _combine_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    rows, row_weights, _, plan, ctx.shuffle, _ = inputs
+    ctx.num_rows = len(rows)
+    ctx.is_weighted = row_weights is not None
+    ctx.save_for_backward(*plan, *rows, *(() if row_weights is None else (row_weights,)))
+
+
+def _combine_grad(ctx: Any, grads: Sequence[Tensor]) -> Any:
+    saved = list(ctx.saved_tensors)
+    row_weights = saved.pop() if ctx.is_weighted else None
+    plan, rows = saved[: -ctx.num_rows], saved[-ctx.num_rows :]
+    dense = [grad.contiguous() for grad in grads]
+    form = describe(dense, None, grads=False)
+    grad_rows, grad_weights = combine_backward(
+        dense, rows, row_weights, plan, ctx.shuffle, form
+    )
+    weights_grad = None if row_weights is None else grad_weights
+    return grad_rows, weights_grad, None, [None] * len(plan), None, None
+
+
+dispatch.register_autograd(_dispatch_grad, setup_context=_dispatch_setup)
+dispatch_planned.register_autograd(_planned_grad, setup_context=_planned_setup)
+combine.register_autograd(_combine_grad, setup_context=_combine_setup)
+
+
+@dispatch.register_fake
+def _dispatch_fake(
+    rows: Sequence[Tensor], topk_idx: Tensor, topk_weights: Tensor | None, shuffle: int, form: str
+) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    plan = _fake_plan(topk_idx, engine_of(shuffle))
+    got, row_weights = _fake_rows(rows, plan)
+    return got, row_weights, plan
+
+
+@dispatch_planned.register_fake
+def _planned_fake(
+    rows: Sequence[Tensor],
+    topk_weights: Tensor | None,
+    plan: Sequence[Tensor],
+    shuffle: int,
+    form: str,
+) -> tuple[list[Tensor], Tensor]:
+    return _fake_rows(rows, plan)
+
+
+@combine.register_fake
+def _combine_fake(
+    rows: Sequence[Tensor],
+    row_weights: Tensor | None,
+    anchor: Tensor | None,
+    plan: Sequence[Tensor],
+    shuffle: int,
+    form: str,
+) -> list[Tensor]:
+    num_tokens = Plan.from_tensors(plan).num_tokens
+    return [each.new_empty(num_tokens, *each.shape[1:]) for each in rows]
+
+
+@dispatch_backward.register_fake
+def _dispatch_backward_fake(
+    grads: Sequence[Tensor],
+    grad_row_weights: Tensor | None,
+    plan: Sequence[Tensor],
+    shuffle: int,
+    form: str,
+) -> tuple[list[Tensor], Tensor]:
+    whole = Plan.from_tensors(plan)
+    sums = [each.new_empty(whole.num_tokens, *each.shape[1:]) for each in grads]
+    if grad_row_weights is None:
+        return sums, plan[0].new_empty(0, dtype=torch.float32)
+    return sums, grad_row_weights.new_empty(whole.num_tokens, whole.top_k)
+
+
+@combine_backward.register_fake
+def _combine_backward_fake(
+    grads: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    row_weights: Tensor | None,
+    plan: Sequence[Tensor],
+    shuffle: int,
+    form: str,
+) -> tuple[list[Tensor], Tensor]:
+    return _fake_rows(grads, plan)
+
+
+def _fake_rows(rows: Sequence[Tensor], plan: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    num_rows = Plan.from_tensors(plan).num_rows
+    got = [each.new_empty(num_rows, *each.shape[1:]) for each in rows]
+    return got, plan[1].new_empty(num_rows, dtype=torch.float32)
+
+
+def _fake_plan(topk_idx: Tensor, engine: Engine) -> list[Tensor]:
+    topology = engine.world.topology
+    num_tokens, top_k = topk_idx.shape
+    num_ranks = topology.num_ranks
+    ctx = torch.library.get_ctx()
+
+    def int64(*shape: int | torch.SymInt) -> Tensor:
+        return topk_idx.new_empty(shape, dtype=torch.int64)
+
+    def leg(num_rows: int | torch.SymInt) -> list[Tensor]:
+        segments, slots = ctx.new_dynamic_size(), ctx.new_dynamic_size()
+        sums = [int64(num_rows, top_k), int64(num_rows, top_k)]
+        head = [int64(num_ranks + 1), int64(segments), int64(segments + 1)]
+        return [*head, int64(slots), int64(slots), int64(slots), *sums]
+
+    def arrival() -> list[Tensor]:
+        segments, slots = ctx.new_dynamic_size(), ctx.new_dynamic_size()
+        head = [int64(num_ranks + 1), int64(num_ranks), int64(num_ranks)]
+        return [*head, int64(segments + 1), int64(slots), int64(slots)]
+
+    num_local = topology.num_local_experts[topology.rank]
+    plan = [
+        torch.empty(2, dtype=torch.int64),
+        int64(num_local),
+        topk_idx.new_empty(num_local + 1, dtype=torch.int32),
+        int64(ctx.new_dynamic_size()),
+        *leg(num_tokens),
+        *arrival(),
+    ]
+    if engine.plans_two_levels:
+        received = arrival()
+        plan += [*leg(num_tokens), *received, *leg(received[3].shape[0] - 1), *arrival()]
+    assert len(plan) == NUM_PLAN_TENSORS[2 if engine.plans_two_levels else 1]
+    return plan

@@ -1,0 +1,239 @@
+"""Short checks of the contract for a user's own machine and group: `fusco selftest`.
+
+A check makes all its calls before it compares anything, so that a rank where the answer is wrong
+keeps no other waiting. The full suite is in the project's tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+
+import fusco
+from fusco.testing import dense
+from fusco.testing.cases import (
+    Case,
+    Routing,
+    draw,
+    expect,
+    expect_close,
+    expect_dispatched,
+    expect_round_trip,
+    expect_same,
+    sizes,
+    two_nodes,
+)
+
+Group = dist.ProcessGroup | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One check.
+
+    Attributes:
+        name: a short, unique name.
+        description: what holds if it passes.
+        fn: called as `fn(group, engine)` by every rank of the group.
+
+    `fn` raises AssertionError, on the ranks where it is so, when something does not hold.
+    """
+
+    name: str
+    description: str
+    fn: Callable[[Group, str], None]
+
+
+def _case(group: Group, **changes: object) -> Case:
+    num_ranks = dist.get_world_size(group)
+    case = Case(num_tokens=sizes((13, 40, 5), group), num_experts=4 * num_ranks)
+    return replace(case, **changes)  # type: ignore[arg-type]
+
+
+def _round_trips(case: Case, group: Group, engine: str) -> None:
+    inputs = draw(case)
+    with case.shuffle(group, engine) as shuffle:
+        expect_round_trip(shuffle, inputs, dist.get_rank(group))
+
+
+def _dtype(dtype: torch.dtype) -> Callable[[Group, str], None]:
+    def check(group: Group, engine: str) -> None:
+        _round_trips(_case(group, dtype=dtype), group, engine)
+
+    return check
+
+
+def _routing(routing: Routing) -> Callable[[Group, str], None]:
+    def check(group: Group, engine: str) -> None:
+        _round_trips(_case(group, routing=routing, top_k=6), group, engine)
+
+    return check
+
+
+def _empty_ranks(group: Group, engine: str) -> None:
+    _round_trips(_case(group, num_tokens=sizes((0, 33, 0), group)), group, engine)
+
+
+def _no_weights(group: Group, engine: str) -> None:
+    _round_trips(_case(group, weighted=False), group, engine)
+
+
+def _alignment(group: Group, engine: str) -> None:
+    _round_trips(_case(group, expert_alignment=16), group, engine)
+
+
+def _placement(group: Group, engine: str) -> None:
+    num_ranks = dist.get_world_size(group)
+    placement = tuple(expert % num_ranks for expert in range(4 * num_ranks))
+    _round_trips(_case(group, placement=placement), group, engine)
+
+
+def _nodes(group: Group, engine: str) -> None:
+    _round_trips(two_nodes(_case(group, top_k=6, dtype=torch.bfloat16)), group, engine)
+
+
+def _bytes(group: Group, engine: str) -> None:
+    _round_trips(_case(group, payload="bytes", hidden_size=37), group, engine)
+
+
+def _scaled(group: Group, engine: str) -> None:
+    _round_trips(
+        _case(group, payload="scaled", hidden_size=256, dtype=torch.bfloat16), group, engine
+    )
+
+
+def _plan_reuse(group: Group, engine: str) -> None:
+    case, rank = _case(group), dist.get_rank(group)
+    first, second = draw(case), draw(case, 1)
+    second = replace(second, topk_idx=first.topk_idx, layout=first.layout, outputs=first.outputs)
+    with case.shuffle(group, engine) as shuffle:
+        plan = shuffle.dispatch(first.x[rank], first.topk_idx[rank], first.weights_of(rank)).plan
+        expect_round_trip(shuffle, second, rank, plan)
+
+
+def _growth(group: Group, engine: str) -> None:
+    num_ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    small = _case(group, num_tokens=(2,) * num_ranks)
+    large = _case(group, num_tokens=(200,) * num_ranks, routing="one-expert")
+    with large.shuffle(group, engine) as shuffle:
+        failures = []
+        for inputs in (draw(small), draw(large), draw(small, 1)):
+            try:
+                expect_round_trip(shuffle, inputs, rank)
+            except AssertionError as failure:
+                failures.append(str(failure))
+        expect(not failures, "; ".join(failures))
+
+
+def _gradients(group: Group, engine: str) -> None:
+    case, rank = _case(group, dtype=torch.float64), dist.get_rank(group)
+    inputs = draw(case)
+    assert inputs.topk_weights is not None
+    x = [t.clone().requires_grad_() for t in inputs.x]  # type: ignore[union-attr]
+    weights = [t.clone().requires_grad_() for t in inputs.topk_weights]
+
+    with case.shuffle(group, engine) as shuffle:
+        d = shuffle.dispatch(x[rank], inputs.topk_idx[rank], weights[rank])
+        assert isinstance(d.tokens, torch.Tensor)
+        y = shuffle.combine(d.tokens.sin(), d)
+        got = torch.autograd.grad(y.square().sum(), (x[rank], weights[rank]))
+
+    everyone = range(case.num_ranks)
+    outputs = [dense.dispatch(inputs.layout, x, r).sin() for r in everyone]
+    sums = [dense.combine(inputs.layout, outputs, r, weights[r]) for r in everyone]
+    loss = torch.stack([y.square().sum() for y in sums]).sum()
+    want = torch.autograd.grad(loss, (x[rank], weights[rank]), materialize_grads=True)
+    for name, one, other in zip(("x", "topk_weights"), got, want, strict=True):
+        tolerance = 1e-9 if one.dtype == torch.float64 else 1e-5
+        expect_close(one, other, tolerance, f"gradient of {name}")
+
+
+def _repeatable(group: Group, engine: str) -> None:
+    case, rank = _case(group, dtype=torch.bfloat16, top_k=8), dist.get_rank(group)
+    inputs = draw(case)
+    runs = []
+    with case.shuffle(group, engine) as shuffle:
+        for _ in range(3):
+            d = shuffle.dispatch(inputs.x[rank], inputs.topk_idx[rank], inputs.weights_of(rank))
+            runs.append((d.tokens, shuffle.combine(inputs.outputs[rank], d)))
+    for tokens, sums in runs[1:]:
+        expect_same(tokens, runs[0][0], "tokens of a repeated dispatch")
+        expect_same(sums, runs[0][1], "sums of a repeated combine")
+
+
+def _bad_input(group: Group, engine: str) -> None:
+    case, rank = _case(group), dist.get_rank(group)
+    inputs = draw(case)
+    wrong = inputs.topk_idx[rank].clone()
+    if rank == 0:
+        wrong[0, 0] = case.num_experts
+    with case.shuffle(group, engine) as shuffle:
+        raised = None
+        try:
+            shuffle.dispatch(inputs.x[rank], wrong, inputs.weights_of(rank))
+        except fusco.InputError as error:
+            raised = str(error)
+        expect_round_trip(shuffle, inputs, rank)
+    expect(raised is not None, "an expert id out of range on rank 0 was accepted")
+    expect("topk_idx" in str(raised), f"the error does not name the argument: {raised}")
+
+
+def _several(group: Group, engine: str) -> None:
+    case, rank = _case(group), dist.get_rank(group)
+    other = replace(case, hidden_size=96, dtype=torch.bfloat16, seed=1)
+    inputs, inputs_other = draw(case), draw(other)
+    with case.shuffle(group, engine) as one, other.shuffle(group, engine) as two:
+        d = one.dispatch(inputs.x[rank], inputs.topk_idx[rank], inputs.weights_of(rank))
+        d_other = two.dispatch(
+            inputs_other.x[rank], inputs_other.topk_idx[rank], inputs_other.weights_of(rank)
+        )
+        y_other = two.combine(inputs_other.outputs[rank], d_other)
+        y = one.combine(inputs.outputs[rank], d)
+    expect_dispatched(d, inputs, rank)
+    expect_dispatched(d_other, inputs_other, rank)
+    expect_same(y, inputs.sums(rank), "combine of the first Shuffle")
+    expect_same(y_other, inputs_other.sums(rank), "combine of the second Shuffle")
+
+
+CHECKS: tuple[Check, ...] = (
+    Check(
+        name="float32",
+        description="rows, counts, offsets, weights and sums equal the dense answer",
+        fn=_dtype(torch.float32),
+    ),
+    Check(name="bfloat16", description="the same in bfloat16", fn=_dtype(torch.bfloat16)),
+    Check(name="float16", description="the same in float16", fn=_dtype(torch.float16)),
+    Check(name="float64", description="the same in float64", fn=_dtype(torch.float64)),
+    Check(name="bytes", description="rows of raw bytes, an odd number of them", fn=_bytes),
+    Check(name="scaled-fp8", description="fp8 rows with their scales, as a tuple", fn=_scaled),
+    Check(
+        name="no-expert",
+        description="id -1 is no expert, and a token with none gives zeros",
+        fn=_routing("holes"),
+    ),
+    Check(
+        name="repeated-expert",
+        description="an expert chosen twice gets two rows",
+        fn=_routing("repeated"),
+    ),
+    Check(name="one-expert", description="one expert takes all", fn=_routing("one-expert")),
+    Check(name="nobody", description="no token has an expert", fn=_routing("nobody")),
+    Check(name="empty-ranks", description="some ranks hold no token", fn=_empty_ranks),
+    Check(name="no-weights", description="without weights, a plain sum", fn=_no_weights),
+    Check(name="alignment", description="experts padded to 16 rows of zeros", fn=_alignment),
+    Check(name="placement", description="experts dealt to the ranks in turn", fn=_placement),
+    Check(name="two-nodes", description="a plan of two levels, if ranks halve", fn=_nodes),
+    Check(name="plan-reuse", description="a plan serves other rows and weights", fn=_plan_reuse),
+    Check(name="growth", description="windows grow for a larger load", fn=_growth),
+    Check(name="several", description="two Shuffles in turn on one group", fn=_several),
+    Check(name="repeatable", description="the same bits every time", fn=_repeatable),
+    Check(name="gradients", description="of rows and weights, as of dense code", fn=_gradients),
+    Check(
+        name="bad-input",
+        description="a bad id raises on every rank, and the next call works",
+        fn=_bad_input,
+    ),
+)

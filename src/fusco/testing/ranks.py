@@ -1,0 +1,325 @@
+"""Ranks on one machine: persistent worker processes in one gloo group, each wait bounded.
+
+    with RankPool(4) as pool:
+        results = pool.run(train, config)      # train(rank, config) on every rank, by rank
+
+Workers start by *spawn*, so that `run` takes any function that pickles: one at the top of a module.
+They end with the pool, and with the process that made it, however that ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+_FINISH = b""
+_FINISH_S = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankError:
+    """What ended one rank's call: an exception there, or the worker's own end."""
+
+    type_name: str
+    message: str
+    traceback: str
+
+
+class RankFailure(RuntimeError):
+    """At least one rank did not return.
+
+    Attributes:
+        errors: by rank, what ended each call that did not return.
+        results: by rank, what the other ranks returned.
+    """
+
+    def __init__(
+        self, call: str, errors: Mapping[int, RankError], results: Mapping[int, Any]
+    ) -> None:
+        self.errors = dict(sorted(errors.items()))
+        self.results = dict(sorted(results.items()))
+        num_ranks = len(self.errors) + len(self.results)
+        lines = [f"{call} failed on {len(self.errors)} of {num_ranks} ranks"]
+        for rank, error in self.errors.items():
+            lines.append(f"rank {rank}: {error.type_name}: {error.message}")
+        lines.extend(error.traceback for error in self.errors.values() if error.traceback)
+        super().__init__("\n".join(lines))
+
+
+class RankPool:
+    """A context manager of `num_ranks` processes that share a default gloo group on loopback.
+
+    Args:
+        num_ranks: how many workers.
+        timeout_s: longest a `run` takes, and the timeout of the gloo group, in seconds.
+        threads_per_rank: threads of torch, OpenMP and numba in each worker.
+        grace_s: how long the other ranks may go on, in seconds, once one has failed.
+    """
+
+    def __init__(
+        self,
+        num_ranks: int,
+        *,
+        timeout_s: float = 180.0,
+        threads_per_rank: int = 1,
+        grace_s: float = 10.0,
+    ) -> None:
+        self.num_ranks = num_ranks
+        self.timeout_s = timeout_s
+        self.threads_per_rank = threads_per_rank
+        self.grace_s = grace_s
+        self._workers: list[_Worker] = []
+        self._folder: Path | None = None
+
+    def __enter__(self) -> RankPool:
+        self._start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The workers' process ids, by rank; a failed `run` ends them, the next starts others."""
+        return tuple(worker.pid for worker in self._workers)
+
+    def run(self, fn: Callable[..., Any], *args: Any) -> list[Any]:
+        """Call `fn(rank, *args)` on every rank and return the results by rank.
+
+        Raises:
+            RankFailure: a rank raised, died or took longer than `timeout_s`. No rank's state is
+                known then, so all workers are ended; the next `run` starts new ones.
+        """
+        request = pickle.dumps((fn, args))
+        if not self._workers:
+            self._start()
+        for worker in self._workers:
+            # A worker that died between two calls is reported by _collect, with its exit code.
+            with contextlib.suppress(BrokenPipeError):
+                worker.pipe.send_bytes(request)
+        return self._collect(getattr(fn, "__qualname__", repr(fn)))
+
+    def close(self) -> None:
+        """End the workers. Idempotent, and bounded: a worker that does not finish is killed."""
+        for worker in self._workers:
+            with contextlib.suppress(BrokenPipeError):
+                worker.pipe.send_bytes(_FINISH)
+        deadline = time.monotonic() + _FINISH_S
+        for worker in self._workers:
+            worker.process.join(max(0.0, deadline - time.monotonic()))
+        self._end()
+
+    def _start(self) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="fusco-ranks-"))
+        context = multiprocessing.get_context("spawn")
+        threads = str(self.threads_per_rank)
+        # These are read when libraries load, before any code of ours runs in the worker.
+        environment = {
+            "OMP_NUM_THREADS": threads,
+            "NUMBA_NUM_THREADS": threads,
+            "GLOO_SOCKET_IFNAME": _LOOPBACK,
+        }
+        try:
+            with _environment(environment):
+                for rank in range(self.num_ranks):
+                    ours, theirs = context.Pipe()
+                    settings = _Settings(
+                        rank=rank,
+                        num_ranks=self.num_ranks,
+                        folder=self._folder,
+                        timeout_s=self.timeout_s,
+                        num_threads=self.threads_per_rank,
+                    )
+                    process = context.Process(target=_work, args=(settings, theirs), daemon=True)
+                    process.start()
+                    theirs.close()
+                    self._workers.append(_Worker(process=process, pipe=ours))
+            self._collect("the start of the ranks")
+        except BaseException:
+            self._end()
+            raise
+
+    def _collect(self, call: str) -> list[Any]:
+        results: dict[int, Any] = {}
+        errors: dict[int, RankError] = {}
+        deadline = time.monotonic() + self.timeout_s
+        waiting = dict(enumerate(self._workers))
+        try:
+            while waiting and (left_s := deadline - time.monotonic()) > 0:
+                wait([h for worker in waiting.values() for h in worker.handles], left_s)
+                for rank, worker in list(waiting.items()):
+                    reply = worker.reply()
+                    if reply is None:
+                        continue
+                    del waiting[rank]
+                    if isinstance(reply, RankError):
+                        errors[rank] = reply
+                        deadline = min(deadline, time.monotonic() + self.grace_s)
+                    else:
+                        results[rank] = reply.value
+        except BaseException:
+            self._end()
+            raise
+        for rank in waiting:
+            message = f"had not returned from {call} when the wait for it ended"
+            errors[rank] = RankError(type_name="TimeoutError", message=message, traceback="")
+        if errors:
+            self._end()
+            raise RankFailure(call, errors, results)
+        return [results[rank] for rank in range(self.num_ranks)]
+
+    def _end(self) -> None:
+        for worker in self._workers:
+            worker.process.kill()  # also a stopped process obeys SIGKILL
+        for worker in self._workers:
+            worker.process.join()
+            worker.pipe.close()
+        self._workers.clear()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+
+def subgroup(ranks: Sequence[int], *, timeout_s: float = 180.0) -> dist.ProcessGroup | None:
+    """The group of these ranks of the default group, made once a process; None to a rank outside.
+
+    Every rank of the default group calls it, in the same order, also those that are not in it.
+    """
+    return _subgroup(tuple(ranks), timeout_s)
+
+
+@functools.cache
+def _subgroup(ranks: tuple[int, ...], timeout_s: float) -> dist.ProcessGroup | None:
+    if ranks == tuple(range(dist.get_world_size())):
+        return dist.group.WORLD
+    group = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s))
+    return group if dist.get_rank() in ranks else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    rank: int
+    num_ranks: int
+    folder: Path
+    timeout_s: float
+    num_threads: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Returned:
+    value: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Worker:
+    process: SpawnProcess
+    pipe: Connection
+
+    @property
+    def pid(self) -> int:
+        pid = self.process.pid
+        assert pid is not None
+        return pid
+
+    @property
+    def handles(self) -> tuple[Connection, int]:
+        return self.pipe, self.process.sentinel
+
+    def reply(self) -> _Returned | RankError | None:
+        """What this worker has answered; None while it still works."""
+        # Asked first, so that an answer sent just before the end is not taken for a death.
+        ended = not self.process.is_alive()
+        try:
+            if self.pipe.poll():
+                reply: _Returned | RankError = pickle.loads(self.pipe.recv_bytes())
+                return reply
+        except (EOFError, ConnectionResetError):
+            self.process.join()
+            ended = True
+        if not ended:
+            return None
+        message = f"the worker ended with exit code {self.process.exitcode}"
+        return RankError(type_name="RankDied", message=message, traceback="")
+
+
+def _work(settings: _Settings, pipe: Connection) -> None:
+    # An interrupt from the terminal reaches every process; the parent's answer to it is to end us.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, args=(settings.folder,), daemon=True).start()
+    pipe.send_bytes(_answer(_join_group, settings))
+    while request := pipe.recv_bytes():
+        pipe.send_bytes(_answer(_call, settings.rank, request))
+    dist.destroy_process_group()
+
+
+def _end_with_parent(folder: Path) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
+
+
+def _join_group(settings: _Settings) -> None:
+    torch.set_num_threads(settings.num_threads)
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(str(settings.folder / "store"), settings.num_ranks),
+        rank=settings.rank,
+        world_size=settings.num_ranks,
+        timeout=timedelta(seconds=settings.timeout_s),
+    )
+
+
+def _call(rank: int, request: bytes) -> Any:
+    fn, args = pickle.loads(request)
+    return fn(rank, *args)
+
+
+def _answer(fn: Callable[..., Any], *args: Any) -> bytes:
+    # Plain pickle: multiprocessing's own would lend tensors in shared memory that outlives us.
+    try:
+        return pickle.dumps(_Returned(value=fn(*args)))
+    except BaseException as error:  # noqa: BLE001 (it travels to the caller of `run`)
+        return pickle.dumps(
+            RankError(
+                type_name=type(error).__name__,
+                message=str(error),
+                traceback=traceback.format_exc(),
+            )
+        )
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,270 @@
+"""The data that flow through fusco, all frozen: routing, counts, legs, plans and results.
+
+Shape letters: T tokens of this rank, K experts a token (top-k), E experts, L experts of this rank,
+P ranks, N nodes, R rows this rank receives (padding counted), H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from torch import Tensor
+
+Rows = Tensor | tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablation:
+    """Each mechanism of the paper's Table 3 (FUSCO, section 5.4), to be switched off alone.
+
+    Attributes:
+        fusion: the layout change happens inside the transfer. Off: rows are permuted into
+            device-major order, moved, and permuted again.
+        deduplicate: a token crosses to a node, and to a rank, once. Off: once for each of its
+            experts, and combine then rounds every weighted row on its own.
+        balance: forwarders are chosen by load (Algorithm 1). Off: by position in the node.
+    """
+
+    fusion: bool = True
+    deduplicate: bool = True
+    balance: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Counts:
+    """What every rank tells every other before rows move; one row a source rank.
+
+    Attributes:
+        pairs: int64 `[P, E]`, (token, k) pairs routed to each expert.
+        tokens_to_rank: int64 `[P, P]`, distinct tokens with an expert on each rank.
+        tokens_to_node: int64 `[P, N]`, distinct tokens with an expert on each node.
+    """
+
+    pairs: Tensor
+    tokens_to_rank: Tensor
+    tokens_to_node: Tensor
+
+    @classmethod
+    def split(cls, packed: Tensor, num_experts: int, num_ranks: int) -> Counts:
+        """From the packed form `[P, E + P + N]` in which counts travel."""
+        return cls(
+            pairs=packed[:, :num_experts],
+            tokens_to_rank=packed[:, num_experts : num_experts + num_ranks],
+            tokens_to_node=packed[:, num_experts + num_ranks :],
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Leg:
+    """One hop, seen by its sender: dense segment descriptors, sorted by peer and then row.
+
+    A segment is one row on its way to one peer, with the list of the slots it must fill there;
+    the first of them is its landing slot.
+
+    Attributes:
+        peer_ptr: int64 `[P + 1]`, segments of peer p are `peer_ptr[p]:peer_ptr[p + 1]`.
+        row: int64 `[n]`, the row each segment is read from.
+        slot_ptr: int64 `[n + 1]`, slots of segment i are `slot_ptr[i]:slot_ptr[i + 1]`.
+        slot: int64 `[m]`, final slots, k ascending within a segment and rank.
+        pair: int64 `[m]`, the (row, k) pair that each slot serves, as an index into the flattened
+            pairs of the rows.
+        target: int64 `[m]`, the rank that owns each slot: the peer, or where the peer is only a
+            forwarder, a rank of its node.
+        sum_segment: int64 `[rows, K]`, the segments that combine adds for each row, in
+            (node, rank) order; -1 where there is none. On the first hop of a two-level plan,
+            numbers from `n` on name segments of the forwarding leg.
+        sum_node: int64 `[rows, K]`, the node of each of these.
+    """
+
+    peer_ptr: Tensor
+    row: Tensor
+    slot_ptr: Tensor
+    slot: Tensor
+    pair: Tensor
+    target: Tensor
+    sum_segment: Tensor
+    sum_node: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Arrival:
+    """The mirror image of a leg at its receiver: the same segments in the same order.
+
+    Attributes:
+        peer_ptr: int64 `[P + 1]`, segments from peer p are `peer_ptr[p]:peer_ptr[p + 1]`.
+        peer_start: int64 `[P]`, the number that each peer gives the first of these segments.
+        pair_start: int64 `[P]`, likewise for the first slot.
+        slot_ptr: int64 `[n + 1]`, slots of segment i are `slot_ptr[i]:slot_ptr[i + 1]`.
+        slot: int64 `[m]`, final slots.
+        target: int64 `[m]`, the rank that owns each slot.
+    """
+
+    peer_ptr: Tensor
+    peer_start: Tensor
+    pair_start: Tensor
+    slot_ptr: Tensor
+    slot: Tensor
+    target: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Forwarding:
+    """The node level of a two-level plan (FUSCO, section 3.3).
+
+    Attributes:
+        send: node-level forwarding descriptors: one segment a (token, remote node), to that
+            node's forwarder.
+        arrival: what this rank receives as a forwarder.
+        relay: expert-level distribution descriptors: from the rows received as a forwarder to the
+            ranks of this node.
+        relay_arrival: what other forwarders of this node relay to this rank.
+    """
+
+    send: Leg
+    arrival: Arrival
+    relay: Leg
+    relay_arrival: Arrival
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """Everything that dispatch, combine and their backwards need to know of one routing decision.
+
+    Attributes:
+        identity: int64 `[2]` on the CPU: the number of the plan, the same on every rank, and the
+            key of the Shuffle it belongs to.
+        tokens_per_expert: int64 `[L]`, padding not counted.
+        expert_offsets: int32 `[L + 1]`, padding counted.
+        row_segment: int64 `[R]`, the segment that fills each row, counted over `arrival` and then
+            the relay's arrival; -1 on padding.
+        send: expert-level descriptors of this rank's own tokens, to ranks reached directly.
+        arrival: what this rank receives directly.
+        forwarding: the node level; None in a one-level plan.
+    """
+
+    identity: Tensor
+    tokens_per_expert: Tensor
+    expert_offsets: Tensor
+    row_segment: Tensor
+    send: Leg
+    arrival: Arrival
+    forwarding: Forwarding | None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.send.sum_segment.shape[0]
+
+    @property
+    def top_k(self) -> int:
+        return self.send.sum_segment.shape[1]
+
+    @property
+    def num_rows(self) -> int:
+        """R, padding counted."""
+        return self.row_segment.shape[0]
+
+    def to_tensors(self) -> list[Tensor]:
+        """As a flat list, the form in which a plan passes through operators."""
+        flat = [self.identity, self.tokens_per_expert, self.expert_offsets, self.row_segment]
+        parts: list[Leg | Arrival] = [self.send, self.arrival]
+        if self.forwarding is not None:
+            level = self.forwarding
+            parts += [level.send, level.arrival, level.relay, level.relay_arrival]
+        for part in parts:
+            flat += [getattr(part, field.name) for field in fields(part)]
+        return flat
+
+    @classmethod
+    def from_tensors(cls, flat: Sequence[Tensor]) -> Plan:
+        """The inverse of `to_tensors`."""
+        rest = iter(flat)
+        head = [next(rest) for _ in range(4)]
+
+        def leg() -> Leg:
+            return Leg(**{field.name: next(rest) for field in fields(Leg)})
+
+        def arrival() -> Arrival:
+            return Arrival(**{field.name: next(rest) for field in fields(Arrival)})
+
+        direct = (leg(), arrival())
+        forwarding = None
+        if len(flat) > NUM_PLAN_TENSORS[1]:
+            forwarding = Forwarding(
+                send=leg(), arrival=arrival(), relay=leg(), relay_arrival=arrival()
+            )
+        return cls(
+            identity=head[0],
+            tokens_per_expert=head[1],
+            expert_offsets=head[2],
+            row_segment=head[3],
+            send=direct[0],
+            arrival=direct[1],
+            forwarding=forwarding,
+        )
+
+
+_HOP = len(fields(Leg)) + len(fields(Arrival))
+NUM_PLAN_TENSORS = {1: 4 + _HOP, 2: 4 + 3 * _HOP}
+"""Length of `Plan.to_tensors()` for plans of one and of two levels."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Segments:
+    """Segment descriptors for one peer (FUSCO, section 3.2): parts of a byte buffer, in order.
+
+    Attributes:
+        offset: int64 `[n]` on the CPU, where each segment begins, bytes.
+        size: int64 `[n]` on the CPU, bytes.
+    """
+
+    offset: Tensor
+    size: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Dispatched:
+    """What `Shuffle.dispatch` returns.
+
+    Attributes:
+        tokens: `[R, H]` expert-major, this rank's experts; a tuple where a tuple was dispatched.
+        tokens_per_expert: int64 `[L]`, padding not counted.
+        expert_offsets: int32 `[L + 1]`, padding counted: what grouped products take.
+        row_weights: float32 `[R]`, the router weight of each row; 1 where no weights were given,
+            0 on padding.
+        plan: reusable: `shuffle.dispatch(x2, topk_weights=w2, plan=d.plan)`.
+    """
+
+    tokens: Rows
+    tokens_per_expert: Tensor
+    expert_offsets: Tensor
+    row_weights: Tensor
+    plan: Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """What a Shuffle has done so far, as this rank saw it.
+
+    Attributes:
+        num_dispatches: dispatches, backwards of combine counted.
+        num_combines: combines, backwards of dispatch counted.
+        num_rows: rows received by dispatches, padding not counted.
+        bytes_to_peer: row bytes moved to each rank of the group; the own rank's are local.
+        load_imbalance: rows of the busiest rank over the mean, in the last plan.
+        wait_s: seconds spent waiting for each rank.
+        window_bytes: size of this rank's window now.
+    """
+
+    num_dispatches: int
+    num_combines: int
+    num_rows: int
+    bytes_to_peer: tuple[int, ...]
+    load_imbalance: float
+    wait_s: tuple[float, ...]
+    window_bytes: int
+
+
+def as_tuple(rows: Rows) -> tuple[Tensor, ...]:
+    """The tensors of a dispatch, one or several."""
+    return (rows,) if isinstance(rows, Tensor) else tuple(rows)

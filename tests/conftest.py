@@ -1,0 +1,36 @@
+"""What all tests share: one pool of eight ranks, the engines, and how hypothesis searches."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from fusco.testing.ranks import RankPool
+
+ENGINES = ("reference", "cpu")
+
+_COMMON = settings(
+    deadline=None,
+    database=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+# The same examples every time; HYPOTHESIS_PROFILE=search draws others, and more of them.
+settings.register_profile("fixed", _COMMON, derandomize=True, max_examples=40)
+settings.register_profile("search", _COMMON, derandomize=False, max_examples=400)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[RankPool]:
+    """Eight ranks that live as long as the session; tests take subgroups of them."""
+    with RankPool(8, timeout_s=120.0) as ranks:
+        yield ranks
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> str:
+    return str(request.param)

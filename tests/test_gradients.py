@@ -1,0 +1,185 @@
+"""Gradients of rows, weights and expert outputs, in fp64, against autograd of the dense code."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fusco.testing import dense
+from fusco.testing.cases import Case, Inputs, draw, expect_close
+from fusco.testing.ranks import RankPool, subgroup
+
+CASE = Case(num_tokens=(9, 0, 20, 3), hidden_size=5, top_k=4, num_experts=8, dtype=torch.float64)
+CASES = {
+    "plain": CASE,
+    "nodes": replace(CASE, ranks_per_node=2, routing="holes"),
+    "repeated": replace(CASE, routing="repeated", expert_alignment=4),
+    # Only rank 3 receives rows: the others take part in both backwards with none.
+    "rows-on-one-rank": replace(CASE, routing="one-expert", num_tokens=(5, 0, 0, 2)),
+    "nobody": replace(CASE, routing="nobody"),
+    "unweighted": replace(CASE, weighted=False),
+}
+
+
+def expert(rows: Tensor, bias: Tensor) -> Tensor:
+    """Not linear, and told apart by row, so that a misplaced gradient shows."""
+    return (rows * 1.5).sin() * bias
+
+
+def leaves(inputs: Inputs) -> tuple[list[Tensor], list[Tensor] | None, list[Tensor]]:
+    """Rows, weights and a per-row factor of the experts, of every rank, that want gradients."""
+    x = [t.detach().clone().requires_grad_() for t in inputs.x]  # type: ignore[union-attr]
+    weights = inputs.topk_weights
+    biases = [t.detach().clone().requires_grad_() for t in inputs.outputs]
+    return x, None if weights is None else [w.clone().requires_grad_() for w in weights], biases
+
+
+def dense_gradients(inputs: Inputs, rank: int) -> list[Tensor]:
+    x, weights, biases = leaves(inputs)
+    everyone = range(inputs.case.num_ranks)
+    outputs = [expert(dense.dispatch(inputs.layout, x, r), biases[r]) for r in everyone]
+    sums = [
+        dense.combine(
+            inputs.layout,
+            outputs,
+            r,
+            None if weights is None else weights[r],
+            node_of_rank=inputs.case.node_of_rank,
+        )
+        for r in everyone
+    ]
+    loss = torch.stack([(y.cos() * y).sum() for y in sums]).sum()
+    wanted = [x[rank], biases[rank]] + ([] if weights is None else [weights[rank]])
+    return list(torch.autograd.grad(loss, wanted, materialize_grads=True))
+
+
+def gradients(rank: int, members: tuple[int, ...], case: Case, engine: str) -> None:
+    group = subgroup(members)
+    if group is None:
+        return
+    rank = dist.get_rank(group)
+    inputs = draw(case)
+    x, weights, biases = leaves(inputs)
+    mine = [x[rank], biases[rank]] + ([] if weights is None else [weights[rank]])
+    with case.shuffle(group, engine) as shuffle:
+        d = shuffle.dispatch(
+            x[rank], inputs.topk_idx[rank], None if weights is None else weights[rank]
+        )
+        assert isinstance(d.tokens, Tensor)
+        y = shuffle.combine(expert(d.tokens, biases[rank]), d)
+        got = torch.autograd.grad((y.cos() * y).sum(), mine)
+    want = dense_gradients(inputs, rank)
+    for name, one, other in zip(("x", "outputs", "topk_weights"), got, want, strict=False):
+        tolerance = 1e-12 if one.dtype == torch.float64 else 1e-6
+        expect_close(one, other, tolerance, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_equal_dense(pool: RankPool, engine: str, name: str) -> None:
+    pool.run(gradients, (0, 1, 2, 3), CASES[name], engine)
+
+
+def directional(rank: int, case: Case, engine: str) -> tuple[float, float]:
+    """Along one direction of all ranks' rows: by autograd, and by central differences."""
+    group = subgroup(range(case.num_ranks))
+    if group is None:
+        return 0.0, 0.0
+    inputs = draw(case)
+    x, bias = inputs.x[rank], inputs.outputs[rank]
+    assert isinstance(x, Tensor)
+    direction = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(rank))
+
+    with case.shuffle(group, engine) as shuffle:
+
+        def loss(rows: Tensor) -> Tensor:
+            d = shuffle.dispatch(rows, inputs.topk_idx[rank], inputs.weights_of(rank))
+            assert isinstance(d.tokens, Tensor)
+            return shuffle.combine(expert(d.tokens, bias), d).square().sum()
+
+        leaf = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(leaf), leaf)
+        step = 1e-6
+        rise = loss(x + step * direction) - loss(x - step * direction)
+    return float((gradient * direction).sum()), float(rise) / (2 * step)
+
+
+def test_gradients_equal_finite_differences(pool: RankPool, engine: str) -> None:
+    case = replace(CASE, num_tokens=(6, 3, 0), num_experts=6)
+    by_rank = pool.run(directional, case, engine)
+    by_autograd, by_difference = (sum(column) for column in zip(*by_rank, strict=True))
+    assert by_autograd == pytest.approx(by_difference, rel=1e-6)
+    assert abs(by_autograd) > 1e-3
+
+
+def partial_gradients(rank: int, engine: str) -> list[bool]:
+    """What gets a gradient when only some leaves, and not the same on all ranks, want one."""
+    case = replace(CASE, num_tokens=(4, 4))
+    group = subgroup((0, 1))
+    if group is None:
+        return []
+    inputs = draw(case)
+    x, weights, bias = inputs.x[rank], inputs.weights_of(rank), inputs.outputs[rank]
+    assert isinstance(x, Tensor)
+    assert weights is not None
+    with case.shuffle(group, engine) as shuffle:
+        # The router alone.
+        weights.requires_grad_()
+        d = shuffle.dispatch(x, inputs.topk_idx[rank], weights)
+        assert isinstance(d.tokens, Tensor)
+        shuffle.combine(d.tokens * bias, d).sum().backward()
+        router = weights.grad is not None and x.grad is None
+        weights.grad = None
+        weights.requires_grad_(False)
+        # The experts alone.
+        bias.requires_grad_()
+        d = shuffle.dispatch(x, inputs.topk_idx[rank], weights)
+        assert isinstance(d.tokens, Tensor)
+        shuffle.combine(d.tokens * bias, d).sum().backward()
+        experts = bias.grad is not None
+        # Nothing.
+        with torch.no_grad():
+            d = shuffle.dispatch(x, inputs.topk_idx[rank], weights)
+            assert isinstance(d.tokens, Tensor)
+            nothing = not shuffle.combine(d.tokens * bias, d).requires_grad
+    return [router, experts, nothing]
+
+
+def test_only_some_leaves_want_gradients(pool: RankPool, engine: str) -> None:
+    assert pool.run(partial_gradients, engine)[:2] == [[True] * 3] * 2
+
+
+def double_use(rank: int, engine: str) -> None:
+    """Two layers that share a plan, and rows that are used twice, add their gradients."""
+    case = replace(CASE, num_tokens=(5, 8, 2))
+    group = subgroup((0, 1, 2))
+    if group is None:
+        return
+    inputs = draw(case)
+    leaf = inputs.x[rank].clone().requires_grad_()  # type: ignore[union-attr]
+    with case.shuffle(group, engine) as shuffle:
+        first = shuffle.dispatch(leaf, inputs.topk_idx[rank], inputs.weights_of(rank))
+        assert isinstance(first.tokens, Tensor)
+        y = leaf + shuffle.combine(first.tokens.sin(), first)
+        second = shuffle.dispatch(y, topk_weights=inputs.weights_of(rank), plan=first.plan)
+        assert isinstance(second.tokens, Tensor)
+        (got,) = torch.autograd.grad(shuffle.combine(second.tokens.cos(), second).sum(), leaf)
+
+    x = [t.clone().requires_grad_() for t in inputs.x]  # type: ignore[union-attr]
+    everyone = range(case.num_ranks)
+
+    def layer(rows: list[Tensor], wave: str) -> list[Tensor]:
+        outputs = [getattr(dense.dispatch(inputs.layout, rows, r), wave)() for r in everyone]
+        return [dense.combine(inputs.layout, outputs, r, inputs.weights_of(r)) for r in everyone]
+
+    hidden = [a + b for a, b in zip(x, layer(x, "sin"), strict=True)]
+    loss = torch.stack([y.sum() for y in layer(hidden, "cos")]).sum()
+    (want,) = torch.autograd.grad(loss, x[rank])
+    expect_close(got, want, 1e-12, "gradient through two layers")
+
+
+def test_two_layers_share_a_plan(pool: RankPool, engine: str) -> None:
+    pool.run(double_use, engine)

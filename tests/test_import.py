@@ -1,0 +1,60 @@
+"""Importing fusco does no work, and what it promises to export is there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import fusco
+
+PROBE = """
+import json, os, sys, threading
+import torch
+before = set(os.listdir("/proc/self/fd")), threading.active_count(), dict(os.environ)
+import fusco
+after = set(os.listdir("/proc/self/fd")), threading.active_count(), dict(os.environ)
+print(json.dumps({
+    "same": before == after,
+    "process group": torch.distributed.is_initialized(),
+    "cuda": torch.cuda.is_initialized(),
+    "heavy": [m for m in ("numba", "matplotlib", "typer", "rich") if m in sys.modules],
+}))
+"""
+
+
+def test_import_does_no_work() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", PROBE],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert json.loads(done.stdout) == {
+        "same": True,
+        "process group": False,
+        "cuda": False,
+        "heavy": [],
+    }
+    assert done.stderr == ""
+
+
+def test_exports() -> None:
+    for name in (
+        "Shuffle",
+        "exchange",
+        "Dispatched",
+        "Plan",
+        "Ablation",
+        "Stats",
+        "FuscoError",
+        "InputError",
+        "DisagreementError",
+        "PeerError",
+        "ClosedError",
+        "EngineUnavailableError",
+        "__version__",
+    ):
+        assert hasattr(fusco, name), name
+        assert name in fusco.__all__

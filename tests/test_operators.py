@@ -1,0 +1,127 @@
+"""The core calls are proper torch operators: schema, autograd, fake kernels, compilation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint
+
+from fusco.testing.cases import Case, draw, expect, expect_same
+from fusco.testing.ranks import RankPool, subgroup
+
+CASE = Case(num_tokens=(5, 7), hidden_size=8, top_k=2, num_experts=4)
+NAMES = (
+    "dispatch",
+    "dispatch_planned",
+    "combine",
+    "dispatch_backward",
+    "combine_backward",
+)
+
+
+def check_operators(rank: int, case: Case, engine: str) -> list[str]:
+    group = subgroup(range(case.num_ranks))
+    if group is None:
+        return []
+    inputs = draw(case)
+    x = inputs.x[rank].clone().requires_grad_()  # type: ignore[union-attr]
+    weights = inputs.weights_of(rank)
+    assert weights is not None
+    weights.requires_grad_()
+    outputs = inputs.outputs[rank].clone().requires_grad_()
+    with case.shuffle(group, engine) as shuffle:
+        key = shuffle._key
+        d = shuffle.dispatch(x, inputs.topk_idx[rank], weights)
+        plan = d.plan.to_tensors()
+        row_weights = d.row_weights.detach().clone().requires_grad_()
+        sums = torch.zeros_like(x, requires_grad=False)
+        arguments = {
+            "dispatch": ([x], inputs.topk_idx[rank], weights, key, ""),
+            "dispatch_planned": ([x], weights, plan, key, ""),
+            "combine": ([outputs], row_weights, None, plan, key, ""),
+            "dispatch_backward": ([outputs.detach()], row_weights.detach(), plan, key, ""),
+            "combine_backward": ([sums], [outputs.detach()], row_weights.detach(), plan, key, ""),
+        }
+        for name in NAMES:
+            opcheck(getattr(torch.ops.fusco, name).default, arguments[name])
+    return [name for name in dir(torch.ops.fusco) if name in arguments]
+
+
+def test_opcheck(pool: RankPool, engine: str) -> None:
+    for case in (CASE, replace(CASE, num_tokens=(5, 7, 0, 2), ranks_per_node=2)):
+        pool.run(check_operators, case, engine)
+
+
+def check_registry(rank: int) -> set[str]:
+    namespace = "fusco::"
+    return {
+        name.removeprefix(namespace)
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith(namespace)
+    }
+
+
+def test_every_operator_is_checked(pool: RankPool) -> None:
+    assert pool.run(check_registry)[0] == set(NAMES)
+
+
+def check_checkpointing(rank: int, engine: str) -> None:
+    """Recomputing a layer in the backward moves rows again, and gives the same gradients."""
+    group = subgroup((0, 1))
+    if group is None:
+        return
+    inputs = draw(CASE)
+    gradients = []
+    with CASE.shuffle(group, engine) as shuffle:
+
+        def layer(rows: Tensor) -> Tensor:
+            d = shuffle.dispatch(rows, inputs.topk_idx[rank], inputs.weights_of(rank))
+            assert isinstance(d.tokens, Tensor)
+            return shuffle.combine(d.tokens.sin(), d)
+
+        for again in (False, True):
+            leaf = inputs.x[rank].clone().requires_grad_()  # type: ignore[union-attr]
+            y = checkpoint(layer, leaf, use_reentrant=False) if again else layer(leaf)
+            y.square().sum().backward()
+            assert leaf.grad is not None
+            gradients.append(leaf.grad)
+    expect_same(gradients[1], gradients[0], "gradients with checkpointing")
+
+
+def test_checkpointing(pool: RankPool, engine: str) -> None:
+    pool.run(check_checkpointing, engine)
+
+
+def check_compile(rank: int, engine: str) -> None:
+    """Traced whole, without a break, the layer gives the same sums and gradients."""
+    group = subgroup((0, 1))
+    if group is None:
+        return
+    inputs = draw(CASE)
+    with CASE.shuffle(group, engine) as shuffle:
+
+        def layer(rows: Tensor, idx: Tensor, weights: Tensor) -> Tensor:
+            d = shuffle.dispatch(rows, idx, weights)
+            assert isinstance(d.tokens, Tensor)
+            return shuffle.combine(d.tokens * 2, d)
+
+        traced = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+        results = []
+        for fn in (layer, traced):
+            leaf = inputs.x[rank].clone().requires_grad_()  # type: ignore[union-attr]
+            weights = inputs.weights_of(rank)
+            assert weights is not None
+            y = fn(leaf, inputs.topk_idx[rank], weights)
+            y.square().sum().backward()
+            assert leaf.grad is not None
+            results.append((y.detach(), leaf.grad))
+    expect(len(results) == 2, "both ran")
+    expect_same(results[1][0], results[0][0], "sums")
+    expect_same(results[1][1], results[0][1], "gradients")
+
+
+def test_compile(pool: RankPool, engine: str) -> None:
+    pool.run(check_compile, engine)
