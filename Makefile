@@ -1,5 +1,5 @@
 # `make demo` and `make test` need nothing but python3 (3.10 to 3.13, with venv and pip) and make.
-# Another Python: make PYTHON=python3.12 demo. More options: make bench ARGS="--num-ranks 8".
+# Another Python: make clean, then make PYTHON=python3.12 demo. More options: make bench ARGS="--num-ranks 8".
 
 PYTHON ?= python3
 ARGS ?=
@@ -40,13 +40,16 @@ format: .venv
 
 .venv: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit(f"fusco needs Python 3.10 or later, $(PYTHON) is {sys.version.split()[0]}: make PYTHON=python3.11 ...")'
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv or pip: install them (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
-	$(PYTHON) -m venv .venv
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/pip
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,plot]'
 	@touch $@
 
+# Made once: another Python on top of an existing environment would mix the two.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit(f"fusco needs Python 3.10 or later, $(PYTHON) is {sys.version.split()[0]}: make PYTHON=python3.11 ...")'
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv or pip: install them (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+
 clean:
-	rm -rf .venv build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
-	find src tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +

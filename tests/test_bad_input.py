@@ -127,6 +127,12 @@ MISTAKES: Mapping[str, Mistake] = {
         call=lambda r: r.dispatch(x=r.x.half()), names="float16", error=DISAGREE
     ),
     "x-is-elsewhere": Mistake(call=lambda r: r.dispatch(x=r.x.to("meta")), names="x"),
+    "all-is-elsewhere": Mistake(
+        call=lambda r: r.dispatch(
+            x=r.x.to("meta"), topk_idx=r.idx.to("meta"), topk_weights=r.weights.to("meta")
+        ),
+        names="x",
+    ),
     "x-is-a-tuple-of-none": Mistake(call=lambda r: r.dispatch(x=()), names="x"),
     "x-is-a-tuple-of-two-lengths": Mistake(
         call=lambda r: r.dispatch(x=(r.x[:, :4], r.x[1:, :4])), names="x"

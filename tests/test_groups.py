@@ -44,7 +44,7 @@ def in_disjoint_groups(rank: int, engine: str) -> None:
     """Two groups of different sizes shuffle at the same time; their ranks interleave."""
     evens, odds = subgroup((0, 2, 4, 6, 7)), subgroup((1, 3, 5))
     group = evens or odds
-    case = over(group, seed=rank % 2)
+    case = over(group, seed=dist.get_world_size(group))
     with case.shuffle(group, engine) as shuffle:
         for round_ in range(3):
             expect_round_trip(shuffle, draw(case, round_), dist.get_rank(group))
@@ -98,7 +98,7 @@ def on_odd_nodes(rank: int, engine: str) -> None:
     if group is None:
         return
     os.environ["FUSCO_NODE_ID"] = str(nodes[rank])
-    case = over(group, top_k=6, routing="repeated", num_tokens=(5, 9, 0, 30, 8, 8))
+    case = over(group, top_k=6, routing="repeated")
     inputs = draw(case)
     try:
         with case.shuffle(group, engine) as shuffle:
@@ -175,5 +175,4 @@ def lifetimes(rank: int, engine: str) -> list[str]:
 def test_closing(pool: RankPool, engine: str) -> None:
     for errors in pool.run(lifetimes, engine)[:2]:
         assert len(errors) == 2
-        assert "dispatch" in errors[0]
-        assert "combine" in errors[1]
+        assert all("closed" in text for text in errors)

@@ -7,10 +7,10 @@ import time
 from dataclasses import replace
 
 import torch
-from conftest import ENGINES
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from conftest import ENGINES
 from fusco.testing.cases import Case, draw, expect, expect_dispatched, expect_same
 from fusco.testing.ranks import RankPool, subgroup
 

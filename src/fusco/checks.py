@@ -24,7 +24,7 @@ class Limits:
         top_k: K.
         max_tokens: the most tokens a rank may dispatch.
         row_bytes: the most bytes a row may have, over all tensors of a tuple.
-        device_types: kinds of device the engine works on; None: any.
+        device_types: kinds of device the engine works on.
         key: the mark that the Shuffle's plans carry.
     """
 
@@ -32,7 +32,7 @@ class Limits:
     top_k: int
     max_tokens: int
     row_bytes: int
-    device_types: tuple[str, ...] | None
+    device_types: tuple[str, ...]
     key: int
 
     def check_dispatch(
@@ -91,6 +91,7 @@ class Limits:
         self._check_plan("combine", dispatched.plan)
         rows = self._check_rows("combine", "expert_outputs", expert_outputs)
         num_rows = dispatched.plan.num_rows
+        _check_device("combine", "expert_outputs", rows[0], dispatched.plan.row_segment.device)
         for each in rows:
             if each.dtype not in SUMMABLE:
                 raise input_error(
@@ -164,12 +165,12 @@ class Limits:
                 remedy="row i of every tensor belongs to token i",
             )
         kinds = self.device_types
-        if each.device != first.device or (kinds and each.device.type not in kinds):
+        if each.device != first.device or each.device.type not in kinds:
             raise input_error(
                 operation,
                 argument,
                 got=f"a tensor on {each.device}",
-                expected=f"all on one {' or '.join(kinds) if kinds else 'device'}",
+                expected=f"all on one {' or '.join(kinds)} device",
                 remedy="move it, or choose another engine",
             )
 
@@ -193,7 +194,7 @@ class Limits:
                 expected=f"int64 or int32 of shape {shape}",
                 remedy="one row a token of x, one column each of top_k; -1 for no expert",
             )
-        _check_device("topk_idx", topk_idx, device)
+        _check_device("dispatch", "topk_idx", topk_idx, device)
         if not topk_idx.numel():
             return
         low, high = (int(bound) for bound in torch.aminmax(topk_idx))
@@ -226,7 +227,7 @@ class Limits:
                 expected=f"float32 of shape {shape}",
                 remedy="pass topk_weights.float(), one weight for each expert id",
             )
-        _check_device("topk_weights", topk_weights, device)
+        _check_device("dispatch", "topk_weights", topk_weights, device)
 
     def _check_plan(self, operation: str, plan: Plan) -> None:
         if not isinstance(plan, Plan):
@@ -247,10 +248,12 @@ class Limits:
             )
 
 
-def _check_device(argument: str, tensor: Tensor, device: torch.device) -> None:
+def _check_device(
+    operation: str, argument: str, tensor: Tensor, device: torch.device
+) -> None:
     if tensor.device != device:
         raise input_error(
-            "dispatch",
+            operation,
             argument,
             got=f"a tensor on {tensor.device}",
             expected=f"{device}, where x is",

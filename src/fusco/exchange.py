@@ -137,7 +137,7 @@ def _check_side(
             expected="a contiguous tensor",
             remedy="offsets count its bytes",
         )
-    if kinds is not None and buffer.device.type not in kinds:
+    if buffer.device.type not in kinds:
         raise input_error(
             "exchange",
             buffer_name,

@@ -29,9 +29,10 @@ def weigh_gradients(
     weighted = [torch.empty_like(grad) for grad in grads]
     for grad, row, out in zip(grads, rows, weighted, strict=True):
         wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
-        flat_grad, flat_row, flat_out = (each.view(num_rows, -1) for each in (grad, row, out))
+        shape = (num_rows, grad.shape[1:].numel())
+        flat_grad, flat_row, flat_out = (each.view(shape) for each in (grad, row, out))
         # Chunks bound the wide temporaries.
-        step = max(1, _CHUNK_ELEMENTS // max(1, flat_grad.shape[1]))
+        step = max(1, _CHUNK_ELEMENTS // max(1, shape[1]))
         for begin in range(0, num_rows, step):
             part = slice(begin, begin + step)
             wide_grad = flat_grad[part].to(wide)

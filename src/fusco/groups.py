@@ -42,6 +42,19 @@ def resolve_group(operation: str, group: dist.ProcessGroup | dist.DeviceMesh | N
     return dist.group.WORLD
 
 
+def group_device_types(group: dist.ProcessGroup) -> tuple[str, ...]:
+    """Kinds of device whose tensors the group can send."""
+    # NOTE: torch offers no public way to ask.
+    return tuple(device.type for device in group._device_types)
+
+
+def group_timeout_s(group: dist.ProcessGroup) -> float:
+    """The timeout that the group was made with, seconds."""
+    # NOTE: torch has a public setter for it and no getter.
+    backend = group._get_backend(group._device_types[0])
+    return float(backend.options._timeout.total_seconds())
+
+
 def _bad_group(operation: str, got: str, expected: str, remedy: str) -> InputError:
     return input_error(operation, "group", got=got, expected=expected, remedy=remedy)
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from fusco import env
 from fusco.engines import probe
 from fusco.errors import DisagreementError, EngineUnavailableError, InputError, input_error
-from fusco.groups import resolve_timeout_s
+from fusco.groups import group_timeout_s, resolve_timeout_s
 from fusco.transports.mailbox import Mailbox
 
 
@@ -106,13 +106,6 @@ def check_engine(operation: str, engine: str) -> None:
             expected=" or ".join(names),
             remedy="see `fusco doctor` for what can run here",
         )
-
-
-def group_timeout_s(group: dist.ProcessGroup) -> float:
-    """The timeout that the group was made with, seconds."""
-    # NOTE: torch has a public setter for it and no getter.
-    backend = group._get_backend(group._device_types[0])
-    return float(backend.options._timeout.total_seconds())
 
 
 def host_id() -> str:

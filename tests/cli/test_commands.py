@@ -101,7 +101,7 @@ def test_a_users_error_is_short_and_exits_with_2(arguments: str, message: str) -
 
 
 def test_an_error_on_the_ranks_is_as_short() -> None:
-    result = fusco_command(*SMALL, "--pattern", "imbalanced")
+    result = fusco_command(*SMALL, "--pattern", "imbalanced", "--ranks-per-node", "2")
     assert result.returncode == 2, result.stderr
     assert "top_k: got 2 with 4 experts on 1 nodes" in result.stderr
     assert len(result.stderr.splitlines()) == 1

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 FLOOR_COLOUR, FUSCO_COLOUR, BASELINE_COLOUR = "#aab2bd", "#0b7a75", "#d1603d"
 COMBINE_ALPHA = 0.6
-BAR_WIDTH = 0.28
+BAR_STEP, BAR_WIDTH = 0.28, 0.26
 
 
 def plot_measurements(measurements: Sequence[Measurement], path: Path) -> None:
@@ -41,9 +41,9 @@ def plot_measurements(measurements: Sequence[Measurement], path: Path) -> None:
         of_pattern = [m for m in measurements if m.pattern == pattern]
         fusco = {m.op: m for m in of_pattern if not m.is_baseline}
         baseline = {m.op: m for m in of_pattern if m.is_baseline}
-        _draw_floor(axes, place - BAR_WIDTH, fusco["total"])
+        _draw_floor(axes, place - BAR_STEP, fusco["total"])
         _draw_bar(axes, place, fusco, FUSCO_COLOUR)
-        _draw_bar(axes, place + BAR_WIDTH, baseline, BASELINE_COLOUR)
+        _draw_bar(axes, place + BAR_STEP, baseline, BASELINE_COLOUR)
     one = measurements[0]
     axes.set_title(
         f"Dispatch and combine of {one.num_ranks} ranks, {one.num_tokens} tokens a rank,\n"
@@ -71,7 +71,7 @@ def plot_measurements(measurements: Sequence[Measurement], path: Path) -> None:
 
 def _draw_floor(axes: Axes, x: float, total: Measurement) -> None:
     axes.bar(x, total.floor_ms, BAR_WIDTH, color=FLOOR_COLOUR)
-    _label(axes, x, total.floor_ms, f"{total.floor_ms:.0f}")
+    _label(axes, x, total.floor_ms, f"{total.floor_ms:.3g}")
 
 
 def _draw_bar(axes: Axes, x: float, by_op: dict[str, Measurement], colour: str) -> None:
@@ -88,7 +88,7 @@ def _draw_bar(axes: Axes, x: float, by_op: dict[str, Measurement], colour: str) 
     top = dispatch.p50_ms + combine.p50_ms
     axes.vlines(x, total.p10_ms, total.p90_ms, color="#333333", linewidth=1)
     speed_up = "" if total.is_baseline else f"{total.ratio_to_baseline:.1f}x\n"
-    _label(axes, x, max(top, total.p90_ms), f"{speed_up}{total.p50_ms:.0f}")
+    _label(axes, x, max(top, total.p90_ms), f"{speed_up}{total.p50_ms:.3g}")
 
 
 def _label(axes: Axes, x: float, y: float, text: str) -> None:

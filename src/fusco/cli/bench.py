@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fusco.cli.failures import USER_ERROR, fail, short_failures
-from fusco.cli.launch import is_speaker, launched_group, launched_ranks
+from fusco.cli.launch import choose_num_ranks, is_speaker, launched_group, launched_ranks
 
 if TYPE_CHECKING:
     from fusco.bench import BenchConfig, Measurement
 
-DEFAULT_RANKS, DEFAULT_TOP_K, DEFAULT_EXPERTS = 4, 8, 64
+DEFAULT_TOP_K, DEFAULT_EXPERTS = 8, 64
+NODE_PATTERNS = ("single-node", "imbalanced")
 
 
 def bench(
@@ -35,7 +36,7 @@ def bench(
         str, typer.Option(metavar="bfloat16|float16|float32|float64", help="Of the rows.")
     ] = "bfloat16",
     engine: Annotated[
-        str, typer.Option(metavar="auto|cpu|reference", help="fusco's engine.")
+        str, typer.Option(metavar="NAME", help="fusco's engine, of those that fusco doctor lists.")
     ] = "auto",
     pattern: Annotated[
         str,
@@ -50,7 +51,10 @@ def bench(
     ] = None,
     ranks_per_node: Annotated[
         int | None,
-        typer.Option(help="Treat so many ranks as a node.", show_default="by host"),
+        typer.Option(
+            help="Treat so many ranks as a node.",
+            show_default="by host; half of the ranks for single-node and imbalanced",
+        ),
     ] = None,
     iterations: Annotated[int, typer.Option(help="Iterations that count.")] = 30,
     warmup: Annotated[int, typer.Option(help="Iterations before them.")] = 3,
@@ -81,12 +85,15 @@ def bench(
         if trace is not None:
             recorded = load_trace(trace)
             default_experts, default_top_k = recorded.num_experts, recorded.top_k
+        total = choose_num_ranks("bench", num_ranks)
+        if ranks_per_node is None and pattern in NODE_PATTERNS and launched_ranks() is None:
+            ranks_per_node = 1 if total % 2 else total // 2
         config = BenchConfig(
-            num_ranks=_first(num_ranks, launched_ranks(), DEFAULT_RANKS),
+            num_ranks=total,
             num_tokens=num_tokens,
             hidden_size=hidden_size,
-            top_k=_first(top_k, default_top_k),
-            num_experts=_first(num_experts, default_experts),
+            top_k=default_top_k if top_k is None else top_k,
+            num_experts=default_experts if num_experts is None else num_experts,
             dtype=dtype,
             engine=engine,
             pattern=pattern,
@@ -140,7 +147,3 @@ def _check_writable(path: Path) -> None:
             pass
     except OSError as error:
         raise fail(f"bench: --output: {error}", USER_ERROR) from None
-
-
-def _first(*values: int | None) -> int:
-    return next(value for value in values if value is not None)

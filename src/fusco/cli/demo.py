@@ -9,19 +9,20 @@ import typer
 
 from fusco.cli.failures import short_failures
 
-DEFAULT_STEPS = 120
-
 
 def demo(
     output_dir: Annotated[
         Path, typer.Option(file_okay=False, help="Folder for the plot and the records.")
     ] = Path("demo-output"),
     num_ranks: Annotated[int, typer.Option(help="Ranks to start.")] = 4,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = DEFAULT_STEPS,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Training steps.", show_default="two minutes' worth")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the model and the data.")] = 0,
 ) -> None:
     """Train a small MoE language model on real text through fusco, check it, and measure it."""
     with short_failures():
         from fusco.demo import run_demo
 
-        run_demo(output_dir=output_dir, num_ranks=num_ranks, steps=steps, seed=seed)
+        length = {} if steps is None else {"steps": steps}
+        run_demo(output_dir=output_dir, num_ranks=num_ranks, seed=seed, **length)

@@ -6,12 +6,36 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+DEFAULT_RANKS = 4
+
 
 def launched_ranks() -> int | None:
     """How many ranks a launcher started, this process among them; None if it started none."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return None
     return int(os.environ["WORLD_SIZE"])
+
+
+def choose_num_ranks(operation: str, asked: int | None) -> int:
+    """As many ranks as were launched; else as many as asked for, or the default.
+
+    Raises:
+        InputError: another number was launched than asked for.
+    """
+    launched = launched_ranks()
+    if launched is None:
+        return DEFAULT_RANKS if asked is None else asked
+    if asked not in (None, launched):
+        from fusco.errors import input_error
+
+        raise input_error(
+            operation,
+            "num_ranks",
+            got=str(asked),
+            expected=f"{launched}, the ranks that were launched",
+            remedy="leave it out under torchrun",
+        )
+    return launched
 
 
 def is_speaker() -> bool:

@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fusco.cli.failures import FAILURE, short_failures
-from fusco.cli.launch import is_speaker, launched_group, launched_ranks
+from fusco.cli.launch import choose_num_ranks, is_speaker, launched_group, launched_ranks
 
 if TYPE_CHECKING:
     from fusco.testing.conformance import Check
     from fusco.testing.ranks import RankPool
-
-DEFAULT_RANKS = 4
 
 
 def selftest(
@@ -26,7 +24,7 @@ def selftest(
     ] = None,
     engine: Annotated[
         str,
-        typer.Option(metavar="all|cpu|reference", help="Engine to check; all is all there are."),
+        typer.Option(metavar="NAME", help="Engine to check; all is every one that can run here."),
     ] = "all",
 ) -> None:
     """Check on this machine that every engine does what it promises, a line a check.
@@ -35,14 +33,14 @@ def selftest(
     """
     with short_failures():
         engines = _engines(engine)
-        _check_num_ranks(num_ranks)
+        total = choose_num_ranks("selftest", num_ranks)
         from fusco.testing.ranks import RankPool
 
         with launched_group():
             if launched_ranks() is not None:
                 num_failed = _run_checks(engines, None)
             else:
-                with RankPool(num_ranks or DEFAULT_RANKS) as pool:
+                with RankPool(total) as pool:
                     num_failed = _run_checks(engines, pool)
     if num_failed:
         raise typer.Exit(FAILURE)
@@ -127,17 +125,3 @@ def _engines(wanted: str) -> list[str]:
     if not probed[wanted].available:
         raise EngineUnavailableError(f"selftest: engine {wanted}: {probed[wanted].reason}")
     return [wanted]
-
-
-def _check_num_ranks(num_ranks: int | None) -> None:
-    from fusco.errors import input_error
-
-    there = launched_ranks()
-    if None not in (num_ranks, there) and num_ranks != there:
-        raise input_error(
-            "selftest",
-            "num_ranks",
-            got=str(num_ranks),
-            expected=f"{there}, the ranks that torchrun started",
-            remedy="leave it out under torchrun",
-        )

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fusco.errors import FuscoError
+
 VOCABULARY_SIZE = 256
 _HELD_OUT_EVERY = 10
 _MAX_BYTES = 6_000_000
@@ -43,11 +45,11 @@ def load_corpus(folder: Path | None = None, max_bytes: int = _MAX_BYTES) -> Corp
     """Reads `*.py` of `folder` and its packages in a fixed order; every tenth file is held out.
 
     Args:
-        folder: Where to look; the standard library of the running Python when None.
-        max_bytes: Where to stop reading.
+        folder: where to look; None: the standard library of the running Python.
+        max_bytes: where to stop reading.
 
     Raises:
-        FileNotFoundError: The folder has too few sources (some minimal Pythons ship none).
+        FuscoError: the folder has too few sources; some minimal Pythons ship none.
     """
     folder = folder or Path(sysconfig.get_path("stdlib"))
     parts: tuple[list[bytes], list[bytes]] = ([], [])
@@ -60,10 +62,9 @@ def load_corpus(folder: Path | None = None, max_bytes: int = _MAX_BYTES) -> Corp
         num_files += 1
         num_bytes += len(text)
     if not parts[1]:
-        raise FileNotFoundError(
-            f"fusco demo: {folder} holds {num_files} Python source files, and at least "
-            f"{_HELD_OUT_EVERY} are needed as text to learn from. Run the demo with a Python "
-            "that ships its standard library as source files."
+        raise FuscoError(
+            f"demo: text to learn from: got {num_files} Python files in {folder}, expected at "
+            f"least {_HELD_OUT_EVERY}; use a Python that ships its standard library as sources"
         )
     train, held_out = (_to_tensor(b"\n".join(texts)) for texts in parts)
     return Corpus(train=train, held_out=held_out, num_files=num_files)
@@ -80,9 +81,7 @@ def sample_batch(
     return Batch(inputs=windows[:, :-1], targets=windows[:, 1:])
 
 
-def held_out_batch(
-    corpus: Corpus, *, seed: int, num_sequences: int, sequence_length: int
-) -> Batch:
+def held_out_batch(corpus: Corpus, *, seed: int, num_sequences: int, sequence_length: int) -> Batch:
     """The batch on which every evaluation is done, so that its losses can be compared."""
     return sample_batch(
         corpus.held_out,
@@ -94,7 +93,7 @@ def held_out_batch(
 
 
 def _source_files(folder: Path) -> list[Path]:
-    """The folder's own modules, then those of its packages, without tests and installed packages."""
+    """The folder's own modules, then those of its packages; no tests, nothing installed."""
     packages = sorted(
         child
         for child in folder.iterdir()

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fusco.api import Shuffle
 from fusco.demo.data import load_corpus
 from fusco.demo.train import StepRecord, TrainConfig, Trainer
+
+TEMPERATURE = 0.7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,7 @@ def begin(rank: int, config: TrainConfig) -> str:
         num_experts=config.model.num_experts,
         hidden_size=config.model.hidden_size,
         top_k=config.model.top_k,
-        max_tokens=config.max_tokens_per_rank(torch.distributed.get_world_size()),
+        max_tokens=config.max_tokens_per_rank(dist.get_world_size()),
         dtype=torch.float32,
     )
     _RUNS.append(_Run(shuffle=shuffle, trainer=Trainer(config, load_corpus(), shuffle)))
@@ -61,13 +64,14 @@ def record_routing(rank: int) -> RankRouting:
 
 def write_text(rank: int, prompt: bytes, num_bytes: int) -> bytes:
     """Continues the prompt byte by byte; each rank draws its own text, all share the experts."""
-    model, config = _RUNS[-1].trainer.model, _RUNS[-1].trainer.config
-    generator = torch.Generator().manual_seed(config.seed + rank)
+    trainer = _RUNS[-1].trainer
+    length = trainer.config.model.sequence_length
+    generator = torch.Generator().manual_seed(trainer.config.seed + rank)
     text = list(prompt)
     with torch.no_grad():
         for _ in range(num_bytes):
-            context = torch.tensor([text[-config.model.sequence_length :]])
-            probabilities = (model(context)[0, -1] / config.temperature).softmax(-1)
+            logits = trainer.model(torch.tensor([text[-length:]]))[0, -1]
+            probabilities = (logits / TEMPERATURE).softmax(-1)
             text.append(int(probabilities.multinomial(1, generator=generator)))
     return bytes(text)
 

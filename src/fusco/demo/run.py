@@ -1,76 +1,83 @@
-"""The demo from beginning to end: train, check, measure, write. `run_demo` is all of it."""
+"""The demo from beginning to end: train, check, measure, write."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from fusco.bench import Measurement
 from fusco.bench.records import num_cores
 from fusco.demo import ranks, report
-from fusco.demo.compare import Agreement, compare
-from fusco.demo.data import Corpus, load_corpus
-from fusco.demo.files import (
-    Files,
-    draw_plots,
-    require_matplotlib,
-    write_losses,
-    write_measurements,
-    write_routing,
-)
-from fusco.demo.progress import TrainingProgress
+from fusco.demo.compare import compare
+from fusco.demo.data import load_corpus
+from fusco.demo.output import DemoResult, require_matplotlib, write_output
+from fusco.demo.progress import follow
 from fusco.demo.speed import measure
-from fusco.demo.train import StepRecord, TrainConfig, Trainer
+from fusco.demo.train import DEFAULT_STEPS, TrainConfig, Trainer
 from fusco.testing.ranks import RankPool
 
-DEFAULT_STEPS = 120
-PROMPT, NUM_BYTES_WRITTEN = b"def ", 160
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoResult:
-    """What the demo found; all of it is also in `files`."""
-
-    ranks: list[StepRecord]
-    alone: list[StepRecord]
-    agreement: Agreement
-    measurements: list[Measurement]
-    text: bytes
-    files: Files
+_PROMPT, _NUM_BYTES = b"def ", 100
 
 
 def run_demo(
-    output_dir: Path,
-    num_ranks: int = 4,
-    steps: int = DEFAULT_STEPS,
-    seed: int = 0,
-    console: Console | None = None,
+    output_dir: Path, num_ranks: int = 4, steps: int = DEFAULT_STEPS, seed: int = 0
 ) -> DemoResult:
     """Train a small MoE language model through fusco, check it against one process, measure it.
 
     Args:
         output_dir: where plots and records go; made if it is not there.
-        num_ranks: processes to start, 2, 4, 8 or 16.
+        num_ranks: processes to start: 2, 4, 8 or 16.
         steps: training steps of each run.
         seed: of the model and the data.
-        console: where to print.
 
     Raises:
-        InputError: the ranks cannot share the model.
-        FuscoError: matplotlib is missing, or the runs disagree.
+        InputError: so many ranks cannot share the model.
+        FuscoError: matplotlib or the standard library's sources are missing, or the runs disagree.
         RankFailure: a rank failed.
     """
     start = time.perf_counter()
-    console = console or Console()
     require_matplotlib()
     config = TrainConfig(num_steps=steps, seed=seed)
     config.check(num_ranks)
     output_dir.mkdir(parents=True, exist_ok=True)
-    files = Files.within(output_dir)
     corpus = load_corpus()
+    console = Console()
     report.print_task(console, config, corpus, num_ranks)
-"""
+    with RankPool(num_ranks, threads_per_rank=max(1, num_cores() // num_ranks)) as pool:
+        with console.status("starting the ranks"):
+            engine = pool.run(ranks.begin, config)[0]
+        report.print_stage(console, f"1/3  Train on {num_ranks} ranks through fusco ({engine})")
+        on_ranks = follow(console, steps, lambda: pool.run(ranks.advance)[0])
+        with console.status("asking the model for text and routing"):
+            text = pool.run(ranks.write_text, _PROMPT, _NUM_BYTES)[0]
+            routings = pool.run(ranks.record_routing)
+            pool.run(ranks.end)
+
+        report.print_stage(console, "2/3  Train the same again in one process, without fusco")
+        alone = follow(console, steps, Trainer(config, corpus).advance)
+        agreement = compare(on_ranks, alone)
+        agreement.check()
+        report.print_agreement(console, agreement)
+
+        report.print_stage(console, "3/3  Measure with the routing of this model, and with others")
+        with console.status("measuring") as status:
+            measurements = measure(
+                pool,
+                routings,
+                config.model.num_experts,
+                lambda pattern: status.update(f"measuring {pattern} routing"),
+            )
+        report.print_speed(console, measurements)
+    result = DemoResult(
+        config=config,
+        ranks=on_ranks,
+        alone=alone,
+        agreement=agreement,
+        routings=routings,
+        measurements=measurements,
+        text=text,
+    )
+    files = write_output(result, output_dir)
+    report.print_summary(console, result, files, time.perf_counter() - start)
+    return result

@@ -18,16 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusco.api import Shuffle
-from fusco.demo.data import Batch, Corpus, held_out_batch, load_corpus, sample_batch
+from fusco.demo.data import Batch, Corpus, held_out_batch, sample_batch
 from fusco.demo.model import ModelConfig, build_model
 from fusco.errors import input_error
+
+DEFAULT_STEPS = 120
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """What both runs share; batch sizes are global."""
 
-    num_steps: int = 200
+    num_steps: int = DEFAULT_STEPS
     seed: int = 0
     num_sequences: int = 16
     num_held_out_sequences: int = 32
@@ -35,7 +37,6 @@ class TrainConfig:
     learning_rate: float = 4e-3
     num_warmup_steps: int = 20
     balance_coefficient: float = 0.01
-    temperature: float = 0.7
     model: ModelConfig = field(default_factory=ModelConfig)
 
     def check(self, num_ranks: int) -> None:
@@ -100,6 +101,23 @@ class Trainer:
         config = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(self.step)
+        losses = self.backward()
+        self.optimizer.step()
+        self.step += 1
+        loss, balance_loss = self._mean_over_ranks(losses)
+        time_ms = 1e3 * (time.perf_counter() - start)
+        evaluate = self.step == config.num_steps or self.step % config.eval_every == 0
+        return StepRecord(
+            step=self.step,
+            loss=loss,
+            balance_loss=balance_loss,
+            held_out_loss=self.evaluate() if evaluate else None,
+            time_ms=time_ms,
+        )
+
+    def backward(self) -> Tensor:
+        """Leaves the gradients of the global batch; returns this rank's loss and balance loss."""
+        config = self.config
         batch = sample_batch(
             self.corpus.train,
             step=self.step,
@@ -112,19 +130,7 @@ class Trainer:
         self.optimizer.zero_grad()
         ((loss + config.balance_coefficient * balance_loss) / self.num_ranks).backward()
         self._sum_gradients()
-        self.optimizer.step()
-        train, balance = self._mean_over_ranks(torch.stack((loss, balance_loss)).detach())
-        time_ms = 1e3 * (time.perf_counter() - start)
-        self.step += 1
-        last = self.step == config.num_steps
-        evaluate = last or self.step % config.eval_every == 0
-        return StepRecord(
-            step=self.step,
-            loss=train,
-            balance_loss=balance,
-            held_out_loss=self.evaluate() if evaluate else None,
-            time_ms=time_ms,
-        )
+        return torch.stack((loss, balance_loss)).detach()
 
     @torch.no_grad()
     def evaluate(self) -> float:
@@ -163,9 +169,8 @@ class Trainer:
         gradients = [p.grad for p in self.replicated if p.grad is not None]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat)
-        for gradient, summed in zip(
-            gradients, flat.split([g.numel() for g in gradients]), strict=True
-        ):
+        sums = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, summed in zip(gradients, sums, strict=True):
             gradient.copy_(summed.view_as(gradient))
 
     def _mean_over_ranks(self, values: Tensor) -> list[float]:

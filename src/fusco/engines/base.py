@@ -99,13 +99,15 @@ class Engine(ABC):
     """
 
     name: ClassVar[str]
-    device_types: ClassVar[tuple[str, ...] | None]
-    """Kinds of device whose tensors it takes; None: any."""
-
     def __init__(self, world: World) -> None:
         self.world = world
         self.meter = Meter(world.topology.num_ranks)
         self._num_plans = 0
+
+    @property
+    @abstractmethod
+    def device_types(self) -> tuple[str, ...]:
+        """Kinds of device whose tensors it takes."""
 
     @property
     @abstractmethod

@@ -7,7 +7,15 @@
 from fusco.planner.balance import assign_forwarders
 from fusco.planner.cluster import plan_cluster
 from fusco.planner.counts import SortedPairs, count_pairs, sort_pairs
-from fusco.planner.plan import Sends, assemble, assemble_rows, plan_relay, plan_sends
+from fusco.planner.plan import (
+    Sends,
+    assemble,
+    assemble_rows,
+    expert_layout,
+    plan_relay,
+    plan_sends,
+)
+from fusco.planner.sorting import offsets
 from fusco.planner.traffic import HopSizes, Traffic, measure_traffic
 
 __all__ = [
@@ -19,7 +27,9 @@ __all__ = [
     "assemble_rows",
     "assign_forwarders",
     "count_pairs",
+    "expert_layout",
     "measure_traffic",
+    "offsets",
     "plan_cluster",
     "plan_relay",
     "plan_sends",

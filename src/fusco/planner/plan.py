@@ -94,16 +94,23 @@ def plan_sends(
         # Sums over both hops are in the direct leg.
         nothing = segments.new_full((num_tokens, top_k), -1)
         forward = _leg(far, nothing, nothing.clone())
-    own = slice(topology.first_local, topology.first_local + topology.num_local_experts[rank])
-    facts = topology.tensors(slot.device)
-    start = traffic.expert_start[own]
+    tokens_per_expert, expert_offsets = expert_layout(counts, traffic, topology)
     return Sends(
         traffic=traffic,
-        tokens_per_expert=counts.pairs[:, facts.device_major[own]].sum(dim=0),
-        expert_offsets=torch.cat((start, traffic.rows[rank : rank + 1])).to(torch.int32),
+        tokens_per_expert=tokens_per_expert,
+        expert_offsets=expert_offsets,
         direct=_leg(direct, segments.view(num_tokens, top_k), pairs.node),
         forward=forward,
     )
+
+
+def expert_layout(counts: Counts, traffic: Traffic, topology: Topology) -> tuple[Tensor, Tensor]:
+    """This rank's tokens per expert, int64 `[L]`, and expert offsets, int32 `[L + 1]`."""
+    rank = topology.rank
+    own = slice(topology.first_local, topology.first_local + topology.num_local_experts[rank])
+    device_major = topology.tensors(counts.pairs.device).device_major
+    ends = (traffic.expert_start[own], traffic.rows[rank : rank + 1])
+    return counts.pairs[:, device_major[own]].sum(dim=0), torch.cat(ends).to(torch.int32)
 
 
 def _final_slots(

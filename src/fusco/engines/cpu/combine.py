@@ -79,7 +79,7 @@ class _Line:
         if row_weights is not None:
             self.weights = row_weights.numpy().astype(wide, copy=False)
         self.sums, self.node, self.total = (scratch(np.dtype(wide)) for _ in range(3))
-        self.line = scratch(self.elements.dtype)
+        self.line, self.own_line = (scratch(self.elements.dtype) for _ in range(2))
 
     def send(self, arrival: Arrival, rank: int, base: Ints) -> None:
         """Partials of what arrived from other ranks, to where each rank's block has them."""
@@ -118,6 +118,7 @@ class _Line:
             self.node,
             self.total,
             self.line,
+            self.own_line,
             out.view(-1).view(_SEEN_AS.get(out.dtype, out.dtype)).numpy(),
         )
         return out

@@ -11,14 +11,14 @@ from torch.profiler import record_function
 
 from fusco.engines.agreement import Call
 from fusco.engines.base import Delivery
+from fusco.engines.cpu import plans
 from fusco.engines.cpu.kernels.scatter import by_pair, scatter_rows, scatter_values, ship_slots
 from fusco.engines.cpu.session import Agreement, Session
 from fusco.layout.blocks import Ints, Sections, dispatch_sections
 from fusco.layout.heap import Block, align
 from fusco.layout.segments import as_segments, bytes_per_row, from_segments
-from fusco.planner import Sends, count_pairs, plan_sends, sort_pairs
+from fusco.planner import Sends
 from fusco.planner.legs import mirror
-from fusco.planner.plan import finish
 from fusco.types import Arrival, Counts, Leg, Plan
 
 
@@ -37,19 +37,16 @@ def dispatch_new(
     """
     world, topology, rank = session.world, session.world.topology, session.rank
     with record_function("fusco::plan"):
-        pairs = sort_pairs(topk_idx, topology)
-        packed = count_pairs(pairs, topology)
+        packed = plans.count(topk_idx, world)
     with record_function("fusco::agree"):
         block = session.window.reserve_largest()
-        agreement = session.agree(call, block, packed.numpy())
+        agreement = session.agree(call, block, packed)
     identity = new_identity()
     with record_function("fusco::plan"):
         counts = Counts.split(
             torch.from_numpy(agreement.payload), topology.num_experts, topology.num_ranks
         )
-        sends = plan_sends(
-            pairs, counts, topology, alignment=world.alignment, ablation=world.ablation
-        )
+        sends = plans.plan_sends(topk_idx, counts, world)
     traffic = sends.traffic
     sizes = traffic.direct
     sections = dispatch_sections(
@@ -73,8 +70,9 @@ def dispatch_new(
         _write(rows, weights, leg, at, world.top_k)
     with record_function("fusco::wait"):
         session.finish(agreement)
-    arrival = _read_slots(session, agreement, sections, sends)
-    plan = finish(identity, sends, arrival, None, rank)
+    with record_function("fusco::plan"):
+        arrival = _read_slots(session, agreement, sections, sends)
+        plan = plans.finish(identity, sends, arrival, rank)
     return _wrap(session, agreement, sections, rows, weights, plan), traffic.rows
 
 

@@ -23,12 +23,15 @@ class CpuEngine(Engine):
     still taken node by node where nodes are emulated."""
 
     name = "cpu"
-    device_types = ("cpu",)
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
         self._session: Session | None = Session(world, self.meter.wait_s)
         self._process = os.getpid()
+
+    @property
+    def device_types(self) -> tuple[str, ...]:
+        return ("cpu",)
 
     @property
     def plans_two_levels(self) -> bool:

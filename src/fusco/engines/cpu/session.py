@@ -12,6 +12,7 @@ import torch
 from fusco.engines.agreement import Call, disagreement, is_agreed
 from fusco.engines.base import World
 from fusco.engines.cpu.control import Control, Stage
+from fusco.engines.cpu.kernels.warm import warm_up
 from fusco.engines.cpu.window import Mapping, Window
 from fusco.errors import EngineUnavailableError, WindowMemoryError
 from fusco.layout.blocks import Ints
@@ -20,6 +21,8 @@ from fusco.layout.records import HEADER, Header, Status
 from fusco.transports.mailbox import Mailbox
 
 _INITIAL_WINDOW_BYTES = 1 << 20
+_COMPILE_S = 180.0
+"""The least bound of the waits while a Shuffle is made: kernels compile once a machine."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,9 +54,20 @@ class Session:
     def __init__(self, world: World, wait_s: list[float]) -> None:
         self.world = world
         self.rank = world.topology.rank
+        mailbox = Mailbox(world.group, max(world.timeout_s, _COMPILE_S), wait_s)
+        self._warm_up(mailbox)
         self.window = Window(_INITIAL_WINDOW_BYTES)
         self.control = Control(self.rank, world.record_len, world.timeout_s, wait_s)
-        self._windows = self._connect(Mailbox(world.group, world.timeout_s, wait_s))
+        self._windows = self._connect(mailbox)
+
+    def _warm_up(self, mailbox: Mailbox) -> None:
+        """One rank compiles the kernels, then the others find them on disk."""
+        if self.rank == 0:
+            warm_up()
+        ready = torch.zeros(self.world.topology.num_ranks, 1)
+        mailbox.swap([ready[0]] * len(ready), list(ready.clone().unbind()), operation="Shuffle")
+        if self.rank != 0:
+            warm_up()
 
     @property
     def nothing(self) -> Block:

@@ -19,6 +19,7 @@ from fusco.engines.base import (
 from fusco.engines.reference.hops import Hop, ship_slots
 from fusco.engines.reference.sums import node_sums, partial_sums
 from fusco.engines.segments import check_exchange, exchange_payload
+from fusco.groups import group_device_types
 from fusco.layout.records import HEADER
 from fusco.layout.segments import as_segments, bytes_per_row, from_segments
 from fusco.planner import count_pairs, plan_relay, plan_sends, sort_pairs
@@ -31,13 +32,16 @@ class ReferenceEngine(Engine):
     """Any device and any group that torch.distributed can send messages over."""
 
     name = "reference"
-    device_types = None
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
         self.mailbox = Mailbox(world.group, world.timeout_s, self.meter.wait_s)
         self._epoch = 0
         self._is_closed = False
+
+    @property
+    def device_types(self) -> tuple[str, ...]:
+        return group_device_types(self.world.group)
 
     @property
     def plans_two_levels(self) -> bool:

@@ -53,7 +53,7 @@ def _half_of_float(typing_context: Any, value: Any) -> Any:
     return types.int16(types.float32), generate
 
 
-@overload(widen, inline="always")
+@overload(widen)
 def _widen(value: Any) -> Any:
     def from_bfloat16(value: Any) -> Any:
         return _float_of_bits(np.uint32(value) << np.uint32(16))
@@ -67,7 +67,7 @@ def _widen(value: Any) -> Any:
     return {types.uint16: from_bfloat16, types.int16: from_float16}.get(value, same)
 
 
-@overload(narrow, inline="always")
+@overload(narrow)
 def _narrow(value: Any, like: Any) -> Any:
     def to_bfloat16(value: Any, like: Any) -> Any:
         bits = _bits_of_float(value)

@@ -1,0 +1,39 @@
+"""Compile every kernel, or load it from numba's cache on disk, before anybody waits for a rank."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fusco.engines.cpu.kernels import memory, plan, reduce, scatter
+
+_ELEMENTS = (
+    (np.uint16, np.float32),
+    (np.int16, np.float32),
+    (np.float32, np.float32),
+    (np.float64, np.float64),
+)
+
+
+def warm_up() -> None:
+    """Run every kernel on nothing, once for each dtype."""
+    none, one, table = (np.zeros(shape, dtype=np.int64) for shape in (0, 1, (0, 1)))
+    flag = np.zeros(1, dtype=np.int32)
+    memory.publish(flag.ctypes.data, 0)
+    memory.spin(flag.ctypes.data, 0, 1)
+    plan.count_pairs(table, one, one, 1)
+    plan.describe(table, one, one, one, 1, one, np.zeros(2, np.int64), np.zeros(2, np.int64), True)
+    plan.name_rows(one, none, 0)
+    scatter.by_pair(none, none, none)
+    scatter.scatter_rows(0, 0, none, none, 1, none)
+    scatter.scatter_values(0, none, none, none)
+    scatter.ship_slots(one, one, none, none, none, none)
+    scatter.gather_segments(0, none, none, 0)
+    scatter.scatter_segments(0, 0, none, none)
+    values = np.empty(0, dtype=np.float32)
+    reduce.send_values(values, one, none, one, none, values)
+    for element, wide in _ELEMENTS:
+        rows, sums = np.empty(0, dtype=element), np.empty(0, dtype=wide)
+        reduce.send_partials(rows, 1, sums, one, none, one, 0, none, sums, rows)
+        reduce.sum_tokens(
+            rows, 1, sums, one, none, 0, 0, 0, rows, table, table, sums, sums, sums, rows, rows, rows
+        )

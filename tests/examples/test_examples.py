@@ -1,0 +1,68 @@
+"""The examples run as their first lines say, and print what they promise."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 120
+
+
+def run(name: str, num_ranks: int) -> str:
+    """The output of an example under torchrun; warnings are errors in it."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*launcher, f"--nproc-per-node={num_ranks}", str(ROOT / "examples" / name)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_example_is_tested() -> None:
+    there = {path.stem for path in (ROOT / "examples").glob("*.py")}
+    assert there == {"quickstart", "moe_layer", "plan_reuse", "exchange"}
+
+
+def test_quickstart() -> None:
+    output = run("quickstart.py", 4)
+    rows = re.findall(r"^rank (\d): (\d+) rows, \w+ engine$", output, re.MULTILINE)
+    assert sorted(rank for rank, _ in rows) == ["0", "1", "2", "3"]
+    assert sum(int(num_rows) for _, num_rows in rows) == 4 * 1024 * 4
+
+
+def test_quickstart_is_the_readmes_example() -> None:
+    _, code = (ROOT / "examples" / "quickstart.py").read_text().split("\n\n", 1)
+    assert f"```python\n{code}```" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_moe_layer_learns(num_ranks: int) -> None:
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", run("moe_layer.py", num_ranks))]
+    assert len(losses) == 4
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_plan_reuse_brings_tokens_back() -> None:
+    output = run("plan_reuse.py", 2)
+    fp8 = re.findall(r"fp8 in, torch.bfloat16 out, worst error ([\d.]+)", output)
+    bf16 = re.findall(r"plan reused, worst error ([\d.]+)", output)
+    assert len(fp8) == len(bf16) == 2
+    # Half a unit in the last place of values below 5: 1/16 of them for fp8, 1/256 for bf16.
+    assert all(0 < float(error) < 5 / 16 for error in fp8)
+    assert all(float(error) <= 5 / 128 for error in bf16)
+
+
+def test_exchange_turns_rows_into_columns() -> None:
+    output = run("exchange.py", 3)
+    assert len(re.findall(r"by rows is \[1000, 259\] by columns now", output)) == 3
