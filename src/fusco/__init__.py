@@ -19,8 +19,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Ablation",
     "ClosedError",
-    "Dispatched",
     "DisagreementError",
+    "Dispatched",
     "EngineUnavailableError",
     "FuscoError",
     "InputError",

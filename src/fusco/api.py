@@ -6,24 +6,26 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import asdict
 from types import TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.profiler import record_function
 
 from fusco import ops
 from fusco.checks import Limits
 from fusco.configuration import Configuration
-from fusco.groups import resolve_group
 from fusco.engines import make_engine
 from fusco.engines.agreement import Call
 from fusco.engines.base import Engine, World
 from fusco.errors import ClosedError, InputError
+from fusco.groups import resolve_group
 from fusco.layout.records import Operation
 from fusco.meeting import meet
 from fusco.topology import Topology
-from fusco.types import Ablation, Dispatched, Plan, Rows, Stats, as_tuple
+from fusco.types import Ablation, AnyRows, Dispatched, Plan, Stats, as_tuple, like
 
 _KEYS = itertools.count()
 
@@ -67,7 +69,7 @@ class Shuffle:
         hidden_size: int,
         top_k: int,
         max_tokens: int,
-        group: dist.ProcessGroup | dist.DeviceMesh | None = None,
+        group: dist.ProcessGroup | DeviceMesh | None = None,
         dtype: torch.dtype = torch.bfloat16,
         engine: str = "auto",
         ranks_per_node: int | None = None,
@@ -140,12 +142,12 @@ class Shuffle:
 
     def dispatch(
         self,
-        x: Rows,
+        x: AnyRows,
         topk_idx: Tensor | None = None,
         topk_weights: Tensor | None = None,
         *,
         plan: Plan | None = None,
-    ) -> Dispatched:
+    ) -> Dispatched[AnyRows]:
         """Bring every token to the ranks of its experts, in expert-major order.
 
         Args:
@@ -185,14 +187,16 @@ class Shuffle:
                 )
                 plan = Plan.from_tensors(flat)
         return Dispatched(
-            tokens=got[0] if isinstance(x, Tensor) else tuple(got),
+            tokens=like(x, got),
             tokens_per_expert=plan.tokens_per_expert,
             expert_offsets=plan.expert_offsets,
             row_weights=row_weights,
             plan=plan,
         )
 
-    def combine(self, expert_outputs: Rows, dispatched: Dispatched, *, weighted: bool = True) -> Rows:
+    def combine(
+        self, expert_outputs: AnyRows, dispatched: Dispatched[Any], *, weighted: bool = True
+    ) -> AnyRows:
         """Bring expert outputs back and sum them: `y[t] = sum_k w[t, k] * row(t, k)`.
 
         The sum is taken in fp32 (fp64 for fp64), in one order on every engine: multiply, then
@@ -232,7 +236,7 @@ class Shuffle:
                 self._key,
                 f"{form}, {'with' if grads else 'no'} gradients",
             )
-        return sums[0] if isinstance(expert_outputs, Tensor) else tuple(sums)
+        return like(expert_outputs, sums)
 
     def stats(self) -> Stats:
         """What this Shuffle has done so far; not collective."""

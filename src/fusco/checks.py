@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ class Limits:
             self._check_weights(topk_weights, num_tokens, device)
 
     def check_combine(
-        self, expert_outputs: Rows, dispatched: Dispatched, *, weighted: bool
+        self, expert_outputs: Rows, dispatched: Dispatched[Any], *, weighted: bool
     ) -> None:
         """Raise an InputError for the first argument that is wrong."""
         if not isinstance(dispatched, Dispatched):
@@ -207,9 +208,7 @@ class Limits:
                 remedy="check the router, or num_experts",
             )
 
-    def _check_weights(
-        self, topk_weights: Tensor, num_tokens: int, device: torch.device
-    ) -> None:
+    def _check_weights(self, topk_weights: Tensor, num_tokens: int, device: torch.device) -> None:
         shape = (num_tokens, self.top_k)
         if not isinstance(topk_weights, Tensor):
             raise input_error(
@@ -248,9 +247,7 @@ class Limits:
             )
 
 
-def _check_device(
-    operation: str, argument: str, tensor: Tensor, device: torch.device
-) -> None:
+def _check_device(operation: str, argument: str, tensor: Tensor, device: torch.device) -> None:
     if tensor.device != device:
         raise input_error(
             operation,
@@ -263,5 +260,3 @@ def _check_device(
 
 def _kinds(rows: Iterable[object]) -> str:
     return ", ".join(type(each).__name__ for each in rows) or "an empty tuple"
-
-

@@ -43,6 +43,8 @@ class PeerError(FuscoError):
         self.rank = rank
 
 
-def input_error(operation: str, argument: str, *, got: str, expected: str, remedy: str) -> InputError:
+def input_error(
+    operation: str, argument: str, *, got: str, expected: str, remedy: str
+) -> InputError:
     """The one form in which a bad argument is described."""
     return InputError(f"{operation}: {argument}: got {got}, expected {expected}; {remedy}")

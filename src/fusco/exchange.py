@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.profiler import record_function
 
 from fusco.engines import make_engine
@@ -29,7 +30,7 @@ def exchange(
     out: Tensor,
     receive: Sequence[Segments],
     *,
-    group: dist.ProcessGroup | dist.DeviceMesh | None = None,
+    group: dist.ProcessGroup | DeviceMesh | None = None,
     engine: str = "auto",
     timeout_s: float | None = None,
 ) -> Tensor:
@@ -82,9 +83,7 @@ def _engine(group: dist.ProcessGroup, name: str, timeout_s: float | None) -> Eng
     key = (group, name)
     if key not in _ENGINES:
         meeting = meet("exchange", group, {}, engine=name, timeout_s=timeout_s)
-        topology = Topology(
-            rank=group.rank(), node_of_rank=meeting.node_of_rank, rank_of_expert=()
-        )
+        topology = Topology(rank=group.rank(), node_of_rank=meeting.node_of_rank, rank_of_expert=())
         world = World(
             group=group,
             topology=topology,

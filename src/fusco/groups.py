@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from fusco import env
 from fusco.errors import InputError, input_error
 
 
-def resolve_group(operation: str, group: dist.ProcessGroup | dist.DeviceMesh | None) -> dist.ProcessGroup:
+def resolve_group(
+    operation: str, group: dist.ProcessGroup | DeviceMesh | None
+) -> dist.ProcessGroup:
     """The group meant: the default one, the one given, or that of a one-dimensional mesh.
 
     Raises:
@@ -16,7 +19,7 @@ def resolve_group(operation: str, group: dist.ProcessGroup | dist.DeviceMesh | N
     """
     if isinstance(group, dist.ProcessGroup):
         return group
-    if isinstance(group, dist.DeviceMesh):
+    if isinstance(group, DeviceMesh):
         if group.ndim == 1:
             return group.get_group()
         raise _bad_group(

@@ -144,9 +144,7 @@ def dispatch_backward(
     """Gradients `[R, ...]` summed to `[T, ...]`; those of row weights back to `[T, K]`."""
     call = Call(operation=Operation.DISPATCH_BACKWARD, plan=plan_number(plan), form=form)
     with using(shuffle) as engine:
-        got = engine.combine(
-            call, tuple(grads), None, Plan.from_tensors(plan), grad_row_weights
-        )
+        got = engine.combine(call, tuple(grads), None, Plan.from_tensors(plan), grad_row_weights)
     values = got.pair_values
     return list(got.sums), plan[0].new_empty(0, dtype=torch.float32) if values is None else values
 
@@ -227,9 +225,7 @@ def _combine_grad(ctx: Any, grads: Sequence[Tensor]) -> Any:
     plan, rows = saved[: -ctx.num_rows], saved[-ctx.num_rows :]
     dense = [grad.contiguous() for grad in grads]
     form = describe(dense, None, grads=False)
-    grad_rows, grad_weights = combine_backward(
-        dense, rows, row_weights, plan, ctx.shuffle, form
-    )
+    grad_rows, grad_weights = combine_backward(dense, rows, row_weights, plan, ctx.shuffle, form)
     weights_grad = None if row_weights is None else grad_weights
     return grad_rows, weights_grad, None, [None] * len(plan), None, None
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Generic, TypeVar, cast
 
 from torch import Tensor
 
 Rows = Tensor | tuple[Tensor, ...]
+AnyRows = TypeVar("AnyRows", bound=Rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +225,7 @@ class Segments:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Dispatched:
+class Dispatched(Generic[AnyRows]):
     """What `Shuffle.dispatch` returns.
 
     Attributes:
@@ -235,7 +237,7 @@ class Dispatched:
         plan: reusable: `shuffle.dispatch(x2, topk_weights=w2, plan=d.plan)`.
     """
 
-    tokens: Rows
+    tokens: AnyRows
     tokens_per_expert: Tensor
     expert_offsets: Tensor
     row_weights: Tensor
@@ -268,3 +270,8 @@ class Stats:
 def as_tuple(rows: Rows) -> tuple[Tensor, ...]:
     """The tensors of a dispatch, one or several."""
     return (rows,) if isinstance(rows, Tensor) else tuple(rows)
+
+
+def like(rows: AnyRows, tensors: Sequence[Tensor]) -> AnyRows:
+    """One tensor where `rows` is one, else a tuple."""
+    return cast(AnyRows, tensors[0] if isinstance(rows, Tensor) else tuple(tensors))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from fusco.demo.train import StepRecord
 from fusco.errors import FuscoError
 
@@ -55,4 +57,9 @@ def compare(ranks: Sequence[StepRecord], alone: Sequence[StepRecord]) -> Agreeme
         for a, b in zip(ranks, alone, strict=True)
         if a.held_out_loss is not None and b.held_out_loss is not None
     ]
-    return Agreement(early=max(train[:NUM_EARLY_STEPS]), train=max(train), held_out=max(held_out))
+    # numpy's maximum of what is not a number is not a number, Python's may be any.
+    return Agreement(
+        early=float(np.max(train[:NUM_EARLY_STEPS])),
+        train=float(np.max(train)),
+        held_out=float(np.max(held_out)),
+    )

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import chain, compress
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -164,9 +163,9 @@ class MoE(nn.Module):
     def _mix_sharded(self, x_TD: Tensor, routing: Routing, shuffle: Shuffle) -> Tensor:
         """Rows come sorted by expert from every rank, and their weighted sums go home."""
         d = shuffle.dispatch(x_TD, routing.topk_idx, routing.topk_weights)
-        groups = cast(Tensor, d.tokens).split(d.tokens_per_expert.tolist())
+        groups = d.tokens.split(d.tokens_per_expert.tolist())
         outputs = [expert(rows) for expert, rows in zip(self.experts, groups, strict=True)]
-        return cast(Tensor, shuffle.combine(torch.cat(outputs), d))
+        return shuffle.combine(torch.cat(outputs), d)
 
     def _mix_here(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """The textbook loop: each expert looks for its tokens and adds to their sums."""

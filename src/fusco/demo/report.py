@@ -113,17 +113,18 @@ def print_summary(console: Console, result: DemoResult, files: Files, elapsed_s:
     console.print(
         Panel(sentences, title=f"fusco demo, {elapsed_s:.0f} s", title_align="left", style="green")
     )
-    grid = Table.grid(padding=(0, 2))
-    for path, meaning in (
-        (files.loss_plot, "the losses of both runs"),
-        (files.speed_plot, "the benchmark"),
-        (files.losses, "the losses, an object a step"),
-        (files.measurements, "the benchmark, an object a measurement"),
-        (files.routing, "the routing, as a trace"),
-    ):
-        grid.add_row(f"  {path}", Text(meaning, style="dim"))
     console.print("Written:")
-    console.print(grid)
+    meanings = {
+        files.loss_plot: "the losses of both runs",
+        files.speed_plot: "the benchmark",
+        files.losses: "the losses, an object a step",
+        files.measurements: "the benchmark, an object a measurement",
+        files.routing: "the routing, as a trace",
+    }
+    width = max(len(str(path)) for path in meanings)
+    for path, meaning in meanings.items():
+        line = Text.assemble(f"  {path!s:{width}}  ", (meaning, "dim"))
+        console.print(line, soft_wrap=True)
     again = f"Measure with it again: fusco bench --pattern trace --trace {files.routing}"
     console.print(again, soft_wrap=True, highlight=False)
 

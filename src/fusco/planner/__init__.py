@@ -1,7 +1,7 @@
 """Planning: pure functions from routing and topology to a `Plan`.
 
-    topk_idx -> sort_pairs -> count_pairs -> (exchange of counts) -> plan_sends
-    -> (exchange of slot lists) -> assemble
+topk_idx -> sort_pairs -> count_pairs -> (exchange of counts) -> plan_sends
+-> (exchange of slot lists) -> assemble
 """
 
 from fusco.planner.balance import assign_forwarders

@@ -44,5 +44,7 @@ def assign_forwarders(counts: Counts, topology: Topology, *, balance: bool) -> T
 
 def cross_node_load(counts: Counts, topology: Topology) -> Tensor:
     """int64 `[P]`: tokens each rank must send to other nodes, one copy a (token, node)."""
-    own = counts.tokens_to_node.gather(1, topology.tensors(counts.pairs.device).node_of_rank[:, None])
+    own = counts.tokens_to_node.gather(
+        1, topology.tensors(counts.pairs.device).node_of_rank[:, None]
+    )
     return counts.tokens_to_node.sum(dim=1) - own[:, 0]

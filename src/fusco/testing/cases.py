@@ -192,7 +192,7 @@ def expect_close(got: Tensor, want: Tensor, tolerance: float, what: str) -> None
 
 def expect_round_trip(
     shuffle: fusco.Shuffle, inputs: Inputs, rank: int, plan: fusco.Plan | None = None
-) -> fusco.Dispatched:
+) -> fusco.Dispatched[Any]:
     """Dispatch and combine equal the dense answer on this rank; returns the dispatch.
 
     Every call is made before anything is compared, so that a rank at fault keeps no other waiting.
@@ -206,7 +206,7 @@ def expect_round_trip(
     return d
 
 
-def expect_dispatched(d: fusco.Dispatched, inputs: Inputs, rank: int) -> None:
+def expect_dispatched(d: fusco.Dispatched[Any], inputs: Inputs, rank: int) -> None:
     """Rows, counts, offsets and row weights equal the dense answer on this rank."""
     layout = inputs.layout
     expect_same(d.tokens_per_expert, layout.tokens_per_expert[rank], "tokens_per_expert")

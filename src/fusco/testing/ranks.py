@@ -285,7 +285,9 @@ def _join_group(settings: _Settings) -> None:
     torch.set_num_threads(settings.num_threads)
     dist.init_process_group(
         "gloo",
-        store=dist.FileStore(str(settings.folder / "store"), settings.num_ranks),
+        store=dist.FileStore(  # type: ignore[attr-defined]
+            str(settings.folder / "store"), settings.num_ranks
+        ),
         rank=settings.rank,
         world_size=settings.num_ranks,
         timeout=timedelta(seconds=settings.timeout_s),

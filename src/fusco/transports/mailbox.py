@@ -33,9 +33,7 @@ class Mailbox:
         self.timeout_s = timeout_s
         self.wait_s = [0.0] * group.size() if wait_s is None else wait_s
 
-    def swap(
-        self, sends: Sequence[Tensor], receives: Sequence[Tensor], *, operation: str
-    ) -> None:
+    def swap(self, sends: Sequence[Tensor], receives: Sequence[Tensor], *, operation: str) -> None:
         """Send `sends[p]` to rank p and fill `receives[p]` from it; empty ones stay at home.
 
         Raises:

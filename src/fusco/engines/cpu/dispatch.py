@@ -100,9 +100,7 @@ def _addresses(session: Session, agreement: Agreement, sections: Sections) -> In
     return sections.start + session.addresses(agreement, agreement.base + sections.total)
 
 
-def _write(
-    rows: Sequence[Tensor], weights: Tensor | None, leg: Leg, at: Ints, top_k: int
-) -> None:
+def _write(rows: Sequence[Tensor], weights: Tensor | None, leg: Leg, at: Ints, top_k: int) -> None:
     """Send all rows and weights to their slots; sections in the order of `dispatch_sections`."""
     num_pairs = leg.sum_segment.numel()
     slot = np.full(num_pairs, -1, dtype=np.int64)
@@ -125,9 +123,7 @@ def _read_slots(
     lists = []
     for section, count in ((-2, sizes.segments), (-1, sizes.pairs)):
         start = int(sections.start[section, rank])
-        view = session.window.view(
-            agreement.block, start, int(count[:, rank].sum()), np.int64
-        )
+        view = session.window.view(agreement.block, start, int(count[:, rank].sum()), np.int64)
         lists.append(torch.from_numpy(view.copy()))
     return mirror(sizes, rank, lists[0], lists[1], torch.full_like(lists[1], rank))
 

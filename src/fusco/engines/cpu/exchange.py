@@ -51,8 +51,6 @@ def exchange(
     begin = session.window.address_of(block)
     with record_function("fusco::scatter"):
         for segments, size in zip(receive, incoming, strict=True):
-            scatter_segments(
-                begin, out.data_ptr(), segments.offset.numpy(), segments.size.numpy()
-            )
+            scatter_segments(begin, out.data_ptr(), segments.offset.numpy(), segments.size.numpy())
             begin += size
     session.window.heap.release(block)

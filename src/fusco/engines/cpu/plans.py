@@ -14,19 +14,19 @@ from fusco.layout.blocks import Ints
 from fusco.planner import Sends, expert_layout, measure_traffic, offsets
 from fusco.types import Arrival, Counts, Leg, Plan
 
-
 _LEG_FIELDS = tuple(field.name for field in fields(Leg) if field.name != "peer_ptr")
 
 
 def count(topk_idx: Tensor, world: World) -> Ints:
     """This rank's packed counts, int64 `[E + P + N]`."""
     facts = world.topology.tensors("cpu")
-    return count_pairs(
+    packed: Ints = count_pairs(
         topk_idx.contiguous().numpy(),
         facts.rank_of_expert.numpy(),
         facts.node_of_rank.numpy(),
         world.topology.num_nodes,
     )
+    return packed
 
 
 def plan_sends(topk_idx: Tensor, counts: Counts, world: World) -> Sends:
@@ -56,7 +56,10 @@ def plan_sends(topk_idx: Tensor, counts: Counts, world: World) -> Sends:
         traffic=traffic,
         tokens_per_expert=tokens_per_expert,
         expert_offsets=expert_offsets,
-        direct=Leg(**dict(zip(_LEG_FIELDS, map(torch.from_numpy, described), strict=True)), peer_ptr=peer_ptr),
+        direct=Leg(
+            **dict(zip(_LEG_FIELDS, map(torch.from_numpy, described), strict=True)),
+            peer_ptr=peer_ptr,
+        ),
         forward=None,
     )
 

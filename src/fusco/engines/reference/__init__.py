@@ -1,4 +1,4 @@
-"""Plain torch and torch.distributed: the specification that every other engine is tested against."""
+"""Plain torch and torch.distributed: the specification that other engines are tested against."""
 
 from fusco.engines.reference.engine import ReferenceEngine
 

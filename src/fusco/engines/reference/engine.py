@@ -163,9 +163,7 @@ class ReferenceEngine(Engine):
         arrival = ship_slots(self.mailbox, sends.direct, traffic.direct, operation=operation)
         forwarding = None
         if sends.forward is not None and traffic.forward is not None and traffic.relay is not None:
-            received = ship_slots(
-                self.mailbox, sends.forward, traffic.forward, operation=operation
-            )
+            received = ship_slots(self.mailbox, sends.forward, traffic.forward, operation=operation)
             relay = plan_relay(received, traffic.relay, topology, world.top_k)
             forwarding = Forwarding(
                 send=sends.forward,
@@ -195,9 +193,7 @@ class ReferenceEngine(Engine):
         # Padding has segment -1, which is the row of zeros at the end.
         return from_segments(torch.cat(arrived)[plan.row_segment], rows)
 
-    def _deliver_weights(
-        self, weights: Tensor | None, plan: Plan, hops: tuple[Hop, ...]
-    ) -> Tensor:
+    def _deliver_weights(self, weights: Tensor | None, plan: Plan, hops: tuple[Hop, ...]) -> Tensor:
         if weights is None:
             return (plan.row_segment >= 0).to(torch.float32)
         row_weights = weights.new_zeros(plan.num_rows)
@@ -218,9 +214,7 @@ class ReferenceEngine(Engine):
         if plan.forwarding is not None:
             last, relay = plan.forwarding.relay_arrival, plan.forwarding.relay
             relayed = partial_sums(flat, row_weights, last.slot_ptr, last.slot)
-            node = node_sums(
-                hops[2].return_segments(relayed), relay.sum_segment, relay.sum_node
-            )
+            node = node_sums(hops[2].return_segments(relayed), relay.sum_segment, relay.sum_node)
             partials.append(hops[1].return_segments(node))
         sums = node_sums(torch.cat(partials), send.sum_segment, send.sum_node)
         return sums.view(plan.num_tokens, *rows.shape[1:])

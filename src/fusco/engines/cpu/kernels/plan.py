@@ -11,9 +11,7 @@ from fusco.layout.blocks import Ints
 
 
 @njit(cache=True, nogil=True)
-def count_pairs(
-    topk_idx: Ints, rank_of_expert: Ints, node_of_rank: Ints, num_nodes: int
-) -> Ints:
+def count_pairs(topk_idx: Ints, rank_of_expert: Ints, node_of_rank: Ints, num_nodes: int) -> Ints:
     """`planner.count_pairs`: this rank's packed counts, `[E + P + N]`."""
     num_experts, num_ranks = rank_of_expert.size, node_of_rank.size
     packed = np.zeros(num_experts + num_ranks + num_nodes, dtype=np.int64)

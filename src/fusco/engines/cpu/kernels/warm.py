@@ -35,5 +35,21 @@ def warm_up() -> None:
         rows, sums = np.empty(0, dtype=element), np.empty(0, dtype=wide)
         reduce.send_partials(rows, 1, sums, one, none, one, 0, none, sums, rows)
         reduce.sum_tokens(
-            rows, 1, sums, one, none, 0, 0, 0, rows, table, table, sums, sums, sums, rows, rows, rows
+            rows,
+            1,
+            sums,
+            one,
+            none,
+            0,
+            0,
+            0,
+            rows,
+            table,
+            table,
+            sums,
+            sums,
+            sums,
+            rows,
+            rows,
+            rows,
         )
