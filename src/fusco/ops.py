@@ -6,13 +6,12 @@ nothing but tensors and integers. `form` says in words what must be equal on all
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from fusco.engines.agreement import Call
 from fusco.engines.base import Engine
@@ -21,6 +20,10 @@ from fusco.gradients import weigh_gradients
 from fusco.layout.records import Operation
 from fusco.layout.segments import describe_rows
 from fusco.types import NUM_PLAN_TENSORS, Plan
+
+# torch.library.custom_op would do, but its first call imports the compiler, two seconds of work.
+_LIBRARY = torch.library.Library("fusco", "DEF")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 ENGINES: dict[int, Engine] = {}
 """The engines of all open Shuffles, by key."""
@@ -53,6 +56,18 @@ def engine_of(shuffle: int) -> Engine:
     return ENGINES[shuffle]
 
 
+def _operator(schema: str) -> Callable[[_Function], _Function]:
+    """Make a function the operator `fusco::<schema>`; what is returned calls the operator."""
+    name = schema.partition("(")[0]
+
+    def register(function: _Function) -> _Function:
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        return cast(_Function, getattr(torch.ops.fusco, name))
+
+    return register
+
+
 def describe(rows: Sequence[Tensor], weights: Tensor | None, *, grads: bool) -> str:
     """The part of a call that must be equal on all ranks, in words."""
     formats = ", ".join(describe_rows(each) for each in rows)
@@ -70,11 +85,9 @@ def plan_number(plan: Sequence[Tensor]) -> int:
     return int(plan[0][0])
 
 
-@custom_op(
-    "fusco::dispatch",
-    mutates_args=(),
-    schema="(Tensor[] rows, Tensor topk_idx, Tensor? topk_weights, int shuffle, str form)"
-    " -> (Tensor[], Tensor, Tensor[])",
+@_operator(
+    "dispatch(Tensor[] rows, Tensor topk_idx, Tensor? topk_weights, int shuffle, str form)"
+    " -> (Tensor[], Tensor, Tensor[])"
 )
 def dispatch(
     rows: Sequence[Tensor], topk_idx: Tensor, topk_weights: Tensor | None, shuffle: int, form: str
@@ -86,11 +99,9 @@ def dispatch(
     return list(got.rows), got.row_weights, got.plan.to_tensors()
 
 
-@custom_op(
-    "fusco::dispatch_planned",
-    mutates_args=(),
-    schema="(Tensor[] rows, Tensor? topk_weights, Tensor[] plan, int shuffle, str form)"
-    " -> (Tensor[], Tensor)",
+@_operator(
+    "dispatch_planned(Tensor[] rows, Tensor? topk_weights, Tensor[] plan, int shuffle, str form)"
+    " -> (Tensor[], Tensor)"
 )
 def dispatch_planned(
     rows: Sequence[Tensor],
@@ -106,11 +117,9 @@ def dispatch_planned(
     return list(got.rows), got.row_weights
 
 
-@custom_op(
-    "fusco::combine",
-    mutates_args=(),
-    schema="(Tensor[] rows, Tensor? row_weights, Tensor? anchor, Tensor[] plan, int shuffle,"
-    " str form) -> Tensor[]",
+@_operator(
+    "combine(Tensor[] rows, Tensor? row_weights, Tensor? anchor, Tensor[] plan, int shuffle,"
+    " str form) -> Tensor[]"
 )
 def combine(
     rows: Sequence[Tensor],
@@ -128,11 +137,9 @@ def combine(
     return list(got.sums)
 
 
-@custom_op(
-    "fusco::dispatch_backward",
-    mutates_args=(),
-    schema="(Tensor[] grads, Tensor? grad_row_weights, Tensor[] plan, int shuffle, str form)"
-    " -> (Tensor[], Tensor)",
+@_operator(
+    "dispatch_backward(Tensor[] grads, Tensor? grad_row_weights, Tensor[] plan, int shuffle,"
+    " str form) -> (Tensor[], Tensor)"
 )
 def dispatch_backward(
     grads: Sequence[Tensor],
@@ -149,11 +156,9 @@ def dispatch_backward(
     return list(got.sums), plan[0].new_empty(0, dtype=torch.float32) if values is None else values
 
 
-@custom_op(
-    "fusco::combine_backward",
-    mutates_args=(),
-    schema="(Tensor[] grads, Tensor[] rows, Tensor? row_weights, Tensor[] plan, int shuffle,"
-    " str form) -> (Tensor[], Tensor)",
+@_operator(
+    "combine_backward(Tensor[] grads, Tensor[] rows, Tensor? row_weights, Tensor[] plan,"
+    " int shuffle, str form) -> (Tensor[], Tensor)"
 )
 def combine_backward(
     grads: Sequence[Tensor],
@@ -230,12 +235,18 @@ def _combine_grad(ctx: Any, grads: Sequence[Tensor]) -> Any:
     return grad_rows, weights_grad, None, [None] * len(plan), None, None
 
 
-dispatch.register_autograd(_dispatch_grad, setup_context=_dispatch_setup)
-dispatch_planned.register_autograd(_planned_grad, setup_context=_planned_setup)
-combine.register_autograd(_combine_grad, setup_context=_combine_setup)
+torch.library.register_autograd(
+    "fusco::dispatch", _dispatch_grad, setup_context=_dispatch_setup, lib=_LIBRARY
+)
+torch.library.register_autograd(
+    "fusco::dispatch_planned", _planned_grad, setup_context=_planned_setup, lib=_LIBRARY
+)
+torch.library.register_autograd(
+    "fusco::combine", _combine_grad, setup_context=_combine_setup, lib=_LIBRARY
+)
 
 
-@dispatch.register_fake
+@torch.library.register_fake("fusco::dispatch", lib=_LIBRARY)
 def _dispatch_fake(
     rows: Sequence[Tensor], topk_idx: Tensor, topk_weights: Tensor | None, shuffle: int, form: str
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
@@ -244,7 +255,7 @@ def _dispatch_fake(
     return got, row_weights, plan
 
 
-@dispatch_planned.register_fake
+@torch.library.register_fake("fusco::dispatch_planned", lib=_LIBRARY)
 def _planned_fake(
     rows: Sequence[Tensor],
     topk_weights: Tensor | None,
@@ -255,7 +266,7 @@ def _planned_fake(
     return _fake_rows(rows, plan)
 
 
-@combine.register_fake
+@torch.library.register_fake("fusco::combine", lib=_LIBRARY)
 def _combine_fake(
     rows: Sequence[Tensor],
     row_weights: Tensor | None,
@@ -268,7 +279,7 @@ def _combine_fake(
     return [each.new_empty(num_tokens, *each.shape[1:]) for each in rows]
 
 
-@dispatch_backward.register_fake
+@torch.library.register_fake("fusco::dispatch_backward", lib=_LIBRARY)
 def _dispatch_backward_fake(
     grads: Sequence[Tensor],
     grad_row_weights: Tensor | None,
@@ -283,7 +294,7 @@ def _dispatch_backward_fake(
     return sums, grad_row_weights.new_empty(whole.num_tokens, whole.top_k)
 
 
-@combine_backward.register_fake
+@torch.library.register_fake("fusco::combine_backward", lib=_LIBRARY)
 def _combine_backward_fake(
     grads: Sequence[Tensor],
     rows: Sequence[Tensor],

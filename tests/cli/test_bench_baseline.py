@@ -13,11 +13,11 @@ from fusco.testing.ranks import RankPool
 HIDDEN, TOP_K, NUM_EXPERTS = 24, 3, 16
 
 
-def round_trips(rank: int, dtype: torch.dtype, term_error: float) -> None:
+def round_trips(rank: int, dtype: torch.dtype, keep_buffers: bool, term_error: float) -> None:
     """Two round trips, the second larger, each against the dense answer."""
     world = dist.group.WORLD
     assert world is not None
-    baseline = AllToAllBaseline(num_experts=NUM_EXPERTS, group=world)
+    baseline = AllToAllBaseline(num_experts=NUM_EXPERTS, group=world, keep_buffers=keep_buffers)
     generator = torch.Generator().manual_seed(1)
     for num_tokens in (7, 40):
         everyone = range(dist.get_world_size())
@@ -51,16 +51,17 @@ def round_trips(rank: int, dtype: torch.dtype, term_error: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "term_error"),
+    ("dtype", "keep_buffers", "term_error"),
     [
-        (torch.bfloat16, 1e-4),
-        (torch.float16, 3e-6),
-        (torch.float32, 2e-6),
-        (torch.float64, 2e-15),
+        (torch.bfloat16, True, 1e-4),
+        (torch.bfloat16, False, 1e-4),
+        (torch.float16, True, 3e-6),
+        (torch.float32, True, 2e-6),
+        (torch.float64, False, 2e-15),
     ],
     ids=str,
 )
 def test_baseline_is_the_dense_answer(
-    pool: RankPool, dtype: torch.dtype, term_error: float
+    pool: RankPool, dtype: torch.dtype, keep_buffers: bool, term_error: float
 ) -> None:
-    pool.run(round_trips, dtype, term_error)
+    pool.run(round_trips, dtype, keep_buffers, term_error)

@@ -61,12 +61,12 @@ def test_bench_prints_the_table_and_writes_records(tmp_path: Path) -> None:
     result = fusco_command(*SMALL, "--output", str(path))
     assert result.returncode == 0, result.stderr
     assert "gloo-all_to_all" in result.stdout
-    assert f"Wrote 6 measurements to {path}" in result.stdout.replace("\n", "")
+    assert f"Wrote 9 measurements to {path}" in result.stdout.replace("\n", "")
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(records) == 6
+    assert len(records) == 9
     assert {(r["engine"], r["op"]) for r in records} == {
         (engine, op)
-        for engine in ("reference", "gloo-all_to_all")
+        for engine in ("reference", "gloo-all_to_all", "gloo-kept")
         for op in ("dispatch", "combine", "total")
     }
 

@@ -4,7 +4,7 @@ measurements = run_bench(BenchConfig(num_ranks=4, pattern="zipf"))
 print_report(measurements)
 """
 
-from fusco.bench.config import DTYPES, PATTERNS, SWITCHES, BenchConfig
+from fusco.bench.config import BASELINES, DTYPES, PATTERNS, SWITCHES, BenchConfig
 from fusco.bench.measure import run_bench
 from fusco.bench.patterns import RoutingSet
 from fusco.bench.plot import plot_measurements
@@ -12,6 +12,7 @@ from fusco.bench.records import Measurement, read_jsonl, write_jsonl
 from fusco.bench.report import print_comparison, print_report
 
 __all__ = [
+    "BASELINES",
     "DTYPES",
     "PATTERNS",
     "SWITCHES",

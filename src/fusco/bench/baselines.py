@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineDispatched:
-    """What `AllToAllBaseline.dispatch` returns; the tensors are valid until its next call.
+    """What `AllToAllBaseline.dispatch` returns; if it keeps buffers, valid until its next call.
 
     Attributes:
         tokens: `[R, H]`, expert-major.
@@ -38,16 +38,23 @@ class BaselineDispatched:
 class AllToAllBaseline:
     """Permute, `all_to_all_single`, permute; and the same back, over a gloo group.
 
-    It is made as fast as plain torch makes it. Large buffers are kept from call to call, so that
-    it does not pay for fresh pages. Rows are permuted by `index_select` into them. The last
-    permutation and the weighted sum are one `embedding_bag`, in fp32: 16-bit rows want 16-bit
-    weights there, so these are split in two terms that together hold 16 bits of fraction or more.
+    It permutes as fast as torch can: by `index_select`, and the last permutation and the weighted
+    sum are one `embedding_bag`, in fp32. 16-bit rows want 16-bit weights there, so these are split
+    in two terms that together hold 16 bits of fraction or more.
+
+    Args:
+        num_experts: of the whole group, in equal contiguous blocks.
+        group: a gloo group.
+        keep_buffers: large tensors are kept from call to call, results too, which the next call
+            overwrites. Otherwise they are allocated as torch code does, and then a large part of
+            the time goes into fresh pages.
     """
 
-    name = "gloo-all_to_all"
-
-    def __init__(self, *, num_experts: int, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self, *, num_experts: int, group: dist.ProcessGroup, keep_buffers: bool = False
+    ) -> None:
         self._group = group
+        self._keep_buffers = keep_buffers
         self._num_experts = num_experts
         self._num_ranks = dist.get_world_size(group)
         self._rank = dist.get_rank(group)
@@ -118,7 +125,9 @@ class AllToAllBaseline:
     def _buffer(self, name: str, num_rows: int, like: Tensor) -> Tensor:
         buffer = self._buffers.get(name)
         if buffer is None or len(buffer) < num_rows:
-            buffer = self._buffers[name] = like.new_empty((num_rows, *like.shape[1:]))
+            buffer = like.new_empty((num_rows, *like.shape[1:]))
+        if self._keep_buffers:
+            self._buffers[name] = buffer
         return buffer[:num_rows]
 
 

@@ -14,6 +14,9 @@ Pattern = Literal["uniform", "zipf", "single-node", "imbalanced", "trace"]
 Dtype = Literal["bfloat16", "float16", "float32", "float64"]
 Switch = Literal["none", "fusion", "planner", "balancer"]
 
+PLAIN_BASELINE, KEPT_BASELINE = "gloo-all_to_all", "gloo-kept"
+BASELINES = (PLAIN_BASELINE, KEPT_BASELINE)
+
 PATTERNS: tuple[str, ...] = get_args(Pattern)
 DTYPES: tuple[str, ...] = get_args(Dtype)
 SWITCHES: tuple[str, ...] = get_args(Switch)
@@ -38,6 +41,8 @@ class BenchConfig:
         warmup: iterations before them that are not counted.
         seed: of rows and routings.
         ablation: what is switched off; "none" is everything on.
+        baselines: of BASELINES, what to measure beside fusco; ratios are to the first. See
+            `AllToAllBaseline`: the second keeps its buffers.
 
     Raises:
         InputError: a value that cannot be measured.
@@ -57,6 +62,7 @@ class BenchConfig:
     warmup: int = 3
     seed: int = 0
     ablation: str = "none"
+    baselines: tuple[str, ...] = (PLAIN_BASELINE,)
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -72,6 +78,8 @@ class BenchConfig:
                 )
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("ablation", self.ablation, SWITCHES)
+        for baseline in self.baselines or ("",):
+            _check_choice("baselines", baseline, BASELINES)
         if self.num_experts % self.num_ranks:
             raise input_error(
                 "bench",

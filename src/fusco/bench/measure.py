@@ -1,9 +1,9 @@
-"""Measures fusco and the baseline side by side. `run_bench` starts or joins the ranks.
+"""Measures fusco and the baselines side by side. `run_bench` starts or joins the ranks.
 
 The boundary is the user's: a dispatch goes from (x, topk_idx, topk_weights) to expert-major rows, a
 combine from expert outputs in ordinary memory of the rank to [T, H]. Planning, the exchange of
-counts, weights and allocation are inside. Ranks leave a barrier together, and an iteration takes as
-long as its slowest rank. In each iteration fusco, the baseline and the copy that the floor comes
+counts, weights and allocation are inside. Ranks leave a barrier together, and an iteration lasts
+until the slowest is done. In each iteration fusco, the baselines and the copy that the floor comes
 from follow one another, so that a machine which slows down slows all of them. What is dispatched
 changes from iteration to iteration, in rotation.
 """
@@ -21,12 +21,13 @@ from torch import Tensor
 
 from fusco.api import Shuffle
 from fusco.bench.baselines import AllToAllBaseline
-from fusco.bench.config import BenchConfig, check_pattern
+from fusco.bench.config import KEPT_BASELINE, BenchConfig, check_pattern
 from fusco.bench.floor import CopyMeter
 from fusco.bench.patterns import RoutingSet, TokenRouting, make_routing
-from fusco.bench.records import Measurement, RankRun, num_cores, summarise
+from fusco.bench.records import Measurement, RankRun, Span, num_cores, summarise
 from fusco.bench.trace import check_trace, load_trace
 from fusco.errors import FuscoError, input_error
+from fusco.meeting import host_id
 from fusco.testing.ranks import RankPool
 from fusco.types import Ablation
 
@@ -45,12 +46,12 @@ def run_bench(
         routing: measured instead of a generated pattern; `config.pattern` is then its label.
 
     Returns:
-        dispatch, combine and total of fusco, then of the baseline; the same list on every rank
+        dispatch, combine and total of fusco, then of each baseline; the same list on every rank
         where the default group was used.
 
     Raises:
         InputError: the configuration does not fit the ranks, the trace or the routing.
-        FuscoError: fusco and the baseline disagree about the result.
+        FuscoError: fusco and a baseline disagree about the result.
         RankFailure: a rank of the pool failed.
     """
     _check(config, routing)
@@ -73,22 +74,24 @@ def run_bench(
 def measure_rank(rank: int, config: BenchConfig, routing: RoutingSet | None) -> RankRun:
     """One rank's part, called by every rank of the default group."""
     with _make_shuffle(config) as shuffle:
-        fusco = _Fusco(shuffle)
-        baseline = AllToAllBaseline(num_experts=config.num_experts, group=_world())
-        contenders: dict[str, _Contender] = {
-            shuffle.engine_name: fusco,
-            AllToAllBaseline.name: baseline,
-        }
+        contenders: dict[str, _Contender] = {shuffle.engine_name: _Fusco(shuffle)}
+        for name in config.baselines:
+            contenders[name] = AllToAllBaseline(
+                num_experts=config.num_experts,
+                group=_world(),
+                keep_buffers=name == KEPT_BASELINE,
+            )
         batches = _make_batches(config, shuffle, routing)
         outputs = _Outputs(config)
         wire_bytes, num_rows = _compare(contenders, batches, outputs)
         times = _measure(config, contenders, batches, outputs)
         return RankRun(
             engine=shuffle.engine_name,
+            host=host_id(),
             num_nodes=shuffle.topology.num_nodes,
             num_threads=torch.get_num_threads(),
-            seconds=times.seconds,
-            copy_seconds=times.copy_seconds,
+            spans=times.spans,
+            copy_spans=times.copy_spans,
             wire_bytes=wire_bytes,
             num_rows=num_rows,
         )
@@ -144,8 +147,8 @@ class _Outputs:
 
 @dataclass(frozen=True, kw_only=True)
 class _Times:
-    seconds: dict[str, dict[str, list[float]]]
-    copy_seconds: list[float]
+    spans: dict[str, dict[str, list[Span]]]
+    copy_spans: list[Span]
 
 
 def _make_shuffle(config: BenchConfig) -> Shuffle:
@@ -182,7 +185,7 @@ def _make_batches(
 def _compare(
     contenders: dict[str, _Contender], batches: Sequence[_Batch], outputs: _Outputs
 ) -> tuple[dict[str, dict[str, float]], float]:
-    """Run every batch once on both, and raise unless they did the same work.
+    """Run every batch once on each, and raise unless they did the same work.
 
     Returns:
         mean bytes sent to other ranks in each operation, and mean rows received.
@@ -200,7 +203,8 @@ def _compare(
             wire_bytes[name]["combine"] += (contender.wire_bytes - between) / len(batches)
             results.append((d, y))
         num_rows += len(results[0][0].tokens) / len(batches)
-        _expect_same(batch, *results)
+        for result in results[1:]:
+            _expect_same(batch, results[0], result)
     return wire_bytes, num_rows
 
 
@@ -229,10 +233,10 @@ def _measure(
     batches: Sequence[_Batch],
     outputs: _Outputs,
 ) -> _Times:
-    seconds: dict[str, dict[str, list[float]]] = {
+    spans: dict[str, dict[str, list[Span]]] = {
         name: {"dispatch": [], "combine": []} for name in contenders
     }
-    copy_seconds = []
+    copy_spans = []
     meter = CopyMeter()
     for i in range(config.warmup + config.iterations):
         batch = batches[i % len(batches)]
@@ -240,27 +244,27 @@ def _measure(
         order = list(contenders) if i % 2 else list(reversed(contenders))
         for name in order:
             contender = contenders[name]
-            d, dispatch_s = _timed(contender.dispatch, *batch.arguments)
+            d, dispatch_span = _timed(contender.dispatch, *batch.arguments)
             rows = outputs.of(d.tokens)
-            _, combine_s = _timed(contender.combine, rows, d)
-            seconds[name]["dispatch"].append(dispatch_s)
-            seconds[name]["combine"].append(combine_s)
+            _, combine_span = _timed(contender.combine, rows, d)
+            spans[name]["dispatch"].append(dispatch_span)
+            spans[name]["combine"].append(combine_span)
             del d
-        copy_seconds.append(_timed(meter.copy)[1])
+        copy_spans.append(_timed(meter.copy)[1])
     return _Times(
-        seconds={
-            name: {op: times[config.warmup :] for op, times in by_op.items()}
-            for name, by_op in seconds.items()
+        spans={
+            name: {op: all_spans[config.warmup :] for op, all_spans in by_op.items()}
+            for name, by_op in spans.items()
         },
-        copy_seconds=copy_seconds[config.warmup :],
+        copy_spans=copy_spans[config.warmup :],
     )
 
 
-def _timed(call: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+def _timed(call: Callable[..., Any], *arguments: Any) -> tuple[Any, Span]:
     dist.barrier()
     begin = time.perf_counter()
     result = call(*arguments)
-    return result, time.perf_counter() - begin
+    return result, (begin, time.perf_counter())
 
 
 def _world() -> dist.ProcessGroup:

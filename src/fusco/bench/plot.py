@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fusco.bench.records import Measurement
+from fusco.bench.records import OPS, Measurement
 from fusco.errors import FuscoError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FLOOR_COLOUR, FUSCO_COLOUR, BASELINE_COLOUR = "#aab2bd", "#0b7a75", "#d1603d"
+FLOOR_COLOUR = "#aab2bd"
+ENGINE_COLOURS = ("#0b7a75", "#d1603d", "#e0a458")
 COMBINE_ALPHA = 0.6
-BAR_STEP, BAR_WIDTH = 0.28, 0.26
+BAR_WIDTH = 0.92
 
 
 def plot_measurements(measurements: Sequence[Measurement], path: Path) -> None:
@@ -35,15 +36,19 @@ def plot_measurements(measurements: Sequence[Measurement], path: Path) -> None:
         ) from error
 
     patterns = list(dict.fromkeys(m.pattern for m in measurements))
-    figure = Figure(figsize=(3.0 + 1.6 * len(patterns), 4.8), layout="constrained")
+    engines = list(dict.fromkeys(m.engine for m in measurements))
+    by_key = {(m.pattern, m.engine, m.op): m for m in measurements}
+    num_bars = 1 + len(engines)
+    figure = Figure(figsize=(2.5 + 0.6 * num_bars * len(patterns), 4.8), layout="constrained")
     axes = figure.add_subplot()
+    ticks = []
     for place, pattern in enumerate(patterns):
-        of_pattern = [m for m in measurements if m.pattern == pattern]
-        fusco = {m.op: m for m in of_pattern if not m.is_baseline}
-        baseline = {m.op: m for m in of_pattern if m.is_baseline}
-        _draw_floor(axes, place - BAR_STEP, fusco["total"])
-        _draw_bar(axes, place, fusco, FUSCO_COLOUR)
-        _draw_bar(axes, place + BAR_STEP, baseline, BASELINE_COLOUR)
+        first = place * (num_bars + 0.7)
+        ticks.append(first + (num_bars - 1) / 2)
+        _draw_floor(axes, first, by_key[pattern, engines[0], "total"])
+        for bar, (engine, colour) in enumerate(zip(engines, ENGINE_COLOURS, strict=False), 1):
+            by_op = {op: by_key[pattern, engine, op] for op in OPS}
+            _draw_bar(axes, first + bar, by_op, colour)
     one = measurements[0]
     axes.set_title(
         f"Dispatch and combine of {one.num_ranks} ranks, {one.num_tokens} tokens a rank,\n"
@@ -51,19 +56,19 @@ def plot_measurements(measurements: Sequence[Measurement], path: Path) -> None:
         fontsize=10,
     )
     axes.set_ylabel("slowest rank's time, ms")
-    axes.set_xticks(range(len(patterns)), patterns)
+    axes.set_xticks(ticks, patterns)
     axes.set_axisbelow(True)
     axes.grid(axis="y", color="#e6e9ed")
     axes.margins(y=0.12)
     axes.spines[["top", "right"]].set_visible(False)
-    ours = next(m.engine for m in measurements if not m.is_baseline)
-    theirs = next(m.engine for m in measurements if m.is_baseline)
     handles = [
         Patch(color=FLOOR_COLOUR, label="floor: each row read and written once"),
-        Patch(color=FUSCO_COLOUR, label=f"fusco ({ours}), with speed-up"),
-        Patch(color=BASELINE_COLOUR, label=theirs),
         Patch(color="#666666", alpha=COMBINE_ALPHA, label="lighter part: combine"),
     ]
+    for engine, colour in zip(engines, ENGINE_COLOURS, strict=False):
+        is_ours = not by_key[patterns[0], engine, "total"].is_baseline
+        label = f"fusco ({engine}), with ratio" if is_ours else engine
+        handles.append(Patch(color=colour, label=label))
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160)

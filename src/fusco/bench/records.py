@@ -14,24 +14,28 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 import fusco
-from fusco.bench.baselines import AllToAllBaseline
-from fusco.bench.config import BenchConfig
+from fusco.bench.config import BASELINES, BenchConfig
 from fusco.bench.floor import copy_gbps, floor_ms
 
 OPS = ("dispatch", "combine", "total")
 
+Span = tuple[float, float]
+"""When one rank began something and when it was done, in seconds of its host's clock."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RankRun:
-    """What one rank measured; `seconds` by engine and operation, an entry an iteration."""
+    """What one rank measured; `spans` by engine and operation, an entry an iteration."""
 
     engine: str
+    host: str
     num_nodes: int
     num_threads: int
-    seconds: dict[str, dict[str, list[float]]]
-    copy_seconds: list[float]
+    spans: dict[str, dict[str, list[Span]]]
+    copy_spans: list[Span]
     wire_bytes: dict[str, dict[str, float]]
     num_rows: float
 
@@ -42,13 +46,13 @@ class Measurement:
 
     Attributes:
         op: dispatch, combine, or total, which is both.
-        engine: fusco's engine, or the baseline.
+        engine: fusco's engine, or a baseline.
         num_tokens: tokens of each rank.
-        p50_ms: median over iterations of the slowest rank's time; p10_ms and p90_ms likewise.
+        p50_ms: median over iterations, until the slowest rank is done; p10_ms and p90_ms likewise.
         wire_bytes: bytes that cross from rank to rank, all ranks together, mean of an iteration.
         copy_gbps: median copy bandwidth of all ranks together, read plus written.
         floor_ms: see `fusco.bench.floor`.
-        ratio_to_baseline: the baseline's p50 over this one's: above 1 is faster than it.
+        ratio_to_baseline: the first baseline's p50 over this one's: above 1 is faster than it.
         load_imbalance: mean rows of the busiest rank over those of all.
         num_threads: threads of each rank.
         hardware: cpu, cores and memory_gib of the machine of rank 0.
@@ -86,7 +90,7 @@ class Measurement:
     @property
     def is_baseline(self) -> bool:
         """Whether this is not fusco but what it is compared with."""
-        return self.engine == AllToAllBaseline.name
+        return self.engine in BASELINES
 
     @property
     def floor_fraction(self) -> float:
@@ -98,7 +102,7 @@ def summarise(config: BenchConfig, runs: Sequence[RankRun]) -> list[Measurement]
     """From what every rank measured to one measurement an engine and operation."""
     first = runs[0]
     num_rows = [run.num_rows for run in runs]
-    copy_s = np.median(np.max([run.copy_seconds for run in runs], axis=0))
+    copy_s = np.median(_group_seconds(runs, [run.copy_spans for run in runs]))
     gbps = copy_gbps(config.num_ranks, float(copy_s))
     one_way_ms = floor_ms(
         config.num_tokens * config.num_ranks,
@@ -106,7 +110,7 @@ def summarise(config: BenchConfig, runs: Sequence[RankRun]) -> list[Measurement]
         config.hidden_size * config.torch_dtype.itemsize,
         gbps,
     )
-    times = {engine: _slowest_ms(runs, engine) for engine in first.seconds}
+    times = {engine: _group_ms(runs, engine) for engine in first.spans}
     p50 = {
         (engine, op): float(np.median(ms)) for engine in times for op, ms in times[engine].items()
     }
@@ -129,7 +133,7 @@ def summarise(config: BenchConfig, runs: Sequence[RankRun]) -> list[Measurement]
             wire_bytes=round(sum(_wire_bytes(run, engine, op) for run in runs)),
             copy_gbps=_rounded(gbps),
             floor_ms=_rounded(one_way_ms * (2 if op == "total" else 1)),
-            ratio_to_baseline=_rounded(p50[AllToAllBaseline.name, op] / p50[engine, op]),
+            ratio_to_baseline=_rounded(p50[config.baselines[0], op] / p50[engine, op]),
             load_imbalance=_rounded(max(num_rows) / max(sum(num_rows) / len(num_rows), 1.0)),
             seed=config.seed,
             iterations=config.iterations,
@@ -220,9 +224,22 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _slowest_ms(runs: Sequence[RankRun], engine: str) -> dict[str, Any]:
-    ms = {op: 1e3 * np.max([run.seconds[engine][op] for run in runs], axis=0) for op in OPS[:2]}
+def _group_ms(runs: Sequence[RankRun], engine: str) -> dict[str, NDArray[np.float64]]:
+    ms = {op: 1e3 * _group_seconds(runs, [run.spans[engine][op] for run in runs]) for op in OPS[:2]}
     return ms | {"total": ms["dispatch"] + ms["combine"]}
+
+
+def _group_seconds(runs: Sequence[RankRun], spans: Sequence[Sequence[Span]]) -> NDArray[np.float64]:
+    """How long each iteration took the group, from spans by rank and iteration.
+
+    On one host that is from the first beginning to the last end: where ranks share cores, one may
+    leave the barrier when another is done already, and its own time would not show that. Clocks of
+    several hosts cannot be compared, so there it is the longest rank's own time.
+    """
+    begin, end = np.moveaxis(np.asarray(spans), 2, 0)
+    if len({run.host for run in runs}) == 1:
+        return np.asarray(end.max(axis=0) - begin.min(axis=0))
+    return np.asarray((end - begin).max(axis=0))
 
 
 def _wire_bytes(run: RankRun, engine: str, op: str) -> float:

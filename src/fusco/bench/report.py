@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from fusco.bench.baselines import AllToAllBaseline
+from fusco.bench.config import KEPT_BASELINE
 from fusco.bench.records import OPS, Measurement
 
 FLOOR_TARGET = 2.0
@@ -117,19 +117,22 @@ def _ms(value: float) -> str:
 def _verdict(measurements: Sequence[Measurement]) -> list[str]:
     total = next(m for m in measurements if m.op == "total")
     ours = [m for m in measurements if not m.is_baseline]
+    baselines = [m for m in measurements if m.is_baseline]
     lines = [
-        f"ratio: the p50 of {AllToAllBaseline.name} over this one. floor: the least time over this "
+        f"ratio: the p50 of {baselines[0].engine} over this one. floor: the least time over this "
         f"one; for total that is {_ms(total.floor_ms)} ms, to read and write each row once at the "
         f"{total.copy_gbps:.1f} GB/s which all ranks copying at once reached in this run."
     ]
-    slower = [m for m in ours if m.ratio_to_baseline < 1]
-    lines += [
-        f"[red]{m.engine} loses[/red]: its {m.op} takes {1 / m.ratio_to_baseline:.2f} times as "
-        "long as the baseline's."
-        for m in slower
+    if any(m.engine == KEPT_BASELINE for m in baselines):
+        lines.append(f"{KEPT_BASELINE}: with buffers kept from call to call, results too.")
+    slower = [
+        f"[red]{mine.engine} loses[/red]: its {mine.op} takes {mine.p50_ms / other.p50_ms:.2f} "
+        f"times as long as that of {other.engine}."
+        for other in baselines
+        for mine in ours
+        if mine.op == other.op and mine.p50_ms > other.p50_ms
     ]
-    if not slower:
-        lines.append(f"{total.engine} is faster than the baseline in every operation.")
+    lines += slower or [f"{total.engine} is faster than the baselines in every operation."]
     far = [m.op for m in ours if m.floor_ms * FLOOR_TARGET < m.p50_ms]
     if far:
         lines.append(

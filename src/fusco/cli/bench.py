@@ -78,7 +78,7 @@ def bench(
     token-major sums, planning included. Starts its own ranks, or runs under torchrun.
     """
     with short_failures():
-        from fusco.bench import BenchConfig
+        from fusco.bench import BASELINES, BenchConfig
         from fusco.bench.trace import load_trace
 
         default_experts, default_top_k = DEFAULT_EXPERTS, DEFAULT_TOP_K
@@ -103,6 +103,7 @@ def bench(
             warmup=warmup,
             seed=seed,
             ablation=ablation,
+            baselines=BASELINES,
         )
         _measure_and_report(config, output, compare)
 

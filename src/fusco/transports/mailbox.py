@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import time
 from collections.abc import Sequence
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fusco.errors import PeerError
 
 _TAG = 0xF05C
+_NOTICE_TAG = 0xF05D
+_NOBODY = -1
+_TELL_S = 1.0
 
 
 class Mailbox:
@@ -32,6 +38,7 @@ class Mailbox:
         self.group = group
         self.timeout_s = timeout_s
         self.wait_s = [0.0] * group.size() if wait_s is None else wait_s
+        self._notices = _notices(group)
 
     def swap(self, sends: Sequence[Tensor], receives: Sequence[Tensor], *, operation: str) -> None:
         """Send `sends[p]` to rank p and fill `receives[p]` from it; empty ones stay at home.
@@ -61,11 +68,15 @@ class Mailbox:
         except RuntimeError as error:
             late = time.monotonic() >= deadline
             what = f"did not arrive within {self.timeout_s:g} s" if late else "is gone"
+            lost = self._notices.blame(waited_for)
+            if lost != waited_for:
+                what = f"is lost, as rank {waited_for} has found"
+            self._notices.tell(lost)
             raise PeerError(
-                f"{operation}: rank {waited_for} {what} (waited for by rank {rank}); "
+                f"{operation}: rank {lost} {what} (waited for by rank {rank}); "
                 "this Shuffle is closed for good, restart the ranks",
                 operation=operation,
-                rank=waited_for,
+                rank=lost,
             ) from error
 
     def _receive(self, tensor: Tensor, peer: int) -> dist.Work:
@@ -77,3 +88,42 @@ class Mailbox:
         work = dist.isend(tensor, group=self.group, group_dst=peer, tag=_TAG)
         assert work is not None, "this rank is a member of its group"
         return work
+
+
+class _Notices:
+    """Who was lost, told by ranks that leave because of it.
+
+    A rank that raises and ends looks dead to those that wait for it next. So it tells them first;
+    the messages are expected from the start, since a closed connection takes no new ones.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self._told = torch.full((group.size(), 1), _NOBODY)
+        self._works = [
+            dist.irecv(self._told[peer], group=group, group_src=peer, tag=_NOTICE_TAG)
+            for peer in range(group.size())
+            if peer != group.rank()
+        ]
+
+    def blame(self, rank: int) -> int:
+        """The rank that was lost first, where `rank` is missed."""
+        told = int(self._told[rank])
+        return rank if told == _NOBODY else told
+
+    def tell(self, lost: int) -> None:
+        """Tell all others, as far as they can still be reached."""
+        message = torch.tensor([lost])
+        for peer in range(self._group.size()):
+            if peer in (lost, self._group.rank()):
+                continue
+            # Whoever cannot be reached has left already, and knows.
+            with contextlib.suppress(RuntimeError):
+                work = dist.isend(message, group=self._group, group_dst=peer, tag=_NOTICE_TAG)
+                assert work is not None, "this rank is a member of its group"
+                work.wait(timeout=timedelta(seconds=_TELL_S))
+
+
+@functools.cache
+def _notices(group: dist.ProcessGroup) -> _Notices:
+    return _Notices(group)

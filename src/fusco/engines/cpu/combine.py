@@ -14,9 +14,10 @@ from fusco.engines.agreement import Call
 from fusco.engines.base import Returned
 from fusco.engines.cpu.kernels.reduce import scratch, send_partials, send_values, sum_tokens
 from fusco.engines.cpu.session import Session
+from fusco.engines.cpu.unfused import in_order_of_arrival
 from fusco.layout.blocks import Ints, combine_sections
 from fusco.layout.segments import bytes_per_row
-from fusco.types import Arrival, Plan
+from fusco.types import Arrival, Leg, Plan
 
 # How numba sees the elements of each dtype; see kernels/elements.py.
 _SEEN_AS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
@@ -41,12 +42,14 @@ def combine(
     sizes = agreement.payload
     sections = combine_sections(sizes[:, 0], row_bytes, sizes[:, 1])
     at = sections.start + session.addresses(agreement, agreement.base + sections.total)
+    if not session.world.ablation.fusion:
+        rows, row_weights, arrival = in_order_of_arrival(rows, row_weights, arrival)
     lines = [_Line(each, row_weights) for each in rows]
     with record_function("fusco::write"):
         for line, base in zip(lines, at, strict=False):
             line.send(arrival, rank, base)
         if row_values is not None:
-            _send_values(row_values, arrival, at[-1])
+            _send_values(row_values, plan.arrival, at[-1])
     with record_function("fusco::wait"):
         session.finish(agreement)
     starts = sections.start[:, rank].tolist()
@@ -55,7 +58,7 @@ def combine(
         for line, start in zip(lines, starts, strict=False):
             count = leg.row.shape[0] * line.width
             partials = session.window.view(block, start, count, line.elements.dtype)
-            sums.append(line.sum(plan, rank, partials))
+            sums.append(line.sum(leg, arrival, rank, partials))
         values = None
         if row_values is not None:
             view = session.window.view(block, starts[-1], leg.slot.shape[0], np.float32)
@@ -97,10 +100,9 @@ class _Line:
             self.line,
         )
 
-    def sum(self, plan: Plan, rank: int, partials: npt.NDArray[Any]) -> Tensor:
+    def sum(self, leg: Leg, arrival: Arrival, rank: int, partials: npt.NDArray[Any]) -> Tensor:
         """`[T, ...]`, from the partials of other ranks and the own rank's rows."""
-        arrival, leg = plan.arrival, plan.send
-        out = self.like.new_empty(plan.num_tokens, *self.like.shape[1:])
+        out = self.like.new_empty(leg.sum_segment.shape[0], *self.like.shape[1:])
         own = slice(*arrival.peer_ptr[rank : rank + 2].tolist())
         sum_tokens(
             self.elements,

@@ -14,6 +14,7 @@ from fusco.engines.base import Delivery
 from fusco.engines.cpu import plans
 from fusco.engines.cpu.kernels.scatter import by_pair, scatter_rows, scatter_values, ship_slots
 from fusco.engines.cpu.session import Agreement, Session
+from fusco.engines.cpu.unfused import expert_major, first_rows, write_device_major
 from fusco.layout.blocks import Ints, Sections, dispatch_sections
 from fusco.layout.heap import Block, align
 from fusco.layout.segments import as_segments, bytes_per_row, from_segments
@@ -67,7 +68,8 @@ def dispatch_new(
             at[-1] + sizes.pairs[:rank].sum(dim=0).numpy() * 8,
             np.empty(leg.row.shape[0], dtype=np.int64),
         )
-        _write(rows, weights, leg, at, world.top_k)
+        first = sizes.pairs[:rank].sum(dim=0).numpy()
+        _write(session, rows, weights, leg, at, first)
     with record_function("fusco::wait"):
         session.finish(agreement)
     with record_function("fusco::plan"):
@@ -85,11 +87,13 @@ def dispatch_planned(
     own = dispatch_sections(np.array([plan.num_rows]), row_bytes, none[:1], none[:1])
     with record_function("fusco::agree"):
         call, block = session.reserve(call, int(own.total[0]))
-        agreement = session.agree(call, block, np.array([plan.num_rows]))
+        place = np.concatenate(([plan.num_rows], first_rows(plan.arrival)))
+        agreement = session.agree(call, block, place)
     sections = dispatch_sections(agreement.payload[:, 0], row_bytes, none, none)
     at = _addresses(session, agreement, sections)
     with record_function("fusco::write"):
-        _write(rows, weights, plan.send, at, session.world.top_k)
+        first = agreement.payload[:, 1 + session.rank]
+        _write(session, rows, weights, plan.send, at, first)
     with record_function("fusco::wait"):
         session.finish(agreement)
     return _wrap(session, agreement, sections, rows, weights, plan)
@@ -100,19 +104,29 @@ def _addresses(session: Session, agreement: Agreement, sections: Sections) -> In
     return sections.start + session.addresses(agreement, agreement.base + sections.total)
 
 
-def _write(rows: Sequence[Tensor], weights: Tensor | None, leg: Leg, at: Ints, top_k: int) -> None:
+def _write(
+    session: Session,
+    rows: Sequence[Tensor],
+    weights: Tensor | None,
+    leg: Leg,
+    at: Ints,
+    first: Ints,
+) -> None:
     """Send all rows and weights to their slots; sections in the order of `dispatch_sections`."""
-    num_pairs = leg.sum_segment.numel()
+    num_pairs, top_k = leg.sum_segment.numel(), session.world.top_k
     slot = np.full(num_pairs, -1, dtype=np.int64)
     target = np.empty(num_pairs, dtype=np.int64)
     by_pair(leg.pair.numpy(), leg.slot.numpy(), slot)
     by_pair(leg.pair.numpy(), leg.target.numpy(), target)
-    for each, base in zip(rows, at, strict=False):
-        segments = as_segments(each)
-        scatter_rows(segments.data_ptr(), segments.shape[1], slot, target, top_k, base)
     if weights is not None:
         dense = weights.contiguous()
         scatter_values(dense.data_ptr(), slot, target, at[len(rows)])
+    if not session.world.ablation.fusion:
+        write_device_major(rows, leg, top_k, at, first)
+        return
+    for each, base in zip(rows, at, strict=False):
+        segments = as_segments(each)
+        scatter_rows(segments.data_ptr(), segments.shape[1], slot, target, top_k, base)
 
 
 def _read_slots(
@@ -151,7 +165,11 @@ def _wrap(
         row_bytes = bytes_per_row(like)
         part = Block(base=block.base + begin, size=align(plan.num_rows * row_bytes))
         segments = window.as_tensor(part, plan.num_rows * row_bytes).view(plan.num_rows, row_bytes)
-        if session.world.alignment > 1:
+        if not session.world.ablation.fusion:
+            segments = expert_major(
+                segments[: plan.arrival.slot.shape[0]], plan.arrival, plan.num_rows
+            )
+        elif session.world.alignment > 1:
             segments[is_padding] = 0
         got.append(from_segments(segments, like))
         end = part.base + part.size
