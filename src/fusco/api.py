@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.profiler import record_function
 
 from fusco import ops
 from fusco.checks import Limits
@@ -24,6 +23,7 @@ from fusco.errors import ClosedError, InputError
 from fusco.groups import resolve_group
 from fusco.layout.records import Operation
 from fusco.meeting import meet
+from fusco.profiling import stage
 from fusco.topology import Topology
 from fusco.types import Ablation, AnyRows, Dispatched, Plan, Stats, as_tuple, like
 
@@ -169,7 +169,7 @@ class Shuffle:
         """
         self._require_open()
         operation = Operation.DISPATCH if plan is None else Operation.DISPATCH_PLANNED
-        with record_function("fusco::dispatch"):
+        with stage("dispatch"):
             try:
                 self._limits.check_dispatch(x, topk_idx, topk_weights, plan)
             except InputError as error:
@@ -216,7 +216,7 @@ class Shuffle:
             InputError, DisagreementError, PeerError, ClosedError: as in `dispatch`.
         """
         self._require_open()
-        with record_function("fusco::combine"):
+        with stage("combine"):
             try:
                 self._limits.check_combine(expert_outputs, dispatched, weighted=weighted)
             except InputError as error:

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.profiler import record_function
 
 from fusco.engines import make_engine
 from fusco.engines.agreement import Call
@@ -18,6 +17,7 @@ from fusco.groups import resolve_group
 from fusco.layout.records import Operation
 from fusco.layout.segments import as_bytes
 from fusco.meeting import meet
+from fusco.profiling import stage
 from fusco.topology import Topology
 from fusco.types import Ablation, Segments
 
@@ -61,7 +61,7 @@ def exchange(
     """
     process_group = resolve_group("exchange", group)
     mover = _engine(process_group, engine, timeout_s)
-    with record_function("fusco::exchange"):
+    with stage("exchange"):
         try:
             try:
                 _check(source, send, out, receive, mover)

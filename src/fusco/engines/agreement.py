@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fusco.errors import DisagreementError, FuscoError, InputError, WindowMemoryError
-from fusco.layout.records import HEADER, Header, Operation, Status
+from fusco.layout.records import ALIKE, Field, Operation, Status
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,17 +28,10 @@ class Call:
     form: str = ""
     error: InputError | WindowMemoryError | None = None
 
-    def header(self, epoch: int, base: int = 0, capacity: int = 0) -> Header:
-        """The head of the record to publish."""
-        return Header(
-            epoch=epoch,
-            operation=self.operation,
-            status=self._status,
-            plan=self.plan,
-            signature=zlib.crc32(self.form.encode()),
-            base=base,
-            capacity=capacity,
-        )
+    def head(self, epoch: int, base: int = 0, capacity: int = 0) -> tuple[int, ...]:
+        """The head of the record to publish, in the order of `Field`."""
+        signature = zlib.crc32(self.form.encode())
+        return epoch, self.operation, self._status, self.plan, signature, base, capacity
 
     def failed(self, error: WindowMemoryError) -> Call:
         """The same call, which this rank cannot make."""
@@ -65,11 +58,8 @@ def is_agreed(records: npt.NDArray[np.int64]) -> bool:
     Args:
         records: int64 `[P, HEADER + payload]`.
     """
-    heads = records[:, :HEADER]
-    names = Header.__dataclass_fields__
-    alike = [index for index, name in enumerate(names) if name not in ("base", "capacity")]
-    status = list(names).index("status")
-    return bool((heads[:, alike] == heads[0, alike]).all() and (heads[:, status] == 0).all())
+    alike = (records[:, ALIKE] == records[0, ALIKE]).all()
+    return bool(alike and (records[:, Field.STATUS] == Status.READY).all())
 
 
 def disagreement(
@@ -78,8 +68,7 @@ def disagreement(
     """The error that every rank raises after records that are not agreed."""
     if call.error is not None:
         return call.error
-    for peer, record in enumerate(records):
-        status = Header.unpack(record).status
+    for peer, status in enumerate(records[:, Field.STATUS].tolist()):
         if status != Status.READY:
             kind = WindowMemoryError if status == Status.NO_MEMORY else InputError
             return kind(f"rank {peer}: {texts[peer]}")

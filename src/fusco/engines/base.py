@@ -93,7 +93,7 @@ class Engine(ABC):
     """Moves rows between the ranks of one group.
 
     All methods but `stats` and `close` are collective. Each begins by publishing a record
-    (`Call.header`, and counts or sizes) and waiting for everybody's; from the same records all
+    (`Call.head`, and counts or sizes) and waiting for everybody's; from the same records all
     ranks go on or raise the same error, after which the next call works. After a `PeerError` the
     engine is dead.
     Row order and sums never depend on arrival.

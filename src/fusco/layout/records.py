@@ -6,11 +6,7 @@ of an exchange.
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, fields
 from enum import IntEnum
-
-import numpy as np
-import numpy.typing as npt
 
 
 class Operation(IntEnum):
@@ -37,37 +33,24 @@ class Status(IntEnum):
     NO_MEMORY = 2
 
 
-@dataclass(frozen=True, kw_only=True)
-class Header:
-    """The head of a record.
+class Field(IntEnum):
+    """Where each number of a record's head lies.
 
-    Attributes:
-        epoch: how many operations the group has begun, this one included.
-        operation: an `Operation`.
-        status: a `Status`.
-        plan: the number of the plan in use; -1 where a new one is made.
-        signature: a hash of what must be equal on all ranks, such as row formats.
-        base: where in this rank's window the block reserved for what it receives begins, bytes.
-        capacity: the size of that block, bytes.
+    `EPOCH` counts the operations the group has begun, this one included. `PLAN` is the number of
+    the plan in use, -1 where a new one is made. `SIGNATURE` is a hash of what must be equal on
+    all ranks, such as row formats. `BASE` and `CAPACITY` say where in this rank's window the
+    block reserved for what it receives begins and how large it is, bytes.
     """
 
-    epoch: int
-    operation: int
-    status: int
-    plan: int
-    signature: int
-    base: int = 0
-    capacity: int = 0
-
-    def pack(self, record: npt.NDArray[np.int64]) -> None:
-        """Write the header into the head of a record."""
-        record[:HEADER] = astuple(self)
-
-    @classmethod
-    def unpack(cls, record: npt.NDArray[np.int64]) -> Header:
-        """Read it back."""
-        return cls(**dict(zip(_NAMES, record[:HEADER].tolist(), strict=True)))
+    EPOCH = 0
+    OPERATION = 1
+    STATUS = 2
+    PLAN = 3
+    SIGNATURE = 4
+    BASE = 5
+    CAPACITY = 6
 
 
-_NAMES = tuple(field.name for field in fields(Header))
-HEADER = len(_NAMES)
+HEADER = len(Field)
+ALIKE = slice(Field.EPOCH, Field.BASE)
+"""The part of the head that all ranks must publish alike."""

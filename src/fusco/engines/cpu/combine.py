@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from fusco.engines.agreement import Call
 from fusco.engines.base import Returned
@@ -17,6 +16,7 @@ from fusco.engines.cpu.session import Session
 from fusco.engines.cpu.unfused import in_order_of_arrival
 from fusco.layout.blocks import Ints, combine_sections
 from fusco.layout.segments import bytes_per_row
+from fusco.profiling import stage
 from fusco.types import Arrival, Leg, Plan
 
 # How numba sees the elements of each dtype; see kernels/elements.py.
@@ -36,7 +36,7 @@ def combine(
     row_bytes = [bytes_per_row(each) for each in rows]
     sent = np.array([[leg.row.shape[0], leg.slot.shape[0] if row_values is not None else 0]])
     own = combine_sections(sent[:, 0], row_bytes, sent[:, 1])
-    with record_function("fusco::agree"):
+    with stage("agree"):
         call, block = session.reserve(call, int(own.total[0]))
         agreement = session.agree(call, block, sent[0])
     sizes = agreement.payload
@@ -45,15 +45,15 @@ def combine(
     if not session.world.ablation.fusion:
         rows, row_weights, arrival = in_order_of_arrival(rows, row_weights, arrival)
     lines = [_Line(each, row_weights) for each in rows]
-    with record_function("fusco::write"):
+    with stage("write"):
         for line, base in zip(lines, at, strict=False):
             line.send(arrival, rank, base)
         if row_values is not None:
             _send_values(row_values, plan.arrival, at[-1])
-    with record_function("fusco::wait"):
+    with stage("wait"):
         session.finish(agreement)
     starts = sections.start[:, rank].tolist()
-    with record_function("fusco::sum"):
+    with stage("sum"):
         sums = []
         for line, start in zip(lines, starts, strict=False):
             count = leg.row.shape[0] * line.width

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from fusco.engines.agreement import Call
 from fusco.engines.base import Delivery
@@ -20,6 +19,7 @@ from fusco.layout.heap import Block, align
 from fusco.layout.segments import as_segments, bytes_per_row, from_segments
 from fusco.planner import Sends
 from fusco.planner.legs import mirror
+from fusco.profiling import stage
 from fusco.types import Arrival, Counts, Leg, Plan
 
 
@@ -37,13 +37,13 @@ def dispatch_new(
     come with the same records, say what each rank needs.
     """
     world, topology, rank = session.world, session.world.topology, session.rank
-    with record_function("fusco::plan"):
+    with stage("plan"):
         packed = plans.count(topk_idx, world)
-    with record_function("fusco::agree"):
+    with stage("agree"):
         block = session.window.reserve_largest()
         agreement = session.agree(call, block, packed)
     identity = new_identity()
-    with record_function("fusco::plan"):
+    with stage("plan"):
         counts = Counts.split(
             torch.from_numpy(agreement.payload), topology.num_experts, topology.num_ranks
         )
@@ -58,7 +58,7 @@ def dispatch_new(
     )
     agreement = session.fit(agreement, sections.total)
     at = _addresses(session, agreement, sections)
-    with record_function("fusco::write"):
+    with stage("write"):
         leg = sends.direct
         ship_slots(
             leg.peer_ptr.numpy(),
@@ -70,9 +70,9 @@ def dispatch_new(
         )
         first = sizes.pairs[:rank].sum(dim=0).numpy()
         _write(session, rows, weights, leg, at, first)
-    with record_function("fusco::wait"):
+    with stage("wait"):
         session.finish(agreement)
-    with record_function("fusco::plan"):
+    with stage("plan"):
         arrival = _read_slots(session, agreement, sections, sends)
         plan = plans.finish(identity, sends, arrival, rank)
     return _wrap(session, agreement, sections, rows, weights, plan), traffic.rows
@@ -85,16 +85,16 @@ def dispatch_planned(
     none = np.zeros(session.world.topology.num_ranks, dtype=np.int64)
     row_bytes = [bytes_per_row(each) for each in rows]
     own = dispatch_sections(np.array([plan.num_rows]), row_bytes, none[:1], none[:1])
-    with record_function("fusco::agree"):
+    with stage("agree"):
         call, block = session.reserve(call, int(own.total[0]))
         place = np.concatenate(([plan.num_rows], first_rows(plan.arrival)))
         agreement = session.agree(call, block, place)
     sections = dispatch_sections(agreement.payload[:, 0], row_bytes, none, none)
     at = _addresses(session, agreement, sections)
-    with record_function("fusco::write"):
+    with stage("write"):
         first = agreement.payload[:, 1 + session.rank]
         _write(session, rows, weights, plan.send, at, first)
-    with record_function("fusco::wait"):
+    with stage("wait"):
         session.finish(agreement)
     return _wrap(session, agreement, sections, rows, weights, plan)
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from fusco.engines.agreement import Call
 from fusco.engines.cpu.kernels.scatter import gather_segments, scatter_segments
 from fusco.engines.cpu.session import Session
 from fusco.engines.segments import check_exchange, exchange_payload
 from fusco.errors import DisagreementError
+from fusco.profiling import stage
 from fusco.types import Segments
 
 
@@ -27,7 +27,7 @@ def exchange(
     """See `Engine.exchange`. A rank's block holds what each rank sends it, in rank order."""
     rank, num_ranks = session.rank, session.world.topology.num_ranks
     incoming = [int(each.size.sum()) for each in receive]
-    with record_function("fusco::agree"):
+    with stage("agree"):
         call, block = session.reserve(call, sum(incoming))
         agreement = session.agree(call, block, exchange_payload(send, receive).numpy())
     payload = agreement.payload
@@ -41,15 +41,15 @@ def exchange(
     sent = payload[:, 2 * num_ranks : 3 * num_ranks]
     at = session.addresses(agreement, agreement.base + sent.sum(axis=0))
     at += sent[:rank].sum(axis=0)
-    with record_function("fusco::write"):
+    with stage("write"):
         for peer, segments in enumerate(send):
             gather_segments(
                 source.data_ptr(), segments.offset.numpy(), segments.size.numpy(), at[peer]
             )
-    with record_function("fusco::wait"):
+    with stage("wait"):
         session.finish(agreement)
     begin = session.window.address_of(block)
-    with record_function("fusco::scatter"):
+    with stage("scatter"):
         for segments, size in zip(receive, incoming, strict=True):
             scatter_segments(begin, out.data_ptr(), segments.offset.numpy(), segments.size.numpy())
             begin += size

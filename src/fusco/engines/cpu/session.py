@@ -17,7 +17,7 @@ from fusco.engines.cpu.window import Mapping, Window
 from fusco.errors import EngineUnavailableError, WindowMemoryError
 from fusco.layout.blocks import Ints
 from fusco.layout.heap import Block
-from fusco.layout.records import HEADER, Header, Status
+from fusco.layout.records import HEADER, Field, Status
 from fusco.transports.mailbox import Mailbox
 
 _INITIAL_WINDOW_BYTES = 1 << 20
@@ -108,19 +108,18 @@ class Session:
         """
         control, operation = self.control, call.operation.text
         record = np.zeros(self.world.record_len, dtype=np.int64)
-        call.header(control.begin(), block.base, block.size).pack(record)
+        record[:HEADER] = call.head(control.begin(), block.base, block.size)
         record[HEADER : HEADER + payload.size] = payload
         records = control.share(record, operation)
         if not is_agreed(records):
             self.window.heap.release(block)
             texts = control.share_text(call.text, operation)
             raise disagreement(call, records, texts, self.rank)
-        heads = [Header.unpack(row) for row in records]
         return Agreement(
             operation=operation,
             block=block,
-            base=np.array([head.base for head in heads]),
-            capacity=np.array([head.capacity for head in heads]),
+            base=records[:, Field.BASE],
+            capacity=records[:, Field.CAPACITY],
             payload=records[:, HEADER:],
         )
 

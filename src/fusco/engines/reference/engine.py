@@ -123,7 +123,7 @@ class ReferenceEngine(Engine):
         """Everybody's records, int64 `[P, HEADER + payload]` on the CPU."""
         self._epoch += 1
         record = torch.zeros(self.world.record_len, dtype=torch.int64)
-        call.header(self._epoch).pack(record.numpy())
+        record[:HEADER] = torch.tensor(call.head(self._epoch))
         if payload is not None:
             record[HEADER : HEADER + payload.shape[0]] = payload
         records = self._share(record, call)
