@@ -330,6 +330,7 @@ def test_mistake(pool: RankPool, engine: str, name: str) -> None:
         assert not late, f"rank {rank}: not prompt"
 
 
+OTHER_ENGINE = "the engine that the other ranks do not use"
 CONSTRUCTION: Mapping[str, tuple[dict[str, Any], type[fusco.FuscoError], str]] = {
     "experts-do-not-divide": ({"num_experts": 7}, fusco.InputError, "num_experts"),
     "no-experts": ({"num_experts": 0}, fusco.InputError, "num_experts"),
@@ -341,9 +342,8 @@ CONSTRUCTION: Mapping[str, tuple[dict[str, Any], type[fusco.FuscoError], str]] =
     "unknown-engine": ({"engine": "warp"}, fusco.InputError, "engine"),
     "placement-is-short": ({"placement": (0, 1, 2)}, fusco.InputError, "placement"),
     "placement-is-words": ({"placement": tuple("abcdef")}, fusco.InputError, "placement"),
-    "group-is-a-word": ({"group": "world"}, fusco.InputError, "group"),
     "placement-of-no-rank": ({"placement": (0, 1, 2, 3, 0, 1)}, fusco.InputError, "placement"),
-    "nodes-do-not-divide": ({"ranks_per_node": 2}, fusco.InputError, "ranks_per_node"),
+    "no-ranks-on-a-node": ({"ranks_per_node": 0}, fusco.InputError, "ranks_per_node"),
     "no-alignment": ({"expert_alignment": 0}, fusco.InputError, "expert_alignment"),
     "no-time": ({"timeout_s": 0.0}, fusco.InputError, "timeout_s"),
     "other-experts-here": ({"num_experts": 12}, DISAGREE, "num_experts"),
@@ -353,7 +353,7 @@ CONSTRUCTION: Mapping[str, tuple[dict[str, Any], type[fusco.FuscoError], str]] =
     "other-alignment-here": ({"expert_alignment": 8}, DISAGREE, "expert_alignment"),
     "other-placement-here": ({"placement": (0, 1, 2, 0, 1, 2)}, DISAGREE, "placement"),
     "other-nodes-here": ({"ranks_per_node": 1}, DISAGREE, "node"),
-    "other-engine-here": ({"engine": "auto"}, DISAGREE, "engine"),
+    "other-engine-here": ({"engine": OTHER_ENGINE}, DISAGREE, "engine"),
     "other-ablation-here": (
         {"ablation": fusco.Ablation(deduplicate=False)},
         DISAGREE,
@@ -368,7 +368,9 @@ def construct(rank: int, name: str, engine: str) -> tuple[str, ...]:
     if group is None:
         return ()
     rank = dist.get_rank(group)
-    changes = CONSTRUCTION[name][0] if rank == 1 else {}
+    changes = dict(CONSTRUCTION[name][0] if rank == 1 else {})
+    if changes.get("engine") == OTHER_ENGINE:
+        changes["engine"] = "cpu" if engine == "reference" else "reference"
     started = time.monotonic()
     try:
         CASE.shuffle(group, engine, **changes).close()
@@ -445,3 +447,21 @@ def right_but_unusual(rank: int, engine: str) -> None:
 
 def test_right_but_unusual(pool: RankPool, engine: str) -> None:
     pool.run(right_but_unusual, engine)
+
+
+def no_group(rank: int, engine: str) -> list[str]:
+    """The errors of what is no group, which can only be told to this rank."""
+    others = dist.new_group([0, 1])
+    errors = []
+    for group in ("world", others if rank > 1 else 7):
+        try:
+            CASE.shuffle(group, engine)  # type: ignore[arg-type]
+        except fusco.InputError as error:
+            errors.append(str(error))
+    return errors
+
+
+def test_no_group(pool: RankPool, engine: str) -> None:
+    for errors in pool.run(no_group, engine):
+        assert len(errors) == 2
+        assert all("group" in text for text in errors)

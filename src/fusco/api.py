@@ -121,7 +121,6 @@ class Shuffle:
         )
         self._engine: Engine = make_engine(meeting.engine, world)
         self._limits = Limits(
-            num_experts=num_experts,
             top_k=top_k,
             max_tokens=max_tokens,
             row_bytes=hidden_size * dtype.itemsize,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusco.errors import input_error
+from fusco.errors import InputError, input_error
 from fusco.layout.segments import bytes_per_row
 from fusco.types import Dispatched, Plan, Rows, as_tuple
 
@@ -21,7 +21,6 @@ class Limits:
     """What a Shuffle was made for.
 
     Attributes:
-        num_experts: E.
         top_k: K.
         max_tokens: the most tokens a rank may dispatch.
         row_bytes: the most bytes a row may have, over all tensors of a tuple.
@@ -29,7 +28,6 @@ class Limits:
         key: the mark that the Shuffle's plans carry.
     """
 
-    num_experts: int
     top_k: int
     max_tokens: int
     row_bytes: int
@@ -196,17 +194,6 @@ class Limits:
                 remedy="one row a token of x, one column each of top_k; -1 for no expert",
             )
         _check_device("dispatch", "topk_idx", topk_idx, device)
-        if not topk_idx.numel():
-            return
-        low, high = (int(bound) for bound in torch.aminmax(topk_idx))
-        if low < -1 or high >= self.num_experts:
-            raise input_error(
-                "dispatch",
-                "topk_idx",
-                got=f"expert ids from {low} to {high}",
-                expected=f"-1 (no expert) to {self.num_experts - 1}",
-                remedy="check the router, or num_experts",
-            )
 
     def _check_weights(self, topk_weights: Tensor, num_tokens: int, device: torch.device) -> None:
         shape = (num_tokens, self.top_k)
@@ -245,6 +232,22 @@ class Limits:
                 expected="one that this Shuffle made",
                 remedy="dispatch with topk_idx to make one here",
             )
+
+
+def find_bad_id(topk_idx: Tensor, num_experts: int) -> InputError | None:
+    """What is wrong with the values of `topk_idx`, if anything."""
+    if not topk_idx.numel():
+        return None
+    low, high = (int(bound) for bound in torch.aminmax(topk_idx))
+    if low >= -1 and high < num_experts:
+        return None
+    return input_error(
+        "dispatch",
+        "topk_idx",
+        got=f"expert ids from {low} to {high}",
+        expected=f"-1 (no expert) to {num_experts - 1}",
+        remedy="check the router, or num_experts",
+    )
 
 
 def _check_device(operation: str, argument: str, tensor: Tensor, device: torch.device) -> None:

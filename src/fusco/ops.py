@@ -6,6 +6,8 @@ nothing but tensors and integers. `form` says in words what must be equal on all
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
@@ -13,6 +15,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from fusco.checks import find_bad_id
 from fusco.engines.agreement import Call
 from fusco.engines.base import Engine
 from fusco.errors import ClosedError, PeerError
@@ -62,10 +65,21 @@ def _operator(schema: str) -> Callable[[_Function], _Function]:
 
     def register(function: _Function) -> _Function:
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, _not_traced(function), "CompositeExplicitAutograd")
         return cast(_Function, getattr(torch.ops.fusco, name))
 
     return register
+
+
+def _not_traced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep torch.compile out of an operator's body, without importing it for that."""
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        compiler = sys.modules.get("torch._dynamo")
+        return function(*args) if compiler is None else compiler.disable(function)(*args)
+
+    return call
 
 
 def describe(rows: Sequence[Tensor], weights: Tensor | None, *, grads: bool) -> str:
@@ -93,8 +107,12 @@ def dispatch(
     rows: Sequence[Tensor], topk_idx: Tensor, topk_weights: Tensor | None, shuffle: int, form: str
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """Make a plan and run it: rows `[T, ...]` to `[R, ...]`, row weights `[R]`, the plan."""
-    call = Call(operation=Operation.DISPATCH, form=form)
     with using(shuffle) as engine:
+        # Here and not with the other checks, since it looks at values, which a compiler cannot.
+        error = find_bad_id(topk_idx, engine.world.topology.num_experts)
+        call = Call(operation=Operation.DISPATCH, form=form, error=error)
+        if error is not None:
+            engine.agree_on_error(call)
         got = engine.dispatch(call, tuple(rows), topk_weights, topk_idx)
     return list(got.rows), got.row_weights, got.plan.to_tensors()
 
@@ -328,9 +346,9 @@ def _fake_plan(topk_idx: Tensor, engine: Engine) -> list[Tensor]:
         return [*head, int64(slots), int64(slots), int64(slots), *sums]
 
     def arrival() -> list[Tensor]:
-        segments, slots = ctx.new_dynamic_size(), ctx.new_dynamic_size()
+        slots = ctx.new_dynamic_size()
         head = [int64(num_ranks + 1), int64(num_ranks), int64(num_ranks)]
-        return [*head, int64(segments + 1), int64(slots), int64(slots)]
+        return [*head, int64(ctx.new_dynamic_size(min=1)), int64(slots), int64(slots)]
 
     num_local = topology.num_local_experts[topology.rank]
     plan = [

@@ -60,7 +60,7 @@ class Case:
         return tuple(rank // per_node for rank in range(self.num_ranks))
 
     def shuffle(
-        self, group: dist.ProcessGroup | None, engine: str, **changes: Any
+        self, group: dist.ProcessGroup | None, engine: str, /, **changes: Any
     ) -> fusco.Shuffle:
         """A `fusco.Shuffle` of this case over `group`."""
         arguments: dict[str, Any] = {

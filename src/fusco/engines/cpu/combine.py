@@ -19,9 +19,6 @@ from fusco.layout.segments import bytes_per_row
 from fusco.profiling import stage
 from fusco.types import Arrival, Leg, Plan
 
-# How numba sees the elements of each dtype; see kernels/elements.py.
-_SEEN_AS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
-
 
 def combine(
     session: Session,
@@ -75,14 +72,16 @@ class _Line:
     def __init__(self, rows: Tensor, row_weights: Tensor | None) -> None:
         self.like = rows
         self.width = rows.shape[1:].numel()
-        seen_as = _SEEN_AS.get(rows.dtype, rows.dtype)
-        self.elements: npt.NDArray[Any] = rows.contiguous().view(-1).view(seen_as).numpy()
+        dense = rows.contiguous()
+        self.seen_as = _seen_as(dense)
+        self.elements: npt.NDArray[Any] = dense.view(-1).view(self.seen_as).numpy()
+        self.width = self.width * dense.itemsize // self.elements.itemsize
         wide = np.float64 if rows.dtype == torch.float64 else np.float32
         self.weights = np.empty(0, dtype=wide)
         if row_weights is not None:
             self.weights = row_weights.numpy().astype(wide, copy=False)
-        self.sums, self.node, self.total = (scratch(np.dtype(wide)) for _ in range(3))
-        self.line, self.own_line = (scratch(self.elements.dtype) for _ in range(2))
+        self.sums, self.total = (scratch(np.dtype(wide), 2) for _ in range(2))
+        self.lines = [scratch(self.elements.dtype) for _ in range(3)]
 
     def send(self, arrival: Arrival, rank: int, base: Ints) -> None:
         """Partials of what arrived from other ranks, to where each rank's block has them."""
@@ -97,7 +96,7 @@ class _Line:
             rank,
             base + arrival.peer_start.numpy() * row_bytes,
             self.sums,
-            self.line,
+            self.lines[0],
         )
 
     def sum(self, leg: Leg, arrival: Arrival, rank: int, partials: npt.NDArray[Any]) -> Tensor:
@@ -117,13 +116,21 @@ class _Line:
             leg.sum_segment.numpy(),
             leg.sum_node.numpy(),
             self.sums,
-            self.node,
             self.total,
-            self.line,
-            self.own_line,
-            out.view(-1).view(_SEEN_AS.get(out.dtype, out.dtype)).numpy(),
+            *self.lines,
+            out.view(-1).view(self.seen_as).numpy(),
         )
         return out
+
+
+def _seen_as(rows: Tensor) -> torch.dtype:
+    """How numba sees the elements of contiguous rows; see kernels/elements.py."""
+    if rows.dtype == torch.float16:
+        return torch.int16
+    if rows.dtype != torch.bfloat16:
+        return rows.dtype
+    are_words = rows.shape[1:].numel() % 2 == 0 and rows.data_ptr() % 4 == 0
+    return torch.uint32 if are_words else torch.uint16
 
 
 def _send_values(row_values: Tensor, arrival: Arrival, base: Ints) -> None:

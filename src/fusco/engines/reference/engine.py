@@ -24,6 +24,7 @@ from fusco.layout.records import HEADER
 from fusco.layout.segments import as_segments, bytes_per_row, from_segments
 from fusco.planner import count_pairs, plan_relay, plan_sends, sort_pairs
 from fusco.planner.plan import finish
+from fusco.profiling import stage
 from fusco.transports.mailbox import Mailbox
 from fusco.types import Counts, Forwarding, Plan, Segments, Stats
 
@@ -68,11 +69,12 @@ class ReferenceEngine(Engine):
         for hop in hops:
             self.meter.moved((hop.leg.peer_ptr.diff() * row_bytes).tolist())
         self.meter.dispatched(plan)
-        return Delivery(
-            rows=tuple(self._deliver(each, plan, hops) for each in rows),
-            row_weights=self._deliver_weights(weights, plan, hops),
-            plan=plan,
-        )
+        with stage("move"):
+            return Delivery(
+                rows=tuple(self._deliver(each, plan, hops) for each in rows),
+                row_weights=self._deliver_weights(weights, plan, hops),
+                plan=plan,
+            )
 
     def combine(
         self,
@@ -84,7 +86,8 @@ class ReferenceEngine(Engine):
     ) -> Returned:
         self._agree(call, None)
         hops = self._hops(plan, call.operation.text)
-        sums = tuple(self._sum(each, row_weights, plan, hops) for each in rows)
+        with stage("sum"):
+            sums = tuple(self._sum(each, row_weights, plan, hops) for each in rows)
         row_bytes = sum(bytes_per_row(each) for each in rows)
         for hop in hops:
             self.meter.moved((hop.arrival.peer_ptr.diff() * row_bytes).tolist())
@@ -121,6 +124,10 @@ class ReferenceEngine(Engine):
 
     def _agree(self, call: Call, payload: Tensor | None) -> Tensor:
         """Everybody's records, int64 `[P, HEADER + payload]` on the CPU."""
+        with stage("agree"):
+            return self._publish(call, payload)
+
+    def _publish(self, call: Call, payload: Tensor | None) -> Tensor:
         self._epoch += 1
         record = torch.zeros(self.world.record_len, dtype=torch.int64)
         record[:HEADER] = torch.tensor(call.head(self._epoch))
@@ -147,8 +154,10 @@ class ReferenceEngine(Engine):
     def _make_plan(self, call: Call, topk_idx: Tensor) -> Plan:
         world, topology = self.world, self.world.topology
         operation = call.operation.text
-        pairs = sort_pairs(topk_idx, topology)
-        records = self._agree(call, count_pairs(pairs, topology).cpu())
+        with stage("plan"):
+            pairs = sort_pairs(topk_idx, topology)
+            packed = count_pairs(pairs, topology)
+        records = self._agree(call, packed.cpu())
         packed = records[:, HEADER:].to(topk_idx.device)
         counts = Counts.split(packed, topology.num_experts, topology.num_ranks)
         sends = plan_sends(

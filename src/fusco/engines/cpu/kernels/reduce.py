@@ -1,8 +1,7 @@
-"""Combine: the sums of the contract. Multiply, then add; numba never fuses the two.
+"""Combine: the sums of the contract.
 
 Rows are summed in pieces of `CHUNK` elements, so that pieces and sums stay in the first-level
-cache. The first row of a sum starts it and the last one rounds it, so that no pass is spent on
-either.
+cache, and two rows in a pass, so that most sums never leave the registers.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from fusco.engines.cpu.kernels.elements import narrow, widen
+from fusco.engines.cpu.kernels.elements import accumulate
 from fusco.engines.cpu.kernels.memory import copy, copy_row
 from fusco.layout.blocks import Ints
 
@@ -74,10 +73,10 @@ def sum_tokens(
     sum_segment: Any,
     sum_node: Any,
     sums: Any,
-    node: Any,
     total: Any,
     line: Any,
     own_line: Any,
+    last_line: Any,
     out: Any,
 ) -> None:
     """Sum every token's partials: ranks of a node in order, rounded, then nodes in order.
@@ -90,7 +89,7 @@ def sum_tokens(
         partials: `[n * width]`, what the peers have written, by segment of the leg.
         sum_segment: `[T, K]`, of the leg, as is `sum_node`.
         sum_node: `[T, K]`.
-        sums: `[CHUNK]`, scratch, as are `node`, `total`, `line` and `own_line`.
+        sums: `[CHUNK]`, scratch, as are `total`, `line`, `own_line` and `last_line`.
         out: `[T * width]`.
     """
     num_tokens, top_k = sum_segment.shape
@@ -105,32 +104,40 @@ def sum_tokens(
                 segments[count] = sum_segment[token, j]
                 nodes[count] = sum_node[token, j]
                 count += 1
+        one_node = count > 0 and nodes[0] == nodes[count - 1]
         for begin in range(0, width, CHUNK):
             piece = line[: min(CHUNK, width - begin)]
-            length = piece.size
-            # One node's rounded sum is the result already.
-            one_node = count > 0 and nodes[0] == nodes[count - 1]
-            if not one_node:
-                total[:length] = 0
-            for j in range(count):
-                segment = segments[j]
-                if own_sent <= segment < own_sent + num_own:
-                    arrived = segment - own_sent + own_arrived
-                    mine = slot[slot_ptr[arrived] : slot_ptr[arrived + 1]]
-                    partial = own_line[:length]
-                    _sum_rows(partial, sums, rows, width, begin, weights, mine)
-                else:
-                    at = segment * width + begin
-                    partial = partials[at : at + length]
-                starts = j == 0 or nodes[j] != nodes[j - 1]
-                ends = j == count - 1 or nodes[j] != nodes[j + 1]
-                _accumulate(piece, node, partial, one, starts, ends)
-                if ends and not one_node:
-                    _add(total, piece)
-            if not one_node:
-                _round(piece, total)
+            mine, result = own_line[: piece.size], last_line[: piece.size]
+            first = 0
+            while first < count:
+                last = first + 1
+                while last < count and nodes[last] == nodes[first]:
+                    last += 1
+                for j in range(first, last):
+                    arrived = segments[j] - own_sent + own_arrived
+                    if own_sent <= segments[j] < own_sent + num_own:
+                        own = slot[slot_ptr[arrived] : slot_ptr[arrived + 1]]
+                        _sum_rows(mine, sums, rows, width, begin, weights, own)
+                for j in range(first, last, 2):
+                    a = _partial(segments[j], own_sent, num_own, mine, partials, width, begin)
+                    two = j + 1 < last
+                    b = a
+                    if two:
+                        b = _partial(
+                            segments[j + 1], own_sent, num_own, mine, partials, width, begin
+                        )
+                    accumulate(piece, sums, a, one, b, one, two, j == first, j + 2 >= last)
+                # One node's rounded sum is the result already.
+                if not one_node:
+                    accumulate(
+                        result, total, piece, one, piece, one, False, first == 0, last == count
+                    )
+                first = last
+            if count == 0:
+                result[:] = 0
+            source = piece if one_node else result
             to = out.ctypes.data + (token * width + begin) * item
-            copy_row(to, piece.ctypes.data, length * item)
+            copy_row(to, source.ctypes.data, piece.size * item)
 
 
 @njit(cache=True, nogil=True)
@@ -152,9 +159,9 @@ def send_values(
         copy(base[peer], packed.ctypes.data + first * 4, (last - first) * 4)
 
 
-def scratch(dtype: np.dtype[Any]) -> Any:
-    """One line of `CHUNK` elements."""
-    return np.empty(CHUNK, dtype)
+def scratch(dtype: np.dtype[Any], lines: int = 1) -> Any:
+    """`lines` lines of `CHUNK` elements; the sums of words take two."""
+    return np.empty(lines * CHUNK, dtype)
 
 
 @njit(cache=True, nogil=True)
@@ -163,41 +170,21 @@ def _sum_rows(
 ) -> None:
     """Sum the rows in `slot`, k ascending, from column `begin` on; an empty `weights` means 1."""
     one = sums.dtype.type(1)
-    for j in range(slot.size):
-        at = slot[j] * width + begin
-        weight = weights[slot[j]] if weights.size else one
-        row = rows[at : at + out.size]
-        _accumulate(out, sums, row, weight, j == 0, j == slot.size - 1)
+    for j in range(0, slot.size, 2):
+        two = j + 1 < slot.size
+        first, second = slot[j], slot[j + 1 if two else j]
+        a = rows[first * width + begin :][: out.size]
+        b = rows[second * width + begin :][: out.size]
+        u = weights[first] if weights.size else one
+        v = weights[second] if weights.size else one
+        accumulate(out, sums, a, u, b, v, two, j == 0, j + 2 >= slot.size)
 
 
 @njit(cache=True, nogil=True)
-def _accumulate(out: Any, sums: Any, row: Any, weight: Any, starts: bool, ends: bool) -> None:
-    """Add `weight * row` to `sums`, which `starts` with it; if it `ends`, `out` is the sum."""
-    if starts and ends:
-        for i in range(row.size):
-            # Adding to zero turns -0 into 0, as every sum here does.
-            out[i] = narrow(_ZERO + weight * widen(row[i]), out[i])
-    elif starts:
-        for i in range(row.size):
-            sums[i] = _ZERO + weight * widen(row[i])
-    elif ends:
-        for i in range(row.size):
-            out[i] = narrow(sums[i] + weight * widen(row[i]), out[i])
-    else:
-        for i in range(row.size):
-            sums[i] += weight * widen(row[i])
-
-
-@njit(cache=True, nogil=True)
-def _add(sums: Any, row: Any) -> None:
-    for i in range(row.size):
-        sums[i] += widen(row[i])
-
-
-@njit(cache=True, nogil=True)
-def _round(out: Any, sums: Any) -> None:
-    for i in range(out.size):
-        out[i] = narrow(sums[i], out[i])
-
-
-_ZERO = np.float32(0)
+def _partial(
+    segment: int, own_sent: int, num_own: int, mine: Any, partials: Any, width: int, begin: int
+) -> Any:
+    """A piece of a segment's partial: this rank's, just summed, or one that a peer has written."""
+    if own_sent <= segment < own_sent + num_own:
+        return mine
+    return partials[segment * width + begin :][: mine.size]

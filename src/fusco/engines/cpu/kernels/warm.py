@@ -7,6 +7,7 @@ import numpy as np
 from fusco.engines.cpu.kernels import memory, plan, reduce, scatter
 
 _ELEMENTS = (
+    (np.uint32, np.float32),
     (np.uint16, np.float32),
     (np.int16, np.float32),
     (np.float32, np.float32),
@@ -34,22 +35,5 @@ def warm_up() -> None:
     for element, wide in _ELEMENTS:
         rows, sums = np.empty(0, dtype=element), np.empty(0, dtype=wide)
         reduce.send_partials(rows, 1, sums, one, none, one, 0, none, sums, rows)
-        reduce.sum_tokens(
-            rows,
-            1,
-            sums,
-            one,
-            none,
-            0,
-            0,
-            0,
-            rows,
-            table,
-            table,
-            sums,
-            sums,
-            sums,
-            rows,
-            rows,
-            rows,
-        )
+        own = (one, none, 0, 0, 0)
+        reduce.sum_tokens(rows, 1, sums, *own, rows, table, table, sums, sums, *[rows] * 4)
