@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusco.testing import dense
-from fusco.testing.cases import Case, Inputs, draw, expect_close
+from fusco.testing.cases import Case, Inputs, draw, expect, expect_close
 from fusco.testing.ranks import RankPool, subgroup
 
 CASE = Case(num_tokens=(9, 0, 20, 3), hidden_size=5, top_k=4, num_experts=8, dtype=torch.float64)
@@ -154,7 +154,7 @@ def test_only_some_leaves_want_gradients(pool: RankPool, engine: str) -> None:
 
 def double_use(rank: int, engine: str) -> None:
     """Two layers that share a plan, and rows that are used twice, add their gradients."""
-    case = replace(CASE, num_tokens=(5, 8, 2))
+    case = replace(CASE, num_tokens=(5, 8, 2), num_experts=6)
     group = subgroup((0, 1, 2))
     if group is None:
         return
@@ -183,3 +183,84 @@ def double_use(rank: int, engine: str) -> None:
 
 def test_two_layers_share_a_plan(pool: RankPool, engine: str) -> None:
     pool.run(double_use, engine)
+
+
+def without_graph(rank: int, engine: str) -> None:
+    """A rank that received no row skips its experts, so its outputs have no graph."""
+    case = CASES["rows-on-one-rank"]
+    group = subgroup((0, 1, 2, 3))
+    if group is None:
+        return
+    inputs = draw(case)
+    leaf = inputs.x[rank].clone().requires_grad_()  # type: ignore[union-attr]
+    weights = inputs.weights_of(rank)
+    assert weights is not None
+    weights.requires_grad_()
+    with case.shuffle(group, engine) as shuffle:
+        d = shuffle.dispatch(leaf, inputs.topk_idx[rank], weights)
+        assert isinstance(d.tokens, Tensor)
+        experts_ran = len(d.tokens) > 0
+        y = shuffle.combine(d.tokens * 3 if experts_ran else torch.empty_like(d.tokens), d)
+        y.sum().backward()
+    assert weights.grad is not None
+    assert leaf.grad is not None
+    # The one expert chosen by all multiplies by 3, and each token chose it top_k times.
+    expect(experts_ran == (rank == 3), "rows on rank 3 only")
+    want = 3 * weights.detach().sum(1, keepdim=True).to(leaf.dtype).expand_as(leaf)
+    expect_close(leaf.grad, want, 1e-6, "x")
+    want = 3 * leaf.detach().sum(1, keepdim=True).expand_as(weights)
+    expect_close(weights.grad, want.to(torch.float32), 1e-6, "topk_weights")
+
+
+def test_rank_whose_outputs_have_no_graph(pool: RankPool, engine: str) -> None:
+    pool.run(without_graph, engine)
+
+
+def twice(rank: int, engine: str) -> None:
+    """A graph that is kept goes backward again."""
+    case = replace(CASE, num_tokens=(5, 8))
+    group = subgroup((0, 1))
+    if group is None:
+        return
+    inputs = draw(case)
+    leaf = inputs.x[rank].clone().requires_grad_()  # type: ignore[union-attr]
+    with case.shuffle(group, engine) as shuffle:
+        d = shuffle.dispatch(leaf, inputs.topk_idx[rank], inputs.weights_of(rank))
+        assert isinstance(d.tokens, Tensor)
+        loss = shuffle.combine(d.tokens.sin(), d).square().sum()
+        (first,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+        (second,) = torch.autograd.grad(loss, leaf)
+    expect(torch.equal(first, second), "the second backward differs")
+
+
+def test_backward_twice(pool: RankPool, engine: str) -> None:
+    pool.run(twice, engine)
+
+
+def of_a_tuple(rank: int, engine: str) -> None:
+    """Every part of a tuple has its gradient, in low precision too."""
+    case = replace(CASE, num_tokens=(5, 8), hidden_size=12, dtype=torch.bfloat16)
+    group = subgroup((0, 1))
+    if group is None:
+        return
+    inputs = draw(case)
+    x, _, _ = leaves(inputs)
+    parts = [(t[:, :8].detach().requires_grad_(), t[:, 8:].detach().requires_grad_()) for t in x]
+    with case.shuffle(group, engine) as shuffle:
+        d = shuffle.dispatch(parts[rank], inputs.topk_idx[rank], inputs.weights_of(rank))
+        wide, narrow = d.tokens
+        y = shuffle.combine(wide * narrow[:, :1], d)
+        got = torch.autograd.grad(y.float().sum(), parts[rank])
+    everyone = range(case.num_ranks)
+    outputs = []
+    for r in everyone:
+        rows = [dense.dispatch(inputs.layout, [p[i] for p in parts], r) for i in range(2)]
+        outputs.append(rows[0] * rows[1][:, :1])
+    sums = [dense.combine(inputs.layout, outputs, r, inputs.weights_of(r)) for r in everyone]
+    want = torch.autograd.grad(torch.stack([y.float().sum() for y in sums]).sum(), parts[rank])
+    for part, (one, other) in enumerate(zip(got, want, strict=True)):
+        expect_close(one, other, 0.03, f"gradient of part {part}")
+
+
+def test_gradients_of_a_tuple(pool: RankPool, engine: str) -> None:
+    pool.run(of_a_tuple, engine)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fusco.demo.ranks import advance
 from fusco.demo.train import StepRecord
+from fusco.testing.ranks import RankPool
 
 
-def follow(console: Console, num_steps: int, advance: Callable[[], StepRecord]) -> list[StepRecord]:
-    """Calls `advance` for every step and shows how far it is and how well it learns."""
+def follow(console: Console, num_steps: int, pool: RankPool) -> list[StepRecord]:
+    """Takes the run that the ranks have begun to its end, and shows how well it learns."""
     records = []
     with Progress(
         TextColumn(" "),
@@ -26,7 +26,7 @@ def follow(console: Console, num_steps: int, advance: Callable[[], StepRecord]) 
         task = progress.add_task("training", total=num_steps, losses="")
         held_out = ""
         for _ in range(num_steps):
-            record = advance()
+            record = pool.run(advance)[0]
             records.append(record)
             if record.held_out_loss is not None:
                 held_out = f", held out {record.held_out_loss:.3f}"

@@ -25,8 +25,8 @@ class RankRouting:
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    shuffle: Shuffle
     trainer: Trainer
+    shuffle: Shuffle | None
 
 
 _RUNS: list[_Run] = []
@@ -42,13 +42,19 @@ def begin(rank: int, config: TrainConfig) -> str:
         max_tokens=config.max_tokens_per_rank(dist.get_world_size()),
         dtype=torch.float32,
     )
-    _RUNS.append(_Run(shuffle=shuffle, trainer=Trainer(config, load_corpus(), shuffle)))
+    _RUNS.append(_Run(trainer=Trainer(config, load_corpus(), shuffle), shuffle=shuffle))
     return shuffle.engine_name
 
 
-def advance(rank: int) -> StepRecord:
-    """Trains one step; every rank returns the same losses."""
-    return _RUNS[-1].trainer.advance()
+def begin_alone(rank: int, config: TrainConfig) -> None:
+    """Makes the whole model on rank 0; the other ranks take no part until `end`."""
+    if rank == 0:
+        _RUNS.append(_Run(trainer=Trainer(config, load_corpus()), shuffle=None))
+
+
+def advance(rank: int) -> StepRecord | None:
+    """Trains one step; the same losses on every rank, None on one that takes no part."""
+    return _RUNS[-1].trainer.advance() if _RUNS else None
 
 
 def record_routing(rank: int) -> RankRouting:
@@ -78,4 +84,7 @@ def write_text(rank: int, prompt: bytes, num_bytes: int) -> bytes:
 
 def end(rank: int) -> None:
     """Releases the model and its windows."""
-    _RUNS.pop().shuffle.close()
+    while _RUNS:
+        run = _RUNS.pop()
+        if run.shuffle is not None:
+            run.shuffle.close()

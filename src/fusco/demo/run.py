@@ -14,7 +14,7 @@ from fusco.demo.data import load_corpus
 from fusco.demo.output import DemoResult, require_matplotlib, write_output
 from fusco.demo.progress import follow
 from fusco.demo.speed import measure
-from fusco.demo.train import DEFAULT_STEPS, TrainConfig, Trainer
+from fusco.demo.train import DEFAULT_STEPS, TrainConfig
 from fusco.testing.ranks import RankPool
 
 _PROMPT, _NUM_BYTES = b"def ", 100
@@ -48,14 +48,16 @@ def run_demo(
         with console.status("starting the ranks"):
             engine = pool.run(ranks.begin, config)[0]
         report.print_stage(console, f"1/3  Train on {num_ranks} ranks through fusco ({engine})")
-        on_ranks = follow(console, steps, lambda: pool.run(ranks.advance)[0])
+        on_ranks = follow(console, steps, pool)
         with console.status("asking the model for text and routing"):
             text = pool.run(ranks.write_text, _PROMPT, _NUM_BYTES)[0]
             routings = pool.run(ranks.record_routing)
             pool.run(ranks.end)
 
         report.print_stage(console, "2/3  Train the same again in one process, without fusco")
-        alone = follow(console, steps, Trainer(config, corpus).advance)
+        pool.run(ranks.begin_alone, config)
+        alone = follow(console, steps, pool)
+        pool.run(ranks.end)
         agreement = compare(on_ranks, alone)
         agreement.check()
         report.print_agreement(console, agreement)

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic, overload
+
+from fusco.engines.cpu.kernels.compiling import inner
 
 _ZERO = np.float32(0)
 _SHIFT, _HIGH = np.uint32(16), np.uint32(0xFFFF0000)
@@ -63,7 +65,35 @@ def _accumulate(
     return words if a.dtype == types.uint32 else elements
 
 
-@njit(cache=True, nogil=True)
+def sum_four(
+    out: Any, sums: Any, a: Any, u: Any, b: Any, v: Any, c: Any, w: Any, d: Any, z: Any, n: int
+) -> None:
+    """A whole sum of `n` rows, three or four, weighted like the two of `accumulate`."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(sum_four)
+def _sum_four(
+    out: Any, sums: Any, a: Any, u: Any, b: Any, v: Any, c: Any, w: Any, d: Any, z: Any, n: int
+) -> Any:
+    def elements(
+        out: Any, sums: Any, a: Any, u: Any, b: Any, v: Any, c: Any, w: Any, d: Any, z: Any, n: int
+    ) -> None:
+        _accumulate_elements(out, sums, a, u, b, v, True, True, False)
+        _accumulate_elements(out, sums, c, w, d, z, n == 4, False, True)
+
+    def words(
+        out: Any, sums: Any, a: Any, u: Any, b: Any, v: Any, c: Any, w: Any, d: Any, z: Any, n: int
+    ) -> None:
+        if n == 4:
+            _four_rows_of_words(out, a, u, b, v, c, w, d, z)
+        else:
+            _three_rows_of_words(out, a, u, b, v, c, w)
+
+    return words if a.dtype == types.uint32 else elements
+
+
+@inner
 def _accumulate_elements(
     out: Any, sums: Any, a: Any, u: Any, b: Any, v: Any, two: bool, starts: bool, ends: bool
 ) -> None:
@@ -84,47 +114,78 @@ def _accumulate_elements(
 
 
 # One plain loop each, without a choice inside: the compiler makes vectors of these only.
-@njit(cache=True, nogil=True)
+@inner
 def _one_row(out: Any, a: Any, u: Any) -> None:
     for i in range(a.size):
         out[i] = _narrow(_ZERO + u * _widen(a[i]), out[i])
 
 
-@njit(cache=True, nogil=True)
+@inner
 def _two_rows(out: Any, a: Any, u: Any, b: Any, v: Any) -> None:
     for i in range(a.size):
         out[i] = _narrow((_ZERO + u * _widen(a[i])) + v * _widen(b[i]), out[i])
 
 
-@njit(cache=True, nogil=True)
+@inner
 def _add(sums: Any, a: Any, u: Any) -> None:
     for i in range(a.size):
         sums[i] += u * _widen(a[i])
 
 
-@njit(cache=True, nogil=True)
+@inner
 def _add_and_round(out: Any, sums: Any, a: Any, u: Any) -> None:
     for i in range(a.size):
         out[i] = _narrow(sums[i] + u * _widen(a[i]), out[i])
 
 
-@njit(cache=True, nogil=True)
+@inner
 def _one_row_of_words(out: Any, a: Any, u: Any) -> None:
     for i in range(a.size):
-        low = _ZERO + u * _float_of_bits(a[i] << _SHIFT)
-        high = _ZERO + u * _float_of_bits(a[i] & _HIGH)
-        out[i] = (_bfloat16_bits(low) >> _SHIFT) | (_bfloat16_bits(high) & _HIGH)
+        out[i] = _word(_ZERO + u * _low(a[i]), _ZERO + u * _high(a[i]))
 
 
-@njit(cache=True, nogil=True)
+@inner
 def _two_rows_of_words(out: Any, a: Any, u: Any, b: Any, v: Any) -> None:
     for i in range(a.size):
-        low = (_ZERO + u * _float_of_bits(a[i] << _SHIFT)) + v * _float_of_bits(b[i] << _SHIFT)
-        high = (_ZERO + u * _float_of_bits(a[i] & _HIGH)) + v * _float_of_bits(b[i] & _HIGH)
-        out[i] = (_bfloat16_bits(low) >> _SHIFT) | (_bfloat16_bits(high) & _HIGH)
+        low = (_ZERO + u * _low(a[i])) + v * _low(b[i])
+        high = (_ZERO + u * _high(a[i])) + v * _high(b[i])
+        out[i] = _word(low, high)
 
 
-@njit(cache=True, nogil=True)
+@inner
+def _three_rows_of_words(out: Any, a: Any, u: Any, b: Any, v: Any, c: Any, w: Any) -> None:
+    for i in range(a.size):
+        low = (_ZERO + u * _low(a[i])) + v * _low(b[i])
+        high = (_ZERO + u * _high(a[i])) + v * _high(b[i])
+        out[i] = _word(low + w * _low(c[i]), high + w * _high(c[i]))
+
+
+@inner
+def _four_rows_of_words(
+    out: Any, a: Any, u: Any, b: Any, v: Any, c: Any, w: Any, d: Any, z: Any
+) -> None:
+    for i in range(a.size):
+        low = ((_ZERO + u * _low(a[i])) + v * _low(b[i])) + w * _low(c[i])
+        high = ((_ZERO + u * _high(a[i])) + v * _high(b[i])) + w * _high(c[i])
+        out[i] = _word(low + z * _low(d[i]), high + z * _high(d[i]))
+
+
+@inner
+def _low(word: Any) -> Any:
+    return _float_of_bits(word << _SHIFT)
+
+
+@inner
+def _high(word: Any) -> Any:
+    return _float_of_bits(word & _HIGH)
+
+
+@inner
+def _word(low: Any, high: Any) -> Any:
+    return (_bfloat16_bits(low) >> _SHIFT) | (_bfloat16_bits(high) & _HIGH)
+
+
+@inner
 def _bfloat16_bits(value: Any) -> Any:
     """A float rounded to bfloat16, in the upper half of its bits."""
     bits = _bits_of_float(value)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from fusco.engines.cpu.kernels.compiling import inner, kernel
 
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _VECTOR = ir.VectorType(_I32, 8)
@@ -56,6 +58,22 @@ def _stream(typing_context: Any, target: Any, source: Any, size: Any) -> Any:
 
 
 @intrinsic
+def _prefetch(typing_context: Any, address: Any) -> Any:
+    """Ask for the cache line at an address, to be read soon."""
+    signature = types.void(types.int64)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _I8.as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        at = builder.inttoptr(args[0], pointer)
+        builder.call(function, [at, _I32(0), _I32(3), _I32(1)])
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
 def _fence(typing_context: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.fence("seq_cst")
@@ -87,13 +105,13 @@ def _store(typing_context: Any, address: Any, value: Any) -> Any:
     return signature, generate
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def copy(target: int, source: int, num_bytes: int) -> None:
     """Copy between addresses that do not overlap, through the cache."""
     _copy(target, source, num_bytes)
 
 
-@njit(cache=True, nogil=True)
+@inner
 def copy_row(target: int, source: int, num_bytes: int) -> None:
     """Copy a row that nobody reads soon, past the cache where its alignment allows it."""
     if target % _VECTOR_BYTES == 0 and num_bytes >= _STEP:
@@ -105,7 +123,15 @@ def copy_row(target: int, source: int, num_bytes: int) -> None:
         _copy(target, source, num_bytes)
 
 
-@njit(cache=True, nogil=True)
+@inner
+def prefetch(address: int, num_bytes: int) -> None:
+    """Ask for memory that is read soon: rows lie on pages of their own, at which the processor's
+    own guess of what comes next ends."""
+    for at in range(address, address + num_bytes, 64):
+        _prefetch(at)
+
+
+@kernel
 def publish(flag: int, value: int) -> None:
     """Set the int32 at an address; whoever sees it sees every earlier store of this thread."""
     # Streamed stores are weakly ordered: a release store alone does not wait for them.
@@ -113,7 +139,7 @@ def publish(flag: int, value: int) -> None:
     _store(flag, value)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def spin(flag: int, value: int, num_tries: int) -> int:
     """Look at the int32 at an address until it has come to `value`; the last value seen.
 
@@ -127,7 +153,7 @@ def spin(flag: int, value: int, num_tries: int) -> int:
     return seen
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def wrapped_difference(left: int, right: int) -> int:
     """`left - right` in int32, where counters wrap around."""
     return (left - right + 2**31) % 2**32 - 2**31

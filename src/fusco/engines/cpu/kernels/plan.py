@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from fusco.engines.cpu.kernels.compiling import kernel
 from fusco.layout.blocks import Ints
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def count_pairs(topk_idx: Ints, rank_of_expert: Ints, node_of_rank: Ints, num_nodes: int) -> Ints:
     """`planner.count_pairs`: this rank's packed counts, `[E + P + N]`."""
     num_experts, num_ranks = rank_of_expert.size, node_of_rank.size
@@ -34,7 +34,7 @@ def count_pairs(topk_idx: Ints, rank_of_expert: Ints, node_of_rank: Ints, num_no
     return packed
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def describe(
     topk_idx: Ints,
     rank_of_expert: Ints,
@@ -108,7 +108,7 @@ def describe(
     return row, slot_ptr, slot, pair, target, sum_segment, sum_node
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def name_rows(slot_ptr: Ints, slot: Ints, num_rows: int) -> Ints:
     """`planner.assemble_rows` of one arrival: the segment that fills each row; -1: padding."""
     rows = np.full(num_rows, -1, dtype=np.int64)

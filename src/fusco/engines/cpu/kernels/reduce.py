@@ -9,17 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
-from fusco.engines.cpu.kernels.elements import accumulate
-from fusco.engines.cpu.kernels.memory import copy, copy_row
+from fusco.engines.cpu.kernels.compiling import inner, kernel
+from fusco.engines.cpu.kernels.elements import accumulate, sum_four
+from fusco.engines.cpu.kernels.memory import copy, copy_row, prefetch
 from fusco.layout.blocks import Ints
 
 CHUNK = 1024
 """Elements; tuned for bfloat16 rows of 2,048 and a first-level cache of 32 KiB."""
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def send_partials(
     rows: Any,
     width: int,
@@ -46,20 +46,24 @@ def send_partials(
         sums: `[CHUNK]`, scratch, float32 or float64.
         line: `[CHUNK]`, scratch, elements.
     """
-    item = line.itemsize
+    item, last = line.itemsize, slot_ptr.size - 1
     for peer in range(peer_ptr.size - 1):
         if peer == own:
             continue
         for segment in range(peer_ptr[peer], peer_ptr[peer + 1]):
             to = base[peer] + (segment - peer_ptr[peer]) * width * item
             mine = slot[slot_ptr[segment] : slot_ptr[segment + 1]]
+            following = slot[slot_ptr[segment + 1] : slot_ptr[min(segment + 2, last)]]
             for begin in range(0, width, CHUNK):
                 piece = line[: min(CHUNK, width - begin)]
+                for each in following:
+                    ahead = each * width + begin
+                    prefetch(rows.ctypes.data + ahead * item, piece.size * item)
                 _sum_rows(piece, sums, rows, width, begin, weights, mine)
                 copy_row(to + begin * item, piece.ctypes.data, piece.size * item)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def sum_tokens(
     rows: Any,
     width: int,
@@ -105,6 +109,11 @@ def sum_tokens(
                 nodes[count] = sum_node[token, j]
                 count += 1
         one_node = count > 0 and nodes[0] == nodes[count - 1]
+        if token + 1 < num_tokens:
+            for j in range(top_k):
+                segment = sum_segment[token + 1, j]
+                if segment >= 0 and not own_sent <= segment < own_sent + num_own:
+                    prefetch(partials.ctypes.data + segment * width * item, width * item)
         for begin in range(0, width, CHUNK):
             piece = line[: min(CHUNK, width - begin)]
             mine, result = own_line[: piece.size], last_line[: piece.size]
@@ -120,13 +129,18 @@ def sum_tokens(
                         _sum_rows(mine, sums, rows, width, begin, weights, own)
                 for j in range(first, last, 2):
                     a = _partial(segments[j], own_sent, num_own, mine, partials, width, begin)
-                    two = j + 1 < last
-                    b = a
-                    if two:
-                        b = _partial(
-                            segments[j + 1], own_sent, num_own, mine, partials, width, begin
-                        )
-                    accumulate(piece, sums, a, one, b, one, two, j == first, j + 2 >= last)
+                    other = segments[min(j + 1, last - 1)]
+                    b = _partial(other, own_sent, num_own, mine, partials, width, begin)
+                    n = last - first
+                    if 3 <= n <= 4:
+                        other = segments[first + 2]
+                        c = _partial(other, own_sent, num_own, mine, partials, width, begin)
+                        other = segments[last - 1]
+                        d = _partial(other, own_sent, num_own, mine, partials, width, begin)
+                        sum_four(piece, sums, a, one, b, one, c, one, d, one, n)
+                        break
+                    two, ends = j + 1 < last, j + 2 >= last
+                    accumulate(piece, sums, a, one, b, one, two, j == first, ends)
                 # One node's rounded sum is the result already.
                 if not one_node:
                     accumulate(
@@ -140,7 +154,7 @@ def sum_tokens(
             copy_row(to, source.ctypes.data, piece.size * item)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def send_values(
     values: Any, slot_ptr: Ints, slot: Ints, peer_ptr: Ints, base: Ints, packed: Any
 ) -> None:
@@ -164,23 +178,30 @@ def scratch(dtype: np.dtype[Any], lines: int = 1) -> Any:
     return np.empty(lines * CHUNK, dtype)
 
 
-@njit(cache=True, nogil=True)
+@inner
 def _sum_rows(
     out: Any, sums: Any, rows: Any, width: int, begin: int, weights: Any, slot: Any
 ) -> None:
     """Sum the rows in `slot`, k ascending, from column `begin` on; an empty `weights` means 1."""
-    one = sums.dtype.type(1)
-    for j in range(0, slot.size, 2):
-        two = j + 1 < slot.size
-        first, second = slot[j], slot[j + 1 if two else j]
+    one, n = sums.dtype.type(1), slot.size
+    for j in range(0, n, 2):
+        first, second = slot[j], slot[min(j + 1, n - 1)]
         a = rows[first * width + begin :][: out.size]
         b = rows[second * width + begin :][: out.size]
         u = weights[first] if weights.size else one
         v = weights[second] if weights.size else one
-        accumulate(out, sums, a, u, b, v, two, j == 0, j + 2 >= slot.size)
+        if 3 <= n <= 4:
+            third, fourth = slot[2], slot[n - 1]
+            c = rows[third * width + begin :][: out.size]
+            d = rows[fourth * width + begin :][: out.size]
+            w = weights[third] if weights.size else one
+            z = weights[fourth] if weights.size else one
+            sum_four(out, sums, a, u, b, v, c, w, d, z, n)
+            break
+        accumulate(out, sums, a, u, b, v, j + 1 < n, j == 0, j + 2 >= n)
 
 
-@njit(cache=True, nogil=True)
+@inner
 def _partial(
     segment: int, own_sent: int, num_own: int, mine: Any, partials: Any, width: int, begin: int
 ) -> Any:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from numba import njit
-
+from fusco.engines.cpu.kernels.compiling import kernel
 from fusco.engines.cpu.kernels.memory import copy, copy_row
 from fusco.layout.blocks import Ints
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def by_pair(pair: Ints, values: Ints, out: Ints) -> None:
     """`out[pair[i]] = values[i]`: from the order of a leg to the order of tokens."""
     for i in range(pair.size):
         out[pair[i]] = values[i]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def scatter_rows(
     source: int, row_bytes: int, slot: Ints, target: Ints, top_k: int, base: Ints
 ) -> None:
@@ -37,7 +36,7 @@ def scatter_rows(
             copy_row(to, source + pair // top_k * row_bytes, row_bytes)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def scatter_values(source: int, slot: Ints, target: Ints, base: Ints) -> None:
     """Write the float32 of each pair to its slot; arguments as in `scatter_rows`."""
     for pair in range(slot.size):
@@ -45,7 +44,7 @@ def scatter_values(source: int, slot: Ints, target: Ints, base: Ints) -> None:
             copy(base[target[pair]] + slot[pair] * 4, source + pair * 4, 4)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def ship_slots(
     peer_ptr: Ints, slot_ptr: Ints, slot: Ints, counts_at: Ints, slots_at: Ints, per_segment: Ints
 ) -> None:
@@ -68,7 +67,7 @@ def ship_slots(
         copy(slots_at[peer], slot.ctypes.data + first * 8, (last - first) * 8)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def gather_segments(source: int, offset: Ints, size: Ints, target: int) -> None:
     """Pack segments of `source` at the address `target`."""
     for i in range(offset.size):
@@ -76,7 +75,7 @@ def gather_segments(source: int, offset: Ints, size: Ints, target: int) -> None:
         target += size[i]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def scatter_segments(source: int, target: int, offset: Ints, size: Ints) -> None:
     """Unpack what lies at the address `source` into segments of `target`."""
     for i in range(offset.size):

@@ -1,0 +1,119 @@
+"""Calls that differ from the common one: other formats out than in, plain sums, no gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import fusco
+from fusco.testing import dense
+from fusco.testing.cases import (
+    Case,
+    Inputs,
+    draw,
+    expect_dispatched,
+    expect_round_trip,
+    expect_same,
+)
+from fusco.testing.ranks import RankPool, subgroup
+
+CASE = Case(
+    num_tokens=(9, 0, 21), hidden_size=24, top_k=3, num_experts=6, ranks_per_node=2, routing="holes"
+)
+Variant = Callable[[fusco.Shuffle, Inputs, int], None]
+
+
+def dispatched(shuffle: fusco.Shuffle, inputs: Inputs, rank: int) -> fusco.Dispatched:
+    return shuffle.dispatch(inputs.x[rank], inputs.topk_idx[rank], inputs.weights_of(rank))
+
+
+def sums(inputs: Inputs, outputs: list[Tensor], rank: int, *, weighted: bool = True) -> Tensor:
+    weights = inputs.weights_of(rank) if weighted else None
+    nodes = inputs.case.node_of_rank
+    return dense.combine(inputs.layout, outputs, rank, weights, node_of_rank=nodes)
+
+
+def plain_sum(shuffle: fusco.Shuffle, inputs: Inputs, rank: int) -> None:
+    """`weighted=False` ignores the weights of the dispatch."""
+    d = dispatched(shuffle, inputs, rank)
+    y = shuffle.combine(inputs.outputs[rank], d, weighted=False)
+    expect_same(y, sums(inputs, list(inputs.outputs), rank, weighted=False), "combine")
+
+
+def other_dtype_out(shuffle: fusco.Shuffle, inputs: Inputs, rank: int) -> None:
+    """What is combined may have another dtype, and another width, than what was dispatched."""
+    d = dispatched(shuffle, inputs, rank)
+    for dtype, width in ((torch.bfloat16, 24), (torch.float64, 12), (torch.float16, 1)):
+        outputs = [each[:, :width].to(dtype) for each in inputs.outputs]
+        y = shuffle.combine(outputs[rank], d)
+        expect_same(y, sums(inputs, outputs, rank), f"combine in {dtype}")
+
+
+def tuple_out(shuffle: fusco.Shuffle, inputs: Inputs, rank: int) -> None:
+    """A tuple is summed part by part, each in its own dtype."""
+    d = dispatched(shuffle, inputs, rank)
+    parts = [(each[:, :7], each[:, 7:11].double()) for each in inputs.outputs]
+    y = shuffle.combine(parts[rank], d)
+    want = tuple(sums(inputs, [part[i] for part in parts], rank) for i in range(2))
+    expect_same(y, want, "combine")
+
+
+def other_rows_by_plan(shuffle: fusco.Shuffle, inputs: Inputs, rank: int) -> None:
+    """A plan is of the routing alone: rows of any format use it, with weights or without."""
+    plan = dispatched(shuffle, inputs, rank).plan
+    other = draw(replace(inputs.case, payload="scaled", hidden_size=40, dtype=torch.bfloat16))
+    other = replace(other, topk_idx=inputs.topk_idx, layout=inputs.layout, topk_weights=None)
+    d = shuffle.dispatch(other.x[rank], plan=plan)
+    expect_dispatched(d, other, rank)
+    expect_round_trip(shuffle, inputs, rank, plan)
+
+
+def without_gradients(shuffle: fusco.Shuffle, inputs: Inputs, rank: int) -> None:
+    """Inference works, and rows of inference may be used after it."""
+    with torch.inference_mode():
+        d = dispatched(shuffle, inputs, rank)
+        y = shuffle.combine(inputs.outputs[rank], d)
+    expect_dispatched(d, inputs, rank)
+    expect_same(y, inputs.sums(rank), "combine")
+    with torch.no_grad():
+        expect_round_trip(shuffle, inputs, rank)
+
+
+def late_combines(shuffle: fusco.Shuffle, inputs: Inputs, rank: int) -> None:
+    """Many dispatches may be under way, and be combined in any order, or never."""
+    rounds = [draw(inputs.case, round_) for round_ in range(5)]
+    held = [dispatched(shuffle, each, rank) for each in rounds]
+    results = {i: shuffle.combine(rounds[i].outputs[rank], held[i]) for i in (3, 0, 4, 3)}
+    for i, y in results.items():
+        expect_dispatched(held[i], rounds[i], rank)
+        expect_same(y, rounds[i].sums(rank), f"combine {i}")
+
+
+VARIANTS: dict[str, Variant] = {
+    each.__name__: each
+    for each in (
+        plain_sum,
+        other_dtype_out,
+        tuple_out,
+        other_rows_by_plan,
+        without_gradients,
+        late_combines,
+    )
+}
+
+
+def run(rank: int, name: str, engine: str) -> None:
+    group = subgroup((0, 1, 2))
+    if group is not None:
+        with CASE.shuffle(group, engine) as shuffle:
+            VARIANTS[name](shuffle, draw(CASE), dist.get_rank(group))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variant(pool: RankPool, engine: str, name: str) -> None:
+    pool.run(run, name, engine)
