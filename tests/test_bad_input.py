@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -330,70 +330,6 @@ def test_mistake(pool: RankPool, engine: str, name: str) -> None:
         assert not late, f"rank {rank}: not prompt"
 
 
-OTHER_ENGINE = "the engine that the other ranks do not use"
-CONSTRUCTION: Mapping[str, tuple[dict[str, Any], type[fusco.FuscoError], str]] = {
-    "experts-do-not-divide": ({"num_experts": 7}, fusco.InputError, "num_experts"),
-    "no-experts": ({"num_experts": 0}, fusco.InputError, "num_experts"),
-    "experts-are-a-word": ({"num_experts": "six"}, fusco.InputError, "num_experts"),
-    "no-hidden": ({"hidden_size": 0}, fusco.InputError, "hidden_size"),
-    "no-top-k": ({"top_k": 0}, fusco.InputError, "top_k"),
-    "negative-max-tokens": ({"max_tokens": -1}, fusco.InputError, "max_tokens"),
-    "dtype-is-a-word": ({"dtype": "bfloat16"}, fusco.InputError, "dtype"),
-    "unknown-engine": ({"engine": "warp"}, fusco.InputError, "engine"),
-    "placement-is-short": ({"placement": (0, 1, 2)}, fusco.InputError, "placement"),
-    "placement-is-words": ({"placement": tuple("abcdef")}, fusco.InputError, "placement"),
-    "placement-of-no-rank": ({"placement": (0, 1, 2, 3, 0, 1)}, fusco.InputError, "placement"),
-    "no-ranks-on-a-node": ({"ranks_per_node": 0}, fusco.InputError, "ranks_per_node"),
-    "no-alignment": ({"expert_alignment": 0}, fusco.InputError, "expert_alignment"),
-    "no-time": ({"timeout_s": 0.0}, fusco.InputError, "timeout_s"),
-    "other-experts-here": ({"num_experts": 12}, DISAGREE, "num_experts"),
-    "other-hidden-here": ({"hidden_size": 17}, DISAGREE, "hidden_size"),
-    "other-top-k-here": ({"top_k": 3}, DISAGREE, "top_k"),
-    "other-dtype-here": ({"dtype": torch.float64}, DISAGREE, "dtype"),
-    "other-alignment-here": ({"expert_alignment": 8}, DISAGREE, "expert_alignment"),
-    "other-placement-here": ({"placement": (0, 1, 2, 0, 1, 2)}, DISAGREE, "placement"),
-    "other-nodes-here": ({"ranks_per_node": 1}, DISAGREE, "node"),
-    "other-engine-here": ({"engine": OTHER_ENGINE}, DISAGREE, "engine"),
-    "other-ablation-here": (
-        {"ablation": fusco.Ablation(deduplicate=False)},
-        DISAGREE,
-        "ablation",
-    ),
-}
-
-
-def construct(rank: int, name: str, engine: str) -> tuple[str, ...]:
-    """The type and text of this rank's error, and whether it was late."""
-    group = subgroup(MEMBERS)
-    if group is None:
-        return ()
-    rank = dist.get_rank(group)
-    changes = dict(CONSTRUCTION[name][0] if rank == 1 else {})
-    if changes.get("engine") == OTHER_ENGINE:
-        changes["engine"] = "cpu" if engine == "reference" else "reference"
-    started = time.monotonic()
-    try:
-        CASE.shuffle(group, engine, **changes).close()
-        raised = ("nothing", "")
-    except Exception as error:  # noqa: BLE001 (which one it is, is what the test is about)
-        raised = (type(error).__name__, str(error))
-    late = time.monotonic() - started > PROMPT_S
-    with CASE.shuffle(group, engine) as shuffle:
-        expect_round_trip(shuffle, draw(CASE), rank)
-    return (*raised, "late" if late else "")
-
-
-@pytest.mark.parametrize("name", CONSTRUCTION)
-def test_construction(pool: RankPool, engine: str, name: str) -> None:
-    _, error, names = CONSTRUCTION[name]
-    outcomes = pool.run(construct, name, engine)
-    for rank, member in enumerate(MEMBERS):
-        raised, text, late = outcomes[member]
-        assert raised == error.__name__, f"rank {rank}: {raised}: {text}"
-        assert names in text, f"rank {rank}: {text}"
-        assert not late, f"rank {rank}: not prompt"
-
-
 def all_in_one(rank: int, engine: str) -> int:
     """Many mistakes in one Shuffle, with nothing right in between, leave it in order."""
     group = subgroup(MEMBERS)
@@ -418,50 +354,3 @@ def all_in_one(rank: int, engine: str) -> int:
 
 def test_many_mistakes_in_a_row(pool: RankPool, engine: str) -> None:
     assert [pool.run(all_in_one, engine)[member] for member in MEMBERS] == [20] * 3
-
-
-def right_but_unusual(rank: int, engine: str) -> None:
-    """What is allowed although it looks odd: strides, int32 ids, three-dimensional rows."""
-    group = subgroup(MEMBERS)
-    if group is None:
-        return
-    rank, inputs = dist.get_rank(group), draw(CASE)
-    x, weights = inputs.x[rank], inputs.weights_of(rank)
-    assert isinstance(x, Tensor)
-    assert weights is not None
-    strided = inputs
-    strided = replace(strided, x=tuple(t.t().contiguous().t() for t in inputs.x))  # type: ignore[union-attr]
-    strided = replace(strided, topk_idx=tuple(t.to(torch.int32) for t in inputs.topk_idx))
-    with CASE.shuffle(group, engine) as shuffle:
-        expect_round_trip(shuffle, strided, rank)
-        d = shuffle.dispatch(x, inputs.topk_idx[rank], weights.t().contiguous().t())
-        y = shuffle.combine(inputs.outputs[rank].t().contiguous().t(), d)
-        assert torch.equal(y, inputs.sums(rank))
-        folded = shuffle.dispatch(x.view(-1, 2, 8), inputs.topk_idx[rank], weights)
-        assert isinstance(folded.tokens, Tensor)
-        assert isinstance(d.tokens, Tensor)
-        assert torch.equal(folded.tokens, d.tokens.view(-1, 2, 8))
-        y = shuffle.combine(inputs.outputs[rank].view(-1, 2, 8), folded)
-        assert torch.equal(y.view(-1, 16), inputs.sums(rank))
-
-
-def test_right_but_unusual(pool: RankPool, engine: str) -> None:
-    pool.run(right_but_unusual, engine)
-
-
-def no_group(rank: int, engine: str) -> list[str]:
-    """The errors of what is no group, which can only be told to this rank."""
-    others = dist.new_group([0, 1])
-    errors = []
-    for group in ("world", others if rank > 1 else 7):
-        try:
-            CASE.shuffle(group, engine)  # type: ignore[arg-type]
-        except fusco.InputError as error:
-            errors.append(str(error))
-    return errors
-
-
-def test_no_group(pool: RankPool, engine: str) -> None:
-    for errors in pool.run(no_group, engine):
-        assert len(errors) == 2
-        assert all("group" in text for text in errors)

@@ -44,8 +44,8 @@ def check_operators(rank: int, case: Case, engine: str) -> list[str]:
             "dispatch": ([x], inputs.topk_idx[rank], weights, key, ""),
             "dispatch_planned": ([x], weights, plan, key, ""),
             "combine": ([outputs], row_weights, None, plan, key, ""),
-            "dispatch_backward": ([outputs.detach()], row_weights.detach(), plan, key, ""),
-            "combine_backward": ([sums], [outputs.detach()], row_weights.detach(), plan, key, ""),
+            "dispatch_backward": ([outputs.detach()], row_weights.detach(), plan, key),
+            "combine_backward": ([sums], [outputs.detach()], row_weights.detach(), plan, key),
         }
         # opcheck compares repeated calls, and every call gives its plan another number.
         identity = d.plan.identity

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -94,6 +95,34 @@ def late_combines(shuffle: fusco.Shuffle, inputs: Inputs, rank: int) -> None:
         expect_same(y, rounds[i].sums(rank), f"combine {i}")
 
 
+def strided(shuffle: fusco.Shuffle, inputs: Inputs, rank: int) -> None:
+    """No argument needs to be contiguous, and ids may be int32."""
+
+    def across(tensors: Iterable[Any]) -> tuple[Tensor, ...]:
+        return tuple(each.t().contiguous().t() for each in tensors)
+
+    assert inputs.topk_weights is not None
+    odd = replace(
+        inputs,
+        x=across(inputs.x),
+        topk_idx=across(idx.to(torch.int32) for idx in inputs.topk_idx),
+        topk_weights=across(inputs.topk_weights),
+        outputs=across(inputs.outputs),
+    )
+    expect_round_trip(shuffle, odd, rank)
+
+
+def other_shapes(shuffle: fusco.Shuffle, inputs: Inputs, rank: int) -> None:
+    """Rows may have several dimensions, or none."""
+    for reshape in (lambda t: t.unflatten(1, (2, 3, 4)), lambda t: t[:, 0]):
+        shaped = replace(
+            inputs,
+            x=tuple(reshape(each) for each in inputs.x),
+            outputs=tuple(reshape(each) for each in inputs.outputs),
+        )
+        expect_round_trip(shuffle, shaped, rank)
+
+
 VARIANTS: dict[str, Variant] = {
     each.__name__: each
     for each in (
@@ -103,6 +132,8 @@ VARIANTS: dict[str, Variant] = {
         other_rows_by_plan,
         without_gradients,
         late_combines,
+        strided,
+        other_shapes,
     )
 }
 

@@ -174,15 +174,15 @@ class Shuffle:
             except InputError as error:
                 self._raise_everywhere(Call(operation=operation, error=error))
             rows = as_tuple(x)
-            form = ops.describe(rows, topk_weights, grads=True)
+            grads = ops.wanted_gradients(rows, topk_weights)
             if plan is not None:
                 got, row_weights = ops.dispatch_planned(
-                    list(rows), topk_weights, plan.to_tensors(), self._key, form
+                    list(rows), topk_weights, plan.to_tensors(), self._key, grads
                 )
             else:
                 assert topk_idx is not None, "checked above"
                 got, row_weights, flat = ops.dispatch(
-                    list(rows), topk_idx.to(torch.int64), topk_weights, self._key, form
+                    list(rows), topk_idx.to(torch.int64), topk_weights, self._key, grads
                 )
                 plan = Plan.from_tensors(flat)
         return Dispatched(
@@ -225,15 +225,14 @@ class Shuffle:
             anchor = next((t for t in as_tuple(dispatched.tokens) if t.requires_grad), None)
             # Which of the inputs carry a graph may differ between ranks, whether one does may not.
             inputs = [*rows, dispatched.row_weights, *([] if anchor is None else [anchor])]
-            grads = torch.is_grad_enabled() and any(each.requires_grad for each in inputs)
-            form = ops.describe(rows, row_weights, grads=False)
+            has_graph = torch.is_grad_enabled() and any(each.requires_grad for each in inputs)
             sums = ops.combine(
                 [each.contiguous() for each in rows],
                 row_weights,
                 anchor,
                 dispatched.plan.to_tensors(),
                 self._key,
-                f"{form}, {'with' if grads else 'no'} gradients",
+                "with gradients" if has_graph else "no gradients",
             )
         return like(expert_outputs, sums)
 

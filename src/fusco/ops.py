@@ -1,7 +1,8 @@
 """dispatch, combine and their backwards as torch.library operators.
 
 A Shuffle is named by its key, a plan by its tensors, so that torch.compile and checkpointing see
-nothing but tensors and integers. `form` says in words what must be equal on all ranks.
+nothing but tensors and integers. `grads` says in words which gradients will be wanted, the one
+thing that an operator cannot see and all ranks must agree on.
 """
 
 from __future__ import annotations
@@ -82,16 +83,22 @@ def _not_traced(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def describe(rows: Sequence[Tensor], weights: Tensor | None, *, grads: bool) -> str:
-    """The part of a call that must be equal on all ranks, in words."""
-    formats = ", ".join(describe_rows(each) for each in rows)
-    notes = "" if weights is None else ", with weights"
-    if grads and torch.is_grad_enabled():
-        names = [str(i) for i, each in enumerate(rows) if each.requires_grad]
-        if weights is not None and weights.requires_grad:
-            names.append("weights")
-        notes += f", gradients of {' '.join(names)}" if names else ", no gradients"
-    return formats + notes
+def wanted_gradients(rows: Sequence[Tensor], weights: Tensor | None) -> str:
+    """Which gradients a dispatch of these will be asked for, in words."""
+    if not torch.is_grad_enabled():
+        return "no gradients"
+    names = [str(i) for i, each in enumerate(rows) if each.requires_grad]
+    if weights is not None and weights.requires_grad:
+        names.append("weights")
+    return f"gradients of {' '.join(names)}" if names else "no gradients"
+
+
+def _form(rows: Sequence[Tensor], weights: Tensor | None, grads: str = "") -> str:
+    """What must be equal on all ranks, in words."""
+    parts = [describe_rows(each) for each in rows]
+    if weights is not None:
+        parts.append("with weights")
+    return ", ".join([*parts, grads] if grads else parts)
 
 
 def plan_number(plan: Sequence[Tensor]) -> int:
@@ -100,17 +107,19 @@ def plan_number(plan: Sequence[Tensor]) -> int:
 
 
 @_operator(
-    "dispatch(Tensor[] rows, Tensor topk_idx, Tensor? topk_weights, int shuffle, str form)"
+    "dispatch(Tensor[] rows, Tensor topk_idx, Tensor? topk_weights, int shuffle, str grads)"
     " -> (Tensor[], Tensor, Tensor[])"
 )
 def dispatch(
-    rows: Sequence[Tensor], topk_idx: Tensor, topk_weights: Tensor | None, shuffle: int, form: str
+    rows: Sequence[Tensor], topk_idx: Tensor, topk_weights: Tensor | None, shuffle: int, grads: str
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """Make a plan and run it: rows `[T, ...]` to `[R, ...]`, row weights `[R]`, the plan."""
     with using(shuffle) as engine:
         # Here and not with the other checks, since it looks at values, which a compiler cannot.
         error = find_bad_id(topk_idx, engine.world.topology.num_experts)
-        call = Call(operation=Operation.DISPATCH, form=form, error=error)
+        call = Call(
+            operation=Operation.DISPATCH, form=_form(rows, topk_weights, grads), error=error
+        )
         if error is not None:
             engine.agree_on_error(call)
         got = engine.dispatch(call, tuple(rows), topk_weights, topk_idx)
@@ -118,7 +127,7 @@ def dispatch(
 
 
 @_operator(
-    "dispatch_planned(Tensor[] rows, Tensor? topk_weights, Tensor[] plan, int shuffle, str form)"
+    "dispatch_planned(Tensor[] rows, Tensor? topk_weights, Tensor[] plan, int shuffle, str grads)"
     " -> (Tensor[], Tensor)"
 )
 def dispatch_planned(
@@ -126,9 +135,10 @@ def dispatch_planned(
     topk_weights: Tensor | None,
     plan: Sequence[Tensor],
     shuffle: int,
-    form: str,
+    grads: str,
 ) -> tuple[list[Tensor], Tensor]:
     """Run a plan again: rows `[T, ...]` to `[R, ...]`, row weights `[R]`."""
+    form = _form(rows, topk_weights, grads)
     call = Call(operation=Operation.DISPATCH_PLANNED, plan=plan_number(plan), form=form)
     with using(shuffle) as engine:
         got = engine.dispatch(call, tuple(rows), topk_weights, Plan.from_tensors(plan))
@@ -137,7 +147,7 @@ def dispatch_planned(
 
 @_operator(
     "combine(Tensor[] rows, Tensor? row_weights, Tensor? anchor, Tensor[] plan, int shuffle,"
-    " str form) -> Tensor[]"
+    " str grads) -> Tensor[]"
 )
 def combine(
     rows: Sequence[Tensor],
@@ -145,10 +155,11 @@ def combine(
     anchor: Tensor | None,
     plan: Sequence[Tensor],
     shuffle: int,
-    form: str,
+    grads: str,
 ) -> list[Tensor]:
     """Sum rows `[R, ...]` to `[T, ...]`. `anchor` only ties the result to the dispatch, so that a
     rank whose experts had no rows, and hence no graph, takes part in the backward too."""
+    form = _form(rows, row_weights, grads)
     call = Call(operation=Operation.COMBINE, plan=plan_number(plan), form=form)
     with using(shuffle) as engine:
         got = engine.combine(call, tuple(rows), row_weights, Plan.from_tensors(plan))
@@ -156,17 +167,17 @@ def combine(
 
 
 @_operator(
-    "dispatch_backward(Tensor[] grads, Tensor? grad_row_weights, Tensor[] plan, int shuffle,"
-    " str form) -> (Tensor[], Tensor)"
+    "dispatch_backward(Tensor[] grads, Tensor? grad_row_weights, Tensor[] plan, int shuffle)"
+    " -> (Tensor[], Tensor)"
 )
 def dispatch_backward(
     grads: Sequence[Tensor],
     grad_row_weights: Tensor | None,
     plan: Sequence[Tensor],
     shuffle: int,
-    form: str,
 ) -> tuple[list[Tensor], Tensor]:
     """Gradients `[R, ...]` summed to `[T, ...]`; those of row weights back to `[T, K]`."""
+    form = _form(grads, grad_row_weights)
     call = Call(operation=Operation.DISPATCH_BACKWARD, plan=plan_number(plan), form=form)
     with using(shuffle) as engine:
         got = engine.combine(call, tuple(grads), None, Plan.from_tensors(plan), grad_row_weights)
@@ -176,7 +187,7 @@ def dispatch_backward(
 
 @_operator(
     "combine_backward(Tensor[] grads, Tensor[] rows, Tensor? row_weights, Tensor[] plan,"
-    " int shuffle, str form) -> (Tensor[], Tensor)"
+    " int shuffle) -> (Tensor[], Tensor)"
 )
 def combine_backward(
     grads: Sequence[Tensor],
@@ -184,10 +195,11 @@ def combine_backward(
     row_weights: Tensor | None,
     plan: Sequence[Tensor],
     shuffle: int,
-    form: str,
 ) -> tuple[list[Tensor], Tensor]:
     """Gradients `[T, ...]` to those of the rows `[R, ...]` and of the row weights `[R]`."""
-    call = Call(operation=Operation.COMBINE_BACKWARD, plan=plan_number(plan), form=form)
+    call = Call(
+        operation=Operation.COMBINE_BACKWARD, plan=plan_number(plan), form=_form(grads, None)
+    )
     with using(shuffle) as engine:
         got = engine.dispatch(call, tuple(grads), None, Plan.from_tensors(plan))
     return weigh_gradients(list(got.rows), list(rows), row_weights)
@@ -216,10 +228,7 @@ def _gather_gradients(
 ) -> tuple[list[Tensor | None], Tensor | None]:
     wanted = [grad.contiguous() for grad, need in zip(grads, ctx.needs, strict=True) if need]
     values = grad_row_weights.contiguous() if ctx.needs_weights else None
-    form = describe(wanted, values, grads=False)
-    sums, grad_weights = dispatch_backward(
-        wanted, values, list(ctx.saved_tensors), ctx.shuffle, form
-    )
+    sums, grad_weights = dispatch_backward(wanted, values, list(ctx.saved_tensors), ctx.shuffle)
     rest = iter(sums)
     grad_rows = [next(rest) if need else None for need in ctx.needs]
     return grad_rows, grad_weights if ctx.needs_weights else None
@@ -247,8 +256,7 @@ def _combine_grad(ctx: Any, grads: Sequence[Tensor]) -> Any:
     row_weights = saved.pop() if ctx.is_weighted else None
     plan, rows = saved[: -ctx.num_rows], saved[-ctx.num_rows :]
     dense = [grad.contiguous() for grad in grads]
-    form = describe(dense, None, grads=False)
-    grad_rows, grad_weights = combine_backward(dense, rows, row_weights, plan, ctx.shuffle, form)
+    grad_rows, grad_weights = combine_backward(dense, rows, row_weights, plan, ctx.shuffle)
     weights_grad = None if row_weights is None else grad_weights
     return grad_rows, weights_grad, None, [None] * len(plan), None, None
 
@@ -266,7 +274,7 @@ torch.library.register_autograd(
 
 @torch.library.register_fake("fusco::dispatch", lib=_LIBRARY)
 def _dispatch_fake(
-    rows: Sequence[Tensor], topk_idx: Tensor, topk_weights: Tensor | None, shuffle: int, form: str
+    rows: Sequence[Tensor], topk_idx: Tensor, topk_weights: Tensor | None, shuffle: int, grads: str
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     plan = _fake_plan(topk_idx, engine_of(shuffle))
     got, row_weights = _fake_rows(rows, plan)
@@ -279,7 +287,7 @@ def _planned_fake(
     topk_weights: Tensor | None,
     plan: Sequence[Tensor],
     shuffle: int,
-    form: str,
+    grads: str,
 ) -> tuple[list[Tensor], Tensor]:
     return _fake_rows(rows, plan)
 
@@ -291,7 +299,7 @@ def _combine_fake(
     anchor: Tensor | None,
     plan: Sequence[Tensor],
     shuffle: int,
-    form: str,
+    grads: str,
 ) -> list[Tensor]:
     num_tokens = Plan.from_tensors(plan).num_tokens
     return [each.new_empty(num_tokens, *each.shape[1:]) for each in rows]
@@ -303,7 +311,6 @@ def _dispatch_backward_fake(
     grad_row_weights: Tensor | None,
     plan: Sequence[Tensor],
     shuffle: int,
-    form: str,
 ) -> tuple[list[Tensor], Tensor]:
     whole = Plan.from_tensors(plan)
     sums = [each.new_empty(whole.num_tokens, *each.shape[1:]) for each in grads]
@@ -319,7 +326,6 @@ def _combine_backward_fake(
     row_weights: Tensor | None,
     plan: Sequence[Tensor],
     shuffle: int,
-    form: str,
 ) -> tuple[list[Tensor], Tensor]:
     return _fake_rows(grads, plan)
 

@@ -22,7 +22,7 @@ from fusco.demo.data import Batch, Corpus, held_out_batch, sample_batch
 from fusco.demo.model import ModelConfig, build_model
 from fusco.errors import input_error
 
-DEFAULT_STEPS = 120
+DEFAULT_STEPS = 100
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,8 @@ from fusco.layout.segments import bytes_per_row
 from fusco.profiling import stage
 from fusco.types import Arrival, Leg, Plan
 
+_NOBODY = -1
+
 
 def combine(
     session: Session,
@@ -32,9 +34,9 @@ def combine(
     rank, leg, arrival = session.rank, plan.send, plan.arrival
     row_bytes = [bytes_per_row(each) for each in rows]
     sent = np.array([[leg.row.shape[0], leg.slot.shape[0] if row_values is not None else 0]])
-    own = combine_sections(sent[:, 0], row_bytes, sent[:, 1])
+    need = combine_sections(sent[:, 0], row_bytes, sent[:, 1])
     with stage("agree"):
-        call, block = session.reserve(call, int(own.total[0]))
+        call, block = session.reserve(call, int(need.total[0]))
         agreement = session.agree(call, block, sent[0])
     sizes = agreement.payload
     sections = combine_sections(sizes[:, 0], row_bytes, sizes[:, 1])
@@ -42,9 +44,11 @@ def combine(
     if not session.world.ablation.fusion:
         rows, row_weights, arrival = in_order_of_arrival(rows, row_weights, arrival)
     lines = [_Line(each, row_weights) for each in rows]
+    # Without deduplication a token has several partials of its own rank too, all by the window.
+    own = rank if session.world.ablation.deduplicate else _NOBODY
     with stage("write"):
         for line, base in zip(lines, at, strict=False):
-            line.send(arrival, rank, base)
+            line.send(arrival, own, base)
         if row_values is not None:
             _send_values(row_values, plan.arrival, at[-1])
     with stage("wait"):
@@ -55,7 +59,7 @@ def combine(
         for line, start in zip(lines, starts, strict=False):
             count = leg.row.shape[0] * line.width
             partials = session.window.view(block, start, count, line.elements.dtype)
-            sums.append(line.sum(leg, arrival, rank, partials))
+            sums.append(line.sum(leg, arrival, own, partials))
         values = None
         if row_values is not None:
             view = session.window.view(block, starts[-1], leg.slot.shape[0], np.float32)
@@ -83,7 +87,7 @@ class _Line:
         self.sums, self.total = (scratch(np.dtype(wide), 2) for _ in range(2))
         self.lines = [scratch(self.elements.dtype) for _ in range(3)]
 
-    def send(self, arrival: Arrival, rank: int, base: Ints) -> None:
+    def send(self, arrival: Arrival, own: int, base: Ints) -> None:
         """Partials of what arrived from other ranks, to where each rank's block has them."""
         row_bytes = self.width * self.elements.itemsize
         send_partials(
@@ -93,25 +97,25 @@ class _Line:
             arrival.slot_ptr.numpy(),
             arrival.slot.numpy(),
             arrival.peer_ptr.numpy(),
-            rank,
+            own,
             base + arrival.peer_start.numpy() * row_bytes,
             self.sums,
             self.lines[0],
         )
 
-    def sum(self, leg: Leg, arrival: Arrival, rank: int, partials: npt.NDArray[Any]) -> Tensor:
+    def sum(self, leg: Leg, arrival: Arrival, own: int, partials: npt.NDArray[Any]) -> Tensor:
         """`[T, ...]`, from the partials of other ranks and the own rank's rows."""
         out = self.like.new_empty(leg.sum_segment.shape[0], *self.like.shape[1:])
-        own = slice(*arrival.peer_ptr[rank : rank + 2].tolist())
+        begin, end = (0, 0) if own == _NOBODY else arrival.peer_ptr[own : own + 2].tolist()
         sum_tokens(
             self.elements,
             self.width,
             self.weights,
             arrival.slot_ptr.numpy(),
             arrival.slot.numpy(),
-            int(leg.peer_ptr[rank]),
-            own.start,
-            own.stop - own.start,
+            int(leg.peer_ptr[own]),
+            begin,
+            end - begin,
             partials,
             leg.sum_segment.numpy(),
             leg.sum_node.numpy(),

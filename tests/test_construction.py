@@ -1,0 +1,101 @@
+"""A Shuffle that cannot be made says why, on every rank, and the next one can."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import fusco
+from fusco.testing.cases import Case, draw, expect_round_trip
+from fusco.testing.ranks import RankPool, subgroup
+
+CASE = Case(num_tokens=(5, 8, 3), hidden_size=16, top_k=2, num_experts=6)
+MEMBERS = (1, 2, 3)
+PROMPT_S = 20.0
+DISAGREE = fusco.DisagreementError
+
+OTHER_ENGINE = "the engine that the other ranks do not use"
+CONSTRUCTION: Mapping[str, tuple[dict[str, Any], type[fusco.FuscoError], str]] = {
+    "experts-do-not-divide": ({"num_experts": 7}, fusco.InputError, "num_experts"),
+    "no-experts": ({"num_experts": 0}, fusco.InputError, "num_experts"),
+    "experts-are-a-word": ({"num_experts": "six"}, fusco.InputError, "num_experts"),
+    "no-hidden": ({"hidden_size": 0}, fusco.InputError, "hidden_size"),
+    "no-top-k": ({"top_k": 0}, fusco.InputError, "top_k"),
+    "negative-max-tokens": ({"max_tokens": -1}, fusco.InputError, "max_tokens"),
+    "dtype-is-a-word": ({"dtype": "bfloat16"}, fusco.InputError, "dtype"),
+    "unknown-engine": ({"engine": "warp"}, fusco.InputError, "engine"),
+    "placement-is-short": ({"placement": (0, 1, 2)}, fusco.InputError, "placement"),
+    "placement-is-words": ({"placement": tuple("abcdef")}, fusco.InputError, "placement"),
+    "placement-of-no-rank": ({"placement": (0, 1, 2, 3, 0, 1)}, fusco.InputError, "placement"),
+    "no-ranks-on-a-node": ({"ranks_per_node": 0}, fusco.InputError, "ranks_per_node"),
+    "no-alignment": ({"expert_alignment": 0}, fusco.InputError, "expert_alignment"),
+    "no-time": ({"timeout_s": 0.0}, fusco.InputError, "timeout_s"),
+    "other-experts-here": ({"num_experts": 12}, DISAGREE, "num_experts"),
+    "other-hidden-here": ({"hidden_size": 17}, DISAGREE, "hidden_size"),
+    "other-top-k-here": ({"top_k": 3}, DISAGREE, "top_k"),
+    "other-dtype-here": ({"dtype": torch.float64}, DISAGREE, "dtype"),
+    "other-alignment-here": ({"expert_alignment": 8}, DISAGREE, "expert_alignment"),
+    "other-placement-here": ({"placement": (0, 1, 2, 0, 1, 2)}, DISAGREE, "placement"),
+    "other-nodes-here": ({"ranks_per_node": 1}, DISAGREE, "node"),
+    "other-engine-here": ({"engine": OTHER_ENGINE}, DISAGREE, "engine"),
+    "other-ablation-here": (
+        {"ablation": fusco.Ablation(deduplicate=False)},
+        DISAGREE,
+        "ablation",
+    ),
+}
+
+
+def construct(rank: int, name: str, engine: str) -> tuple[str, ...]:
+    """The type and text of this rank's error, and whether it was late."""
+    group = subgroup(MEMBERS)
+    if group is None:
+        return ()
+    rank = dist.get_rank(group)
+    changes = dict(CONSTRUCTION[name][0] if rank == 1 else {})
+    if changes.get("engine") == OTHER_ENGINE:
+        changes["engine"] = "cpu" if engine == "reference" else "reference"
+    started = time.monotonic()
+    try:
+        CASE.shuffle(group, engine, **changes).close()
+        raised = ("nothing", "")
+    except Exception as error:  # noqa: BLE001 (which one it is, is what the test is about)
+        raised = (type(error).__name__, str(error))
+    late = time.monotonic() - started > PROMPT_S
+    with CASE.shuffle(group, engine) as shuffle:
+        expect_round_trip(shuffle, draw(CASE), rank)
+    return (*raised, "late" if late else "")
+
+
+@pytest.mark.parametrize("name", CONSTRUCTION)
+def test_bad_construction(pool: RankPool, engine: str, name: str) -> None:
+    _, error, names = CONSTRUCTION[name]
+    outcomes = pool.run(construct, name, engine)
+    for rank, member in enumerate(MEMBERS):
+        raised, text, late = outcomes[member]
+        assert raised == error.__name__, f"rank {rank}: {raised}: {text}"
+        assert names in text, f"rank {rank}: {text}"
+        assert not late, f"rank {rank}: not prompt"
+
+
+def no_group(rank: int, engine: str) -> list[str]:
+    """The errors of what is no group, which can only be told to this rank."""
+    others = dist.new_group([0, 1])
+    errors = []
+    for group in ("world", others if rank > 1 else 7):
+        try:
+            CASE.shuffle(group, engine)  # type: ignore[arg-type]
+        except fusco.InputError as error:
+            errors.append(str(error))
+    return errors
+
+
+def test_no_group(pool: RankPool, engine: str) -> None:
+    for errors in pool.run(no_group, engine):
+        assert len(errors) == 2
+        assert all("group" in text for text in errors)
