@@ -45,7 +45,7 @@ def run_demo(
     console = Console()
     report.print_task(console, config, corpus, num_ranks)
     with RankPool(num_ranks, threads_per_rank=max(1, num_cores() // num_ranks)) as pool:
-        with console.status("starting the ranks"):
+        with console.status("starting the ranks; the first time, compiling takes half a minute"):
             engine = pool.run(ranks.begin, config)[0]
         report.print_stage(console, f"1/3  Train on {num_ranks} ranks through fusco ({engine})")
         on_ranks = follow(console, steps, pool)
