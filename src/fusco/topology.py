@@ -42,14 +42,6 @@ class Topology:
         return self.node_of_rank[self.rank]
 
     @cached_property
-    def ranks_of_node(self) -> tuple[tuple[int, ...], ...]:
-        """The ranks of each node, ascending."""
-        nodes: list[list[int]] = [[] for _ in range(self.num_nodes)]
-        for rank, node in enumerate(self.node_of_rank):
-            nodes[node].append(rank)
-        return tuple(tuple(ranks) for ranks in nodes)
-
-    @cached_property
     def num_local_experts(self) -> tuple[int, ...]:
         """How many experts each rank holds."""
         counts = torch.bincount(self.tensors("cpu").rank_of_expert, minlength=self.num_ranks)

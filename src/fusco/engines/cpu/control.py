@@ -80,10 +80,6 @@ class Control:
         # A rank that spins keeps a core from the rank it waits for, where there are too few.
         self._spins = _SPINS if len(mappings) <= cores else 1
 
-    @property
-    def epoch(self) -> int:
-        return self._epoch
-
     def begin(self) -> int:
         """The number of the operation that begins now."""
         self._epoch += 1
