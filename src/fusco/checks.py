@@ -90,7 +90,9 @@ class Limits:
         self._check_plan("combine", dispatched.plan)
         rows = self._check_rows("combine", "expert_outputs", expert_outputs)
         num_rows = dispatched.plan.num_rows
-        _check_device("combine", "expert_outputs", rows[0], dispatched.plan.row_segment.device)
+        _check_device(
+            "combine", "expert_outputs", rows[0], dispatched.plan.tokens_per_expert.device
+        )
         for each in rows:
             if each.dtype not in SUMMABLE:
                 raise input_error(

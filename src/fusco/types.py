@@ -6,6 +6,7 @@ P ranks, N nodes, R rows this rank receives (padding counted), H hidden size.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Generic, TypeVar, cast
@@ -130,7 +131,7 @@ class Forwarding:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Plan:
+class Plan(ABC):
     """Everything that dispatch, combine and their backwards need to know of one routing decision.
 
     Attributes:
@@ -138,6 +139,44 @@ class Plan:
             key of the Shuffle it belongs to.
         tokens_per_expert: int64 `[L]`, padding not counted.
         expert_offsets: int32 `[L + 1]`, padding counted.
+    """
+
+    identity: Tensor
+    tokens_per_expert: Tensor
+    expert_offsets: Tensor
+
+    @property
+    @abstractmethod
+    def num_tokens(self) -> int:
+        """T."""
+
+    @property
+    @abstractmethod
+    def top_k(self) -> int:
+        """K."""
+
+    @property
+    @abstractmethod
+    def num_rows(self) -> int:
+        """R, padding counted."""
+
+    @abstractmethod
+    def to_tensors(self) -> list[Tensor]:
+        """As a flat list, the form in which a plan passes through operators."""
+
+    @staticmethod
+    def from_tensors(flat: Sequence[Tensor]) -> Plan:
+        """The inverse of `to_tensors`, of any kind of plan."""
+        if len(flat) == NUM_COMPACT_TENSORS:
+            return CompactPlan.unflatten(flat)
+        return SegmentPlan.unflatten(flat)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SegmentPlan(Plan):
+    """A plan as dense segment descriptors, on one or two levels.
+
+    Attributes:
         row_segment: int64 `[R]`, the segment that fills each row, counted over `arrival` and then
             the relay's arrival; -1 on padding.
         send: expert-level descriptors of this rank's own tokens, to ranks reached directly.
@@ -145,9 +184,6 @@ class Plan:
         forwarding: the node level; None in a one-level plan.
     """
 
-    identity: Tensor
-    tokens_per_expert: Tensor
-    expert_offsets: Tensor
     row_segment: Tensor
     send: Leg
     arrival: Arrival
@@ -163,11 +199,9 @@ class Plan:
 
     @property
     def num_rows(self) -> int:
-        """R, padding counted."""
         return self.row_segment.shape[0]
 
     def to_tensors(self) -> list[Tensor]:
-        """As a flat list, the form in which a plan passes through operators."""
         flat = [self.identity, self.tokens_per_expert, self.expert_offsets, self.row_segment]
         parts: list[Leg | Arrival] = [self.send, self.arrival]
         if self.forwarding is not None:
@@ -178,7 +212,7 @@ class Plan:
         return flat
 
     @classmethod
-    def from_tensors(cls, flat: Sequence[Tensor]) -> Plan:
+    def unflatten(cls, flat: Sequence[Tensor]) -> SegmentPlan:
         """The inverse of `to_tensors`."""
         rest = iter(flat)
         head = [next(rest) for _ in range(4)]
@@ -206,9 +240,53 @@ class Plan:
         )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CompactPlan(Plan):
+    """A one-level plan in the few int32 arrays that kernels read, made where the routing lies.
+
+    Attributes:
+        pairs: int32 `[2, T, K]`, the rank of each pair and its final slot there; -1 for none.
+        links: int32 `[n]`, what else the kernels need, laid out by `layout/compact.py`.
+        row_extent: uint8 `[R]` of no memory of its own; only its shape means something.
+    """
+
+    pairs: Tensor
+    links: Tensor
+    row_extent: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return self.pairs.shape[1]
+
+    @property
+    def top_k(self) -> int:
+        return self.pairs.shape[2]
+
+    @property
+    def num_rows(self) -> int:
+        return self.row_extent.shape[0]
+
+    def to_tensors(self) -> list[Tensor]:
+        head = [self.identity, self.tokens_per_expert, self.expert_offsets]
+        return [*head, self.pairs, self.links, self.row_extent]
+
+    @classmethod
+    def unflatten(cls, flat: Sequence[Tensor]) -> CompactPlan:
+        """The inverse of `to_tensors`."""
+        return cls(
+            identity=flat[0],
+            tokens_per_expert=flat[1],
+            expert_offsets=flat[2],
+            pairs=flat[3],
+            links=flat[4],
+            row_extent=flat[5],
+        )
+
+
+NUM_COMPACT_TENSORS = len(fields(CompactPlan))
 _HOP = len(fields(Leg)) + len(fields(Arrival))
 NUM_PLAN_TENSORS = {1: 4 + _HOP, 2: 4 + 3 * _HOP}
-"""Length of `Plan.to_tensors()` for plans of one and of two levels."""
+"""Length of `SegmentPlan.to_tensors()` for plans of one and of two levels."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fusco import Ablation, Plan, Topology
+from fusco import Ablation, Topology
 from fusco.cost import Hardware, predict
 from fusco.planner import plan_cluster
-from fusco.types import Arrival, Leg
+from fusco.types import Arrival, Leg, SegmentPlan
 
 Pair = tuple[int, int, int]
 
@@ -59,7 +59,7 @@ def segments_to(leg: Leg, peer: int) -> list[tuple[int, list[tuple[int, int, int
     return [(int(leg.row[i]), entries[ptr[i] : ptr[i + 1]]) for i in range(begin, end)]
 
 
-def delivered_rows(plans: list[Plan], top_k: int, rank: int) -> list[Pair | None]:
+def delivered_rows(plans: list[SegmentPlan], top_k: int, rank: int) -> list[Pair | None]:
     """What executing the descriptors of all ranks puts into each row of one rank."""
     rows: list[Pair | None] = [None] * plans[rank].num_rows
 
@@ -160,7 +160,7 @@ def test_plans_survive_as_tensors(
     plans, _ = plan_cluster(routing, topology, two_level=two_level)
     for plan in plans:
         flat = plan.to_tensors()
-        again = Plan.from_tensors(flat)
+        again = SegmentPlan.from_tensors(flat)
         assert (again.forwarding is None) == (plan.forwarding is None)
         assert all(a is b for a, b in zip(flat, again.to_tensors(), strict=True))
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fusco.types import Plan, Stats
+from fusco.types import SegmentPlan, Stats
 
 
 class Meter:
@@ -24,7 +24,7 @@ class Meter:
         """A plan was made that gives each rank so many rows, int64 `[P]`."""
         self._rows_per_rank = rows_per_rank
 
-    def dispatched(self, plan: Plan) -> None:
+    def dispatched(self, plan: SegmentPlan) -> None:
         """A dispatch has brought a plan's rows."""
         self._num_dispatches += 1
         self._num_rows += plan.arrival.slot.shape[0]

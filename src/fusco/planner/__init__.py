@@ -1,4 +1,4 @@
-"""Planning: pure functions from routing and topology to a `Plan`.
+"""Planning: pure functions from routing and topology to a `SegmentPlan`.
 
 topk_idx -> sort_pairs -> count_pairs -> (exchange of counts) -> plan_sends
 -> (exchange of slot lists) -> assemble

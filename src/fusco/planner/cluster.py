@@ -11,7 +11,7 @@ from fusco.planner.counts import count_pairs, sort_pairs
 from fusco.planner.plan import Sends, assemble, finish, plan_relay, plan_sends
 from fusco.planner.traffic import HopSizes
 from fusco.topology import Topology
-from fusco.types import Ablation, Arrival, Counts, Forwarding, Leg, Plan
+from fusco.types import Ablation, Arrival, Counts, Forwarding, Leg, SegmentPlan
 
 
 def plan_cluster(
@@ -21,7 +21,7 @@ def plan_cluster(
     alignment: int = 1,
     two_level: bool = False,
     ablation: Ablation = Ablation(),  # noqa: B008 - frozen
-) -> tuple[list[Plan], list[Sends]]:
+) -> tuple[list[SegmentPlan], list[Sends]]:
     """Plans of all ranks, what they would hold after the exchanges of a real run.
 
     Args:

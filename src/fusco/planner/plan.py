@@ -1,4 +1,4 @@
-"""From routing and everybody's counts to a `Plan` (FUSCO, section 3.3)."""
+"""From routing and everybody's counts to a `SegmentPlan` (FUSCO, section 3.3)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fusco.planner.legs import Descriptors, HopPairs, describe, mirror
 from fusco.planner.sorting import offsets, stable_argsort
 from fusco.planner.traffic import HopSizes, Traffic, measure_traffic
 from fusco.topology import Topology
-from fusco.types import Ablation, Arrival, Counts, Forwarding, Leg, Plan
+from fusco.types import Ablation, Arrival, Counts, Forwarding, Leg, SegmentPlan
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -188,10 +188,10 @@ def assemble_rows(sends: Sends, rank: int, arrivals: list[Arrival]) -> Tensor:
 
 def finish(
     identity: Tensor, sends: Sends, arrival: Arrival, forwarding: Forwarding | None, rank: int
-) -> Plan:
+) -> SegmentPlan:
     """The plan, once what others send is known."""
     arrivals = [arrival] if forwarding is None else [arrival, forwarding.relay_arrival]
-    return Plan(
+    return SegmentPlan(
         identity=identity,
         tokens_per_expert=sends.tokens_per_expert,
         expert_offsets=sends.expert_offsets,

@@ -17,7 +17,7 @@ from fusco.engines.cpu.unfused import in_order_of_arrival
 from fusco.layout.blocks import Ints, combine_sections
 from fusco.layout.segments import bytes_per_row
 from fusco.profiling import stage
-from fusco.types import Arrival, Leg, Plan
+from fusco.types import Arrival, Leg, SegmentPlan
 
 _NOBODY = -1
 
@@ -27,7 +27,7 @@ def combine(
     call: Call,
     rows: tuple[Tensor, ...],
     row_weights: Tensor | None,
-    plan: Plan,
+    plan: SegmentPlan,
     row_values: Tensor | None,
 ) -> Returned:
     """See `Engine.combine`."""

@@ -20,7 +20,7 @@ from fusco.layout.segments import as_segments, bytes_per_row, from_segments
 from fusco.planner import Sends
 from fusco.planner.legs import mirror
 from fusco.profiling import stage
-from fusco.types import Arrival, Counts, Leg, Plan
+from fusco.types import Arrival, Counts, Leg, SegmentPlan
 
 
 def dispatch_new(
@@ -79,7 +79,11 @@ def dispatch_new(
 
 
 def dispatch_planned(
-    session: Session, call: Call, rows: tuple[Tensor, ...], weights: Tensor | None, plan: Plan
+    session: Session,
+    call: Call,
+    rows: tuple[Tensor, ...],
+    weights: Tensor | None,
+    plan: SegmentPlan,
 ) -> Delivery:
     """Dispatch by an existing plan: every rank knows its need, and says how many rows it gets."""
     none = np.zeros(session.world.topology.num_ranks, dtype=np.int64)
@@ -148,7 +152,7 @@ def _wrap(
     sections: Sections,
     rows: Sequence[Tensor],
     weights: Tensor | None,
-    plan: Plan,
+    plan: SegmentPlan,
 ) -> Delivery:
     """Rows become tensors where they lie; the rest of the block is free again."""
     window, block, start = session.window, agreement.block, sections.start[:, session.rank]

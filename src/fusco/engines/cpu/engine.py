@@ -15,7 +15,7 @@ from fusco.engines.cpu.dispatch import dispatch_new, dispatch_planned
 from fusco.engines.cpu.exchange import exchange
 from fusco.engines.cpu.session import Session
 from fusco.layout.segments import bytes_per_row
-from fusco.types import Plan, Segments, Stats
+from fusco.types import Plan, SegmentPlan, Segments, Stats
 
 
 class CpuEngine(Engine):
@@ -53,17 +53,20 @@ class CpuEngine(Engine):
         routing: Tensor | Plan,
     ) -> Delivery:
         session = self._open()
-        if isinstance(routing, Plan):
+        if isinstance(routing, SegmentPlan):
             delivery = dispatch_planned(session, call, rows, weights, routing)
         else:
+            assert isinstance(routing, Tensor), "plans come from this engine"
             delivery, rows_per_rank = dispatch_new(
                 session, call, rows, weights, routing, self.new_identity
             )
             self.meter.planned(rows_per_rank)
-        send = delivery.plan.send
+        plan = delivery.plan
+        assert isinstance(plan, SegmentPlan)
+        send = plan.send
         row_bytes = sum(bytes_per_row(each) for each in rows)
         self.meter.moved((send.slot_ptr[send.peer_ptr].diff() * row_bytes).tolist())
-        self.meter.dispatched(delivery.plan)
+        self.meter.dispatched(plan)
         return delivery
 
     def combine(
@@ -74,6 +77,7 @@ class CpuEngine(Engine):
         plan: Plan,
         row_values: Tensor | None = None,
     ) -> Returned:
+        assert isinstance(plan, SegmentPlan), "plans come from this engine"
         returned = combine(self._open(), call, rows, row_weights, plan, row_values)
         row_bytes = sum(bytes_per_row(each) for each in rows)
         self.meter.moved((plan.arrival.peer_ptr.diff() * row_bytes).tolist())

@@ -12,7 +12,7 @@ from fusco.engines.base import World
 from fusco.engines.cpu.kernels.plan import count_pairs, describe, name_rows
 from fusco.layout.blocks import Ints
 from fusco.planner import Sends, expert_layout, measure_traffic, offsets
-from fusco.types import Arrival, Counts, Leg, Plan
+from fusco.types import Arrival, Counts, Leg, SegmentPlan
 
 _LEG_FIELDS = tuple(field.name for field in fields(Leg) if field.name != "peer_ptr")
 
@@ -64,11 +64,11 @@ def plan_sends(topk_idx: Tensor, counts: Counts, world: World) -> Sends:
     )
 
 
-def finish(identity: Tensor, sends: Sends, arrival: Arrival, rank: int) -> Plan:
+def finish(identity: Tensor, sends: Sends, arrival: Arrival, rank: int) -> SegmentPlan:
     """What `fusco.planner.plan.finish` returns for one level."""
     num_rows = int(sends.traffic.rows[rank])
     rows: Ints = name_rows(arrival.slot_ptr.numpy(), arrival.slot.numpy(), np.int64(num_rows))
-    return Plan(
+    return SegmentPlan(
         identity=identity,
         tokens_per_expert=sends.tokens_per_expert,
         expert_offsets=sends.expert_offsets,

@@ -26,7 +26,7 @@ from fusco.planner import count_pairs, plan_relay, plan_sends, sort_pairs
 from fusco.planner.plan import finish
 from fusco.profiling import stage
 from fusco.transports.mailbox import Mailbox
-from fusco.types import Counts, Forwarding, Plan, Segments, Stats
+from fusco.types import Counts, Forwarding, Plan, SegmentPlan, Segments, Stats
 
 
 class ReferenceEngine(Engine):
@@ -59,10 +59,11 @@ class ReferenceEngine(Engine):
         routing: Tensor | Plan,
     ) -> Delivery:
         operation = call.operation.text
-        if isinstance(routing, Plan):
+        if isinstance(routing, SegmentPlan):
             self._agree(call, None)
             plan = routing
         else:
+            assert isinstance(routing, Tensor), "plans come from this engine"
             plan = self._make_plan(call, routing)
         hops = self._hops(plan, operation)
         row_bytes = sum(bytes_per_row(each) for each in rows)
@@ -84,6 +85,7 @@ class ReferenceEngine(Engine):
         plan: Plan,
         row_values: Tensor | None = None,
     ) -> Returned:
+        assert isinstance(plan, SegmentPlan), "plans come from this engine"
         self._agree(call, None)
         hops = self._hops(plan, call.operation.text)
         with stage("sum"):
@@ -151,7 +153,7 @@ class ReferenceEngine(Engine):
         self.mailbox.swap(sends, list(gathered.unbind()), operation=call.operation.text)
         return gathered
 
-    def _make_plan(self, call: Call, topk_idx: Tensor) -> Plan:
+    def _make_plan(self, call: Call, topk_idx: Tensor) -> SegmentPlan:
         world, topology = self.world, self.world.topology
         operation = call.operation.text
         with stage("plan"):
@@ -183,7 +185,7 @@ class ReferenceEngine(Engine):
         self.meter.planned(traffic.rows)
         return finish(self.new_identity(), sends, arrival, forwarding, topology.rank)
 
-    def _hops(self, plan: Plan, operation: str) -> tuple[Hop, ...]:
+    def _hops(self, plan: SegmentPlan, operation: str) -> tuple[Hop, ...]:
         """The direct hop, and in a two-level plan those to and from forwarders."""
         direct = Hop(self.mailbox, plan.send, plan.arrival, operation)
         level = plan.forwarding
@@ -193,7 +195,7 @@ class ReferenceEngine(Engine):
         relay = Hop(self.mailbox, level.relay, level.relay_arrival, operation)
         return direct, forward, relay
 
-    def _deliver(self, rows: Tensor, plan: Plan, hops: tuple[Hop, ...]) -> Tensor:
+    def _deliver(self, rows: Tensor, plan: SegmentPlan, hops: tuple[Hop, ...]) -> Tensor:
         segments = as_segments(rows)
         arrived = [hops[0].send_segments(segments)]
         if len(hops) > 1:
@@ -202,7 +204,9 @@ class ReferenceEngine(Engine):
         # Padding has segment -1, which is the row of zeros at the end.
         return from_segments(torch.cat(arrived)[plan.row_segment], rows)
 
-    def _deliver_weights(self, weights: Tensor | None, plan: Plan, hops: tuple[Hop, ...]) -> Tensor:
+    def _deliver_weights(
+        self, weights: Tensor | None, plan: SegmentPlan, hops: tuple[Hop, ...]
+    ) -> Tensor:
         if weights is None:
             return (plan.row_segment >= 0).to(torch.float32)
         row_weights = weights.new_zeros(plan.num_rows)
@@ -214,7 +218,7 @@ class ReferenceEngine(Engine):
         return row_weights
 
     def _sum(
-        self, rows: Tensor, row_weights: Tensor | None, plan: Plan, hops: tuple[Hop, ...]
+        self, rows: Tensor, row_weights: Tensor | None, plan: SegmentPlan, hops: tuple[Hop, ...]
     ) -> Tensor:
         flat = rows.reshape(rows.shape[0], rows.shape[1:].numel())
         arrival, send = plan.arrival, plan.send
@@ -228,7 +232,7 @@ class ReferenceEngine(Engine):
         sums = node_sums(torch.cat(partials), send.sum_segment, send.sum_node)
         return sums.view(plan.num_tokens, *rows.shape[1:])
 
-    def _return_values(self, values: Tensor, plan: Plan, hops: tuple[Hop, ...]) -> Tensor:
+    def _return_values(self, values: Tensor, plan: SegmentPlan, hops: tuple[Hop, ...]) -> Tensor:
         returned = values.new_zeros(plan.num_tokens * plan.top_k)
         returned[plan.send.pair] = hops[0].return_pairs(values[plan.arrival.slot])
         if plan.forwarding is not None:
