@@ -115,6 +115,8 @@ class Shuffle:
             topology=topology,
             key=self._key,
             top_k=top_k,
+            max_tokens=max_tokens,
+            row_bytes=hidden_size * dtype.itemsize,
             alignment=expert_alignment,
             timeout_s=meeting.timeout_s,
             ablation=configuration.ablation,
@@ -123,7 +125,9 @@ class Shuffle:
         self._limits = Limits(
             top_k=top_k,
             max_tokens=max_tokens,
-            row_bytes=hidden_size * dtype.itemsize,
+            row_bytes=world.row_bytes,
+            row_unit_bytes=self._engine.row_unit_bytes,
+            max_parts=self._engine.max_parts,
             device_types=self._engine.device_types,
             key=self._key,
         )

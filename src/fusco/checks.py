@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusco.errors import InputError, input_error
+from fusco.errors import input_error
 from fusco.layout.segments import bytes_per_row
 from fusco.types import Dispatched, Plan, Rows, as_tuple
 
@@ -24,6 +24,8 @@ class Limits:
         top_k: K.
         max_tokens: the most tokens a rank may dispatch.
         row_bytes: the most bytes a row may have, over all tensors of a tuple.
+        row_unit_bytes: rows of each tensor must be a multiple of it.
+        max_parts: the most tensors in a tuple; None: any number.
         device_types: kinds of device the engine works on.
         key: the mark that the Shuffle's plans carry.
     """
@@ -31,6 +33,8 @@ class Limits:
     top_k: int
     max_tokens: int
     row_bytes: int
+    row_unit_bytes: int
+    max_parts: int | None
     device_types: tuple[str, ...]
     key: int
 
@@ -135,6 +139,14 @@ class Limits:
                 remedy="pass rows [num_tokens, ...]",
             )
         rows = as_tuple(given)
+        if self.max_parts is not None and len(rows) > self.max_parts:
+            raise input_error(
+                operation,
+                argument,
+                got=f"{len(rows)} tensors",
+                expected=f"at most {self.max_parts} with this engine",
+                remedy="move them in several calls with plan=, or choose another engine",
+            )
         for each in rows:
             self._check_one(operation, argument, each, rows[0])
         row_bytes = sum(bytes_per_row(each) for each in rows)
@@ -164,6 +176,14 @@ class Limits:
                 got=f"tensors of {first.shape[0]} and {each.shape[0]} rows",
                 expected="the same number in all of a tuple",
                 remedy="row i of every tensor belongs to token i",
+            )
+        if bytes_per_row(each) % self.row_unit_bytes:
+            raise input_error(
+                operation,
+                argument,
+                got=f"rows of {bytes_per_row(each)} bytes",
+                expected=f"a multiple of {self.row_unit_bytes} bytes with this engine",
+                remedy="pad the rows, or choose another engine",
             )
         kinds = self.device_types
         if each.device != first.device or each.device.type not in kinds:
@@ -234,22 +254,6 @@ class Limits:
                 expected="one that this Shuffle made",
                 remedy="dispatch with topk_idx to make one here",
             )
-
-
-def find_bad_id(topk_idx: Tensor, num_experts: int) -> InputError | None:
-    """What is wrong with the values of `topk_idx`, if anything."""
-    if not topk_idx.numel():
-        return None
-    low, high = (int(bound) for bound in torch.aminmax(topk_idx))
-    if low >= -1 and high < num_experts:
-        return None
-    return input_error(
-        "dispatch",
-        "topk_idx",
-        got=f"expert ids from {low} to {high}",
-        expected=f"-1 (no expert) to {num_experts - 1}",
-        remedy="check the router, or num_experts",
-    )
 
 
 def _check_device(operation: str, argument: str, tensor: Tensor, device: torch.device) -> None:

@@ -39,8 +39,8 @@ class Variable(Generic[T]):
 
 
 def _engine(text: str) -> str:
-    if text not in ("auto", "reference", "cpu"):
-        raise ValueError("one of auto, reference, cpu")
+    if text not in ("auto", "reference", "cpu", "cuda"):
+        raise ValueError("one of auto, reference, cpu, cuda")
     return text
 
 
@@ -78,8 +78,15 @@ NODE_ID: Variable[int | None] = Variable(
     default=None,
     description="This rank's node; unset: the host it runs on.",
 )
+CACHE_DIR = Variable(
+    name="FUSCO_CACHE_DIR",
+    parse=str,
+    default="~/.cache/fusco",
+    description="Where compiled GPU kernels are kept.",
+)
 VARIABLES: tuple[Variable[str] | Variable[float | None] | Variable[int | None], ...] = (
     ENGINE,
     TIMEOUT_S,
     NODE_ID,
+    CACHE_DIR,
 )

@@ -89,6 +89,8 @@ def _engine(group: dist.ProcessGroup, name: str, timeout_s: float | None) -> Eng
             topology=topology,
             key=_NO_PLANS,
             top_k=1,
+            max_tokens=0,
+            row_bytes=0,
             alignment=1,
             timeout_s=meeting.timeout_s,
             ablation=Ablation(),

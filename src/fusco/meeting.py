@@ -133,9 +133,9 @@ def _compare(operation: str, greetings: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _choose(operation: str, asked: str, shares_memory: bool) -> str:
-    if asked == "cpu" and not shares_memory:
+    if asked in ("cpu", "cuda") and not shares_memory:
         raise EngineUnavailableError(
-            f"{operation}: engine 'cpu' needs all ranks on one host, where they can open each "
+            f"{operation}: engine {asked!r} needs all ranks on one host, where they can open each "
             "other's memory; use engine='reference' between hosts"
         )
     if asked != "auto":

@@ -16,9 +16,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from fusco.checks import find_bad_id
 from fusco.engines.agreement import Call
 from fusco.engines.base import Engine
+from fusco.engines.ids import find_bad_id
 from fusco.errors import ClosedError, PeerError
 from fusco.gradients import weigh_gradients
 from fusco.layout.records import Operation
@@ -75,10 +75,16 @@ def _operator(schema: str) -> Callable[[_Function], _Function]:
 def _not_traced(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keep torch.compile out of an operator's body, without importing it for that."""
 
+    untraced: Callable[..., Any] | None = None
+
     @functools.wraps(function)
     def call(*args: Any) -> Any:
+        nonlocal untraced
         compiler = sys.modules.get("torch._dynamo")
-        return function(*args) if compiler is None else compiler.disable(function)(*args)
+        if compiler is None:
+            return function(*args)
+        untraced = untraced or compiler.disable(function)
+        return untraced(*args)
 
     return call
 
@@ -116,7 +122,8 @@ def dispatch(
     """Make a plan and run it: rows `[T, ...]` to `[R, ...]`, row weights `[R]`, the plan."""
     with using(shuffle) as engine:
         # Here and not with the other checks, since it looks at values, which a compiler cannot.
-        error = find_bad_id(topk_idx, engine.world.topology.num_experts)
+        num_experts = engine.world.topology.num_experts
+        error = None if engine.finds_bad_ids else find_bad_id(topk_idx, num_experts)
         call = Call(
             operation=Operation.DISPATCH, form=_form(rows, topk_weights, grads), error=error
         )

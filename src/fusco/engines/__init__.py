@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
 
 from fusco.engines.base import Engine, World
 from fusco.errors import EngineUnavailableError
@@ -38,7 +41,14 @@ def _make_cpu(world: World) -> Engine:
     return CpuEngine(world)
 
 
+def _make_cuda(world: World) -> Engine:
+    from fusco.engines.cuda import CudaEngine
+
+    return CudaEngine(world)
+
+
 FACTORIES: dict[str, Callable[[World], Engine]] = {
+    "cuda": _make_cuda,
     "cpu": _make_cpu,
     "reference": _make_reference,
 }
@@ -48,7 +58,13 @@ FACTORIES: dict[str, Callable[[World], Engine]] = {
 def probe() -> tuple[EngineProbe, ...]:
     """What can run here, in order of preference."""
     reason = _why_no_cpu_engine()
+    no_cuda = _why_no_cuda_engine()
     return (
+        EngineProbe(
+            name="cuda",
+            available=not no_cuda,
+            reason=no_cuda or "kernels that write into the windows of other GPUs of this node",
+        ),
         EngineProbe(
             name="cpu",
             available=not reason,
@@ -68,6 +84,22 @@ def _why_no_cpu_engine() -> str:
     if not os.path.isdir("/proc/self/fd"):
         return "needs /proc, through which ranks open each other's windows"
     return ""
+
+
+def _why_no_cuda_engine() -> str:
+    if not torch.cuda.is_available():
+        return "needs a CUDA device, and torch finds none"
+    for package in ("cuda.core", "cuda.bindings.nvrtc"):
+        if not _is_installed(package):
+            return f"needs {package}: pip install 'fusco[cuda]'"
+    return ""
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a parent
+        return False
 
 
 def make_engine(name: str, world: World) -> Engine:

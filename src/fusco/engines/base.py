@@ -30,6 +30,8 @@ class World:
         topology: ranks, nodes and placement.
         key: the number that plans carry as the mark of their Shuffle.
         top_k: K.
+        max_tokens: the most tokens a rank dispatches at once; 0 where no plans are made.
+        row_bytes: the most bytes a row may have, over all tensors of a tuple.
         alignment: every expert's rows are padded to a multiple of it.
         timeout_s: bound of every wait, seconds.
         ablation: mechanisms that are switched off.
@@ -39,6 +41,8 @@ class World:
     topology: Topology
     key: int
     top_k: int
+    max_tokens: int
+    row_bytes: int
     alignment: int
     timeout_s: float
     ablation: Ablation
@@ -100,6 +104,12 @@ class Engine(ABC):
     """
 
     name: ClassVar[str]
+    finds_bad_ids: ClassVar[bool] = False
+    """Whether `dispatch` itself raises for expert ids out of range; else others check them."""
+    row_unit_bytes: ClassVar[int] = 1
+    """Rows must be a multiple of so many bytes."""
+    max_parts: ClassVar[int | None] = None
+    """The most tensors of a tuple that are moved at once; None: any number."""
 
     def __init__(self, world: World) -> None:
         self.world = world

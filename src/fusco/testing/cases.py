@@ -32,6 +32,7 @@ class Case:
         routing: "uniform" draws distinct experts, "repeated" any, "holes" also -1, "one-expert"
             always the last expert, "nobody" only -1.
         weighted: whether the sum is weighted.
+        device: the kind of device that the inputs are on; see `device_of`.
         placement, ranks_per_node, expert_alignment, num_experts: as `fusco.Shuffle` takes them.
     """
 
@@ -47,6 +48,7 @@ class Case:
     ranks_per_node: int | None = None
     expert_alignment: int = 1
     seed: int = 0
+    device: str = "cpu"
 
     @property
     def num_ranks(self) -> int:
@@ -88,6 +90,7 @@ class Inputs:
         topk_weights: fp32 `[T, K]`; None where the case is not weighted.
         layout: where every choice lands.
         outputs: expert outputs `[R, H]` of the case's dtype, different for every row.
+        host: the same on the CPU, where the dense answers are computed.
     """
 
     case: Case
@@ -96,24 +99,44 @@ class Inputs:
     topk_weights: tuple[Tensor, ...] | None
     layout: dense.Layout = field(repr=False)
     outputs: tuple[Tensor, ...]
+    host: Inputs | None = None
 
     def weights_of(self, rank: int) -> Tensor | None:
         """The weights `[T, K]` of `rank`; None where the case is not weighted."""
         return None if self.topk_weights is None else self.topk_weights[rank]
 
+    def routed_as(self, other: Inputs) -> Inputs:
+        """The same rows and weights with the routing and the expert outputs of other inputs."""
+        host = None
+        if self.host is not None and other.host is not None:
+            host = self.host.routed_as(other.host)
+        return replace(
+            self,
+            topk_idx=other.topk_idx,
+            layout=other.layout,
+            outputs=other.outputs,
+            host=host,
+        )
+
     def rows(self, rank: int) -> Rows:
         """The dense dispatch to `rank`."""
+        if self.host is not None:
+            return self.host.rows(rank)
         by_part = zip(*(as_tuple(x) for x in self.x), strict=True)
         rows = tuple(dense.dispatch(self.layout, part, rank) for part in by_part)
         return rows if isinstance(self.x[0], tuple) else rows[0]
 
     def row_weights(self, rank: int) -> Tensor:
         """The dense router weights of the rows of `rank`; 1 where the case is not weighted."""
+        if self.host is not None:
+            return self.host.row_weights(rank)
         weights = self.topk_weights or tuple(torch.ones(idx.shape) for idx in self.topk_idx)
         return dense.row_weights(self.layout, weights, rank)
 
     def sums(self, source: int) -> Tensor:
         """The dense combine of `source`."""
+        if self.host is not None:
+            return self.host.sums(source)
         return dense.combine(
             self.layout,
             self.outputs,
@@ -134,7 +157,7 @@ def draw(case: Case, round_: int = 0) -> Inputs:
         expert_alignment=case.expert_alignment,
     )
     weights = tuple(torch.rand(idx.shape, generator=generator) for idx in topk_idx)
-    return Inputs(
+    inputs = Inputs(
         case=case,
         x=tuple(_rows(case, tokens, generator) for tokens in case.num_tokens),
         topk_idx=topk_idx,
@@ -144,6 +167,30 @@ def draw(case: Case, round_: int = 0) -> Inputs:
             torch.randn((len(choices), case.hidden_size), generator=generator).to(case.dtype)
             for choices in layout.choices
         ),
+    )
+    return inputs if case.device == "cpu" else on_device(inputs, case.device)
+
+
+def device_of(engine: str) -> str:
+    """The kind of device whose tensors an engine is tested with."""
+    return "cuda" if engine == "cuda" else "cpu"
+
+
+def on_device(inputs: Inputs, device: str) -> Inputs:
+    """The inputs on this rank's device of a kind."""
+
+    def move(rows: Rows) -> Rows:
+        moved = tuple(each.to(device) for each in as_tuple(rows))
+        return moved if isinstance(rows, tuple) else moved[0]
+
+    weights = inputs.topk_weights
+    return replace(
+        inputs,
+        x=tuple(map(move, inputs.x)),
+        topk_idx=tuple(each.to(device) for each in inputs.topk_idx),
+        topk_weights=None if weights is None else tuple(each.to(device) for each in weights),
+        outputs=tuple(each.to(device) for each in inputs.outputs),
+        host=inputs,
     )
 
 

@@ -17,6 +17,7 @@ from fusco.testing import dense
 from fusco.testing.cases import (
     Case,
     Routing,
+    device_of,
     draw,
     expect,
     expect_close,
@@ -47,9 +48,13 @@ class Check:
     fn: Callable[[Group, str], None]
 
 
-def _case(group: Group, **changes: object) -> Case:
+def _case(group: Group, engine: str, **changes: object) -> Case:
     num_ranks = dist.get_world_size(group)
-    case = Case(num_tokens=sizes((13, 40, 5), group), num_experts=4 * num_ranks)
+    case = Case(
+        num_tokens=sizes((13, 40, 5), group),
+        num_experts=4 * num_ranks,
+        device=device_of(engine),
+    )
     return replace(case, **changes)  # type: ignore[arg-type]
 
 
@@ -61,54 +66,58 @@ def _round_trips(case: Case, group: Group, engine: str) -> None:
 
 def _dtype(dtype: torch.dtype) -> Callable[[Group, str], None]:
     def check(group: Group, engine: str) -> None:
-        _round_trips(_case(group, dtype=dtype), group, engine)
+        _round_trips(_case(group, engine, dtype=dtype), group, engine)
 
     return check
 
 
 def _routing(routing: Routing) -> Callable[[Group, str], None]:
     def check(group: Group, engine: str) -> None:
-        _round_trips(_case(group, routing=routing, top_k=6), group, engine)
+        _round_trips(_case(group, engine, routing=routing, top_k=6), group, engine)
 
     return check
 
 
 def _empty_ranks(group: Group, engine: str) -> None:
-    _round_trips(_case(group, num_tokens=sizes((0, 33, 0), group)), group, engine)
+    _round_trips(_case(group, engine, num_tokens=sizes((0, 33, 0), group)), group, engine)
 
 
 def _no_weights(group: Group, engine: str) -> None:
-    _round_trips(_case(group, weighted=False), group, engine)
+    _round_trips(_case(group, engine, weighted=False), group, engine)
 
 
 def _alignment(group: Group, engine: str) -> None:
-    _round_trips(_case(group, expert_alignment=16), group, engine)
+    _round_trips(_case(group, engine, expert_alignment=16), group, engine)
 
 
 def _placement(group: Group, engine: str) -> None:
     num_ranks = dist.get_world_size(group)
     placement = tuple(expert % num_ranks for expert in range(4 * num_ranks))
-    _round_trips(_case(group, placement=placement), group, engine)
+    _round_trips(_case(group, engine, placement=placement), group, engine)
 
 
 def _nodes(group: Group, engine: str) -> None:
-    _round_trips(two_nodes(_case(group, top_k=6, dtype=torch.bfloat16)), group, engine)
+    _round_trips(two_nodes(_case(group, engine, top_k=6, dtype=torch.bfloat16)), group, engine)
 
 
 def _bytes(group: Group, engine: str) -> None:
-    _round_trips(_case(group, payload="bytes", hidden_size=37), group, engine)
+    _round_trips(
+        _case(group, engine, payload="bytes", hidden_size=48 if engine == "cuda" else 37),
+        group,
+        engine,
+    )
 
 
 def _scaled(group: Group, engine: str) -> None:
     _round_trips(
-        _case(group, payload="scaled", hidden_size=256, dtype=torch.bfloat16), group, engine
+        _case(group, engine, payload="scaled", hidden_size=256, dtype=torch.bfloat16), group, engine
     )
 
 
 def _plan_reuse(group: Group, engine: str) -> None:
-    case, rank = _case(group), dist.get_rank(group)
+    case, rank = _case(group, engine), dist.get_rank(group)
     first, second = draw(case), draw(case, 1)
-    second = replace(second, topk_idx=first.topk_idx, layout=first.layout, outputs=first.outputs)
+    second = second.routed_as(first)
     with case.shuffle(group, engine) as shuffle:
         plan = shuffle.dispatch(first.x[rank], first.topk_idx[rank], first.weights_of(rank)).plan
         expect_round_trip(shuffle, second, rank, plan)
@@ -116,8 +125,8 @@ def _plan_reuse(group: Group, engine: str) -> None:
 
 def _growth(group: Group, engine: str) -> None:
     num_ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    small = _case(group, num_tokens=(2,) * num_ranks)
-    large = _case(group, num_tokens=(200,) * num_ranks, routing="one-expert")
+    small = _case(group, engine, num_tokens=(2,) * num_ranks)
+    large = _case(group, engine, num_tokens=(200,) * num_ranks, routing="one-expert")
     with large.shuffle(group, engine) as shuffle:
         failures = []
         for inputs in (draw(small), draw(large), draw(small, 1)):
@@ -129,7 +138,7 @@ def _growth(group: Group, engine: str) -> None:
 
 
 def _gradients(group: Group, engine: str) -> None:
-    case, rank = _case(group, dtype=torch.float64), dist.get_rank(group)
+    case, rank = _case(group, engine, dtype=torch.float64), dist.get_rank(group)
     inputs = draw(case)
     assert inputs.topk_weights is not None
     x = [t.clone().requires_grad_() for t in inputs.x]  # type: ignore[union-attr]
@@ -141,6 +150,10 @@ def _gradients(group: Group, engine: str) -> None:
         y = shuffle.combine(d.tokens.sin(), d)
         got = torch.autograd.grad(y.square().sum(), (x[rank], weights[rank]))
 
+    host = inputs.host or inputs
+    assert host.topk_weights is not None
+    x = [t.clone().requires_grad_() for t in host.x]  # type: ignore[union-attr]
+    weights = [t.clone().requires_grad_() for t in host.topk_weights]
     everyone = range(case.num_ranks)
     outputs = [dense.dispatch(inputs.layout, x, r).sin() for r in everyone]
     sums = [dense.combine(inputs.layout, outputs, r, weights[r]) for r in everyone]
@@ -152,7 +165,7 @@ def _gradients(group: Group, engine: str) -> None:
 
 
 def _repeatable(group: Group, engine: str) -> None:
-    case, rank = _case(group, dtype=torch.bfloat16, top_k=8), dist.get_rank(group)
+    case, rank = _case(group, engine, dtype=torch.bfloat16, top_k=8), dist.get_rank(group)
     inputs = draw(case)
     runs = []
     with case.shuffle(group, engine) as shuffle:
@@ -165,7 +178,7 @@ def _repeatable(group: Group, engine: str) -> None:
 
 
 def _bad_input(group: Group, engine: str) -> None:
-    case, rank = _case(group), dist.get_rank(group)
+    case, rank = _case(group, engine), dist.get_rank(group)
     inputs = draw(case)
     wrong = inputs.topk_idx[rank].clone()
     if rank == 0:
@@ -182,7 +195,7 @@ def _bad_input(group: Group, engine: str) -> None:
 
 
 def _several(group: Group, engine: str) -> None:
-    case, rank = _case(group), dist.get_rank(group)
+    case, rank = _case(group, engine), dist.get_rank(group)
     other = replace(case, hidden_size=96, dtype=torch.bfloat16, seed=1)
     inputs, inputs_other = draw(case), draw(other)
     with case.shuffle(group, engine) as one, other.shuffle(group, engine) as two:

@@ -283,6 +283,8 @@ def _end_with_parent(folder: Path) -> None:
 
 def _join_group(settings: _Settings) -> None:
     torch.set_num_threads(settings.num_threads)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(settings.rank % torch.cuda.device_count())
     dist.init_process_group(
         "gloo",
         store=dist.FileStore(  # type: ignore[attr-defined]

@@ -1,0 +1,1 @@
+"""CUDA C++ kernels and what launches them; compiled when first needed (fusco.engines.cuda.jit)."""

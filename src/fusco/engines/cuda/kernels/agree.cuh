@@ -1,0 +1,164 @@
+// How every operation begins: a rank publishes its record in the windows of all, and waits for
+// everybody's. From the same records all ranks draw the same verdict.
+#pragma once
+
+#include "device.cuh"
+
+enum Verdict : i32 { kGo = 0, kUnlike = 1, kShort = 2, kLost = 3 };
+enum Status : i64 { kReady = 0, kBadInput = 1 };
+
+__device__ __forceinline__ State& state_of(const World& world) {
+  return *reinterpret_cast<State*>(world.state);
+}
+
+__device__ __forceinline__ u64 window_of(const World& world, int rank) {
+  return reinterpret_cast<const u64*>(world.windows)[rank];
+}
+
+// Records alternate between two places, since a fast rank may begin the next operation while a slow
+// one still reads; it cannot begin the one after that.
+__device__ __forceinline__ i64* record_in(const World& world, u64 window, u32 epoch, int rank) {
+  i64 index = (epoch & 1) * world.num_ranks + rank;
+  return at_bytes<i64>(window, world.records_at + index * world.record_bytes);
+}
+
+__device__ __forceinline__ u64* record_flag_in(const World& world, u64 window, u32 epoch, int rank) {
+  i64 index = (epoch & 1) * world.num_ranks + rank;
+  return at_bytes<u64>(window, world.record_flags_at + index * 8);
+}
+
+// Of rank `rank`'s record in the own window.
+__device__ __forceinline__ const i64* record_of(const World& world, u32 epoch, int rank) {
+  return record_in(world, window_of(world, world.rank), epoch, rank);
+}
+
+__device__ __forceinline__ const i32* counts_in(const i64* record) {
+  return reinterpret_cast<const i32*>(record + kRecordHead);
+}
+
+// Tells the host of the first failure; the host raises it.
+__device__ __forceinline__ void report_failure(const World& world, const Call& call, i32 verdict,
+                                               i32 awaited, i64 item, i64 need) {
+  if (atomicCAS(&state_of(world).reported, 0u, 1u) != 0) return;
+  volatile Failure* failure = reinterpret_cast<volatile Failure*>(world.failure);
+  failure->operation = call.operation;
+  failure->ticket = call.ticket;
+  failure->awaited = awaited;
+  failure->item = item;
+  failure->need = need;
+  __threadfence_system();
+  failure->verdict = verdict;
+}
+
+// Spins until `ready()`, at most for the timeout; false where this rank has given up.
+template <typename Ready>
+__device__ __forceinline__ bool wait_until(const World& world, Ready ready) {
+  if (ready()) return true;
+  const u64 begin = now_ns();
+  const volatile u32* lost = &state_of(world).lost;
+  for (u32 spin = 1;; ++spin) {
+    if (ready()) return true;
+    if (spin % 64 == 0 && (*lost || now_ns() - begin > static_cast<u64>(world.timeout_ns))) {
+      return false;
+    }
+    __nanosleep(20);
+  }
+}
+
+// As `wait_until`, for something that rank `awaited` does; gives up for the whole device, and says so.
+template <typename Ready>
+__device__ __forceinline__ bool wait_for(const World& world, const Call& call, i32 awaited, i64 item,
+                                         Ready ready) {
+  if (wait_until(world, ready)) return true;
+  atomicExch(&state_of(world).lost, 1u);
+  report_failure(world, call, kLost, awaited, item, 0);
+  return false;
+}
+
+// Called by a whole block: writes this rank's record into every window. `counts` may be null.
+__device__ __forceinline__ void publish(const World& world, const Call& call, u32 epoch, i64 status,
+                                        const i32* counts, int num_counts) {
+  const i64 head[kRecordHead] = {epoch,          call.operation, status,        call.plan,
+                                 call.signature, call.base,      call.capacity, call.chunk};
+  for (int rank = 0; rank < world.num_ranks; ++rank) {
+    i64* record = record_in(world, window_of(world, rank), epoch, world.rank);
+    if (threadIdx.x == 0) {
+#pragma unroll
+      for (int i = 0; i < kRecordHead; ++i) record[i] = head[i];
+    }
+    i32* to = reinterpret_cast<i32*>(record + kRecordHead);
+    for (int i = threadIdx.x; i < num_counts; i += blockDim.x) to[i] = counts[i];
+  }
+  __syncthreads();
+  for (int rank = threadIdx.x; rank < world.num_ranks; rank += blockDim.x) {
+    store_release(record_flag_in(world, window_of(world, rank), epoch, world.rank), epoch);
+  }
+}
+
+// Called by a whole block: waits for the records of all ranks and compares them.
+__device__ __forceinline__ i32 await_records(const World& world, const Call& call, u32 epoch) {
+  bool is_there = true, is_alike = true;
+  const u64 own = window_of(world, world.rank);
+  const i64* mine = record_of(world, epoch, world.rank);
+  for (int rank = threadIdx.x; rank < world.num_ranks; rank += blockDim.x) {
+    const u64* flag = record_flag_in(world, own, epoch, rank);
+    const u64* my_flag = record_flag_in(world, own, epoch, world.rank);
+    const u64 begin = now_ns();
+    is_there = is_there && wait_for(world, call, rank, -1, [&] {
+                 return load_acquire(flag) == epoch && load_acquire(my_flag) == epoch;
+               });
+    if (blockIdx.x == 0) reinterpret_cast<u64*>(world.wait_ns)[rank] += now_ns() - begin;
+    if (!is_there) break;
+    const i64* theirs = record_of(world, epoch, rank);
+    is_alike = is_alike && theirs[kStatus] == kReady && theirs[kOperation] == mine[kOperation] &&
+               theirs[kPlan] == mine[kPlan] && theirs[kSignature] == mine[kSignature];
+  }
+  if (!__syncthreads_and(is_there)) return kLost;
+  return __syncthreads_and(is_alike) ? kGo : kUnlike;
+}
+
+// The whole beginning of an operation without counts, called by every block of its kernel.
+__device__ __forceinline__ i32 agree(const World& world, const Call& call, u32 epoch) {
+  if (blockIdx.x == 0) publish(world, call, epoch, call.status, nullptr, 0);
+  i32 verdict = await_records(world, call, epoch);
+  if (verdict == kUnlike && blockIdx.x == 0 && threadIdx.x == 0) {
+    report_failure(world, call, kUnlike, -1, -1, 0);
+  }
+  return verdict;
+}
+
+__device__ __forceinline__ void report_to_host(const World& world, const Call& call, i32 verdict,
+                                               i64 num_rows, i64 num_pairs, i64 need) {
+  volatile Report* report = reinterpret_cast<volatile Report*>(world.reports) + call.ticket % kReports;
+  report->verdict = verdict;
+  report->num_rows = num_rows;
+  report->num_pairs = num_pairs;
+  report->need = need;
+  __threadfence_system();
+  report->ticket = call.ticket;
+}
+
+// Called by every block when it is done; true for the last one, which may reset what all share.
+__device__ __forceinline__ bool is_last_block(State& state) {
+  __shared__ bool is_last;
+  __syncthreads();
+  if (threadIdx.x == 0) is_last = add_acq_rel_gpu(&state.finished, 1) == gridDim.x - 1;
+  __syncthreads();
+  return is_last;
+}
+
+// The end of a kernel; true for the one thread that comes last.
+__device__ __forceinline__ bool finish(State& state, u32 epoch) {
+  if (!is_last_block(state) || threadIdx.x != 0) return false;
+  state.finished = 0;
+  for (u32& queue : state.queue) queue = 0;
+  state.epoch = epoch;
+  return true;
+}
+
+// A warp takes the next piece of work.
+__device__ __forceinline__ u32 claim(u32* queue) {
+  u32 mine = 0;
+  if (lane_id() == 0) mine = atomicAdd(queue, 1u);
+  return __shfl_sync(kFullWarp, mine, 0);
+}

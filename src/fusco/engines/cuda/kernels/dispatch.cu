@@ -1,0 +1,248 @@
+// Dispatch: every row is read once, written to its slots on this rank, and sent once to each other
+// rank with an expert of its token, into the first of its slots there, the landing slot. The
+// receiver's warps wait for it, and write it from there to the token's other slots.
+//
+// A warp takes tokens to send or segments to receive, one by one. Half of the warps begin with
+// sending and go on with receiving, which waits; since sending never waits and any warp may do it,
+// all is sent in the end, however few blocks run at once.
+
+#include "agree.cuh"
+#include "copy.cuh"
+#include "links.cuh"
+
+// Where things lie on one rank.
+struct Place {
+  u8* part[kMaxParts];
+  float* row_weights;
+  u64 window;
+};
+
+struct Shipped {
+  i32 slot;
+  float weight;
+};
+
+struct Dispatch {
+  const World& world;
+  const Call& call;
+  const DispatchArgs& args;
+  const Links links;
+  const Place* places;
+  const u32 epoch;
+  RowSlot& slot;
+
+  __device__ __forceinline__ u64* arrival_flag(u64 window, int from, i32 segment) const {
+    i64 index = static_cast<i64>(from) * world.max_tokens + segment;
+    return at_bytes<u64>(window, world.arrival_flags_at + index * 8);
+  }
+
+  __device__ __forceinline__ Shipped* shipment(u64 window, int from, i32 segment) const {
+    i64 index = static_cast<i64>(from) * world.max_tokens + segment;
+    return at_bytes<Shipped>(window, world.shipments_at + index * world.top_k * 8);
+  }
+
+  __device__ __forceinline__ void send(i32 token) const {
+    const int top_k = world.top_k, lane = lane_id();
+    const i64 pair = static_cast<i64>(token) * top_k + lane;
+    const i32* pair_rank = reinterpret_cast<const i32*>(args.pairs);
+    const i32* pair_slot = pair_rank + static_cast<i64>(args.num_tokens) * top_k;
+    i32 rank = -1, to_slot = -1;
+    float weight = 1;
+    if (lane < top_k) {
+      rank = pair_rank[pair];
+      to_slot = pair_slot[pair];
+      if (args.weights) weight = reinterpret_cast<const float*>(args.weights)[pair];
+    }
+    const bool is_there = rank >= 0;
+    if (!__any_sync(kFullWarp, is_there)) return;
+    const u32 same = __match_any_sync(kFullWarp, is_there ? rank : -1 - lane);
+    const i32 index = __popc(same & lanes_below()), count = __popc(same);
+    const bool is_own = rank == world.rank, is_first = is_there && index == 0;
+    i32 segment = 0;
+    if (is_first) segment = links.token_segment[static_cast<i64>(token) * world.num_ranks + rank];
+    segment = __shfl_sync(kFullWarp, segment, __ffs(same) - 1);
+    if (is_there) {
+      if (is_own) {
+        places[rank].row_weights[to_slot] = weight;
+        i32* slots = links.slots(world, rank, segment);
+        slots[index] = to_slot;
+        if (is_first) {
+          for (int i = count; i < top_k; ++i) slots[i] = -1;
+        }
+      } else {
+        shipment(places[rank].window, world.rank, segment)[index] = Shipped{to_slot, weight};
+      }
+    }
+    for (int part = 0; part < args.num_parts; ++part) {
+      const i32 row_bytes = args.row_bytes[part];
+      const u8* row = reinterpret_cast<const u8*>(args.rows[part]) + static_cast<i64>(token) * row_bytes;
+      const bool wants = is_own || is_first;
+      u8* to = wants ? places[rank].part[part] + static_cast<i64>(to_slot) * row_bytes : nullptr;
+      for (i32 at = 0; at < row_bytes; at += args.slot_bytes) {
+        const i32 size = min(args.slot_bytes, row_bytes - at);
+        slot.fill(row + at, size);
+        slot.send(to + at, wants, size);
+        slot.wait_read();
+      }
+    }
+    slot.wait_written();
+    if (is_first && !is_own) {
+      store_release(arrival_flag(places[rank].window, world.rank, segment),
+                    static_cast<u64>(epoch) << 32 | count);
+    }
+  }
+
+  // Returns false where the sender is lost.
+  __device__ __forceinline__ bool receive(int from, i32 segment) const {
+    const int top_k = world.top_k, lane = lane_id();
+    const Place& own = places[world.rank];
+    const u64* flag = arrival_flag(own.window, from, segment);
+    i32 count = 0;
+    if (lane == 0) {
+      u64 seen = 0;
+      if (wait_for(world, call, from, segment, [&] {
+            seen = load_acquire(flag);
+            return seen >> 32 == epoch;
+          })) {
+        count = static_cast<i32>(seen);
+      }
+    }
+    count = __shfl_sync(kFullWarp, count, 0);
+    if (count == 0) return false;
+    Shipped shipped{-1, 0};
+    if (lane < count) shipped = shipment(own.window, from, segment)[lane];
+    if (lane < top_k) links.slots(world, from, segment)[lane] = shipped.slot;
+    if (lane < count) own.row_weights[shipped.slot] = shipped.weight;
+    if (count == 1) return true;
+    const i32 landing = __shfl_sync(kFullWarp, shipped.slot, 0);
+    for (int part = 0; part < args.num_parts; ++part) {
+      const i32 row_bytes = args.row_bytes[part];
+      const u8* row = own.part[part] + static_cast<i64>(landing) * row_bytes;
+      u8* to = own.part[part] + static_cast<i64>(shipped.slot) * row_bytes;
+      for (i32 at = 0; at < row_bytes; at += args.slot_bytes) {
+        const i32 size = min(args.slot_bytes, row_bytes - at);
+        slot.fill(row + at, size, true);
+        slot.send(to + at, lane > 0 && lane < count, size);
+        slot.wait_read();
+      }
+    }
+    return true;
+  }
+
+  __device__ __forceinline__ void send_all(State& state) const {
+    for (u32 token = claim(&state.queue[0]); token < args.num_tokens; token = claim(&state.queue[0])) {
+      send(static_cast<i32>(token));
+    }
+  }
+
+  __device__ __forceinline__ void receive_all(State& state) const {
+    const u32 num_others = world.num_ranks - 1;
+    if (num_others == 0) return;
+    i32 most = 0;
+    for (int rank = 0; rank < world.num_ranks; ++rank) {
+      if (rank != world.rank) most = max(most, links.arrivals[rank]);
+    }
+    const u32 end = num_others * most;
+    for (u32 item = claim(&state.queue[1]); item < end; item = claim(&state.queue[1])) {
+      // The next rank first, so that not all wait for the same.
+      const int from = (world.rank + 1 + item % num_others) % world.num_ranks;
+      const i32 segment = item / num_others;
+      if (segment < links.arrivals[from] && !receive(from, segment)) return;
+    }
+  }
+
+  // Rows that only pad an expert are zero.
+  __device__ __forceinline__ void pad() const {
+    const i64* tokens_per_expert = reinterpret_cast<const i64*>(args.tokens_per_expert);
+    const i32* expert_offsets = reinterpret_cast<const i32*>(args.expert_offsets);
+    const Place& own = places[world.rank];
+    slot.clear(args.slot_bytes);
+    const int num_warps = gridDim.x * (blockDim.x / kWarp);
+    for (int expert = blockIdx.x + gridDim.x * warp_id(); expert < world.num_local; expert += num_warps) {
+      const i32 begin = expert_offsets[expert] + static_cast<i32>(tokens_per_expert[expert]);
+      const i32 end = expert_offsets[expert + 1];
+      for (i32 base = begin; base < end; base += kWarp) {
+        const i32 row = base + lane_id();
+        const bool wants = row < end;
+        if (wants) own.row_weights[row] = 0;
+        for (int part = 0; part < args.num_parts; ++part) {
+          const i32 row_bytes = args.row_bytes[part];
+          for (i32 at = 0; at < row_bytes; at += args.slot_bytes) {
+            slot.send(own.part[part] + static_cast<i64>(row) * row_bytes + at, wants,
+                      min(args.slot_bytes, row_bytes - at));
+          }
+        }
+      }
+    }
+    slot.wait_read();
+  }
+};
+
+// Called by a whole block.
+__device__ __forceinline__ void find_places(const World& world, const DispatchArgs& args, u32 epoch,
+                                            const Links& links, Place* places) {
+  const u64* heaps = reinterpret_cast<const u64*>(world.heaps);
+  for (int rank = threadIdx.x; rank < world.num_ranks; rank += blockDim.x) {
+    const i64* record = record_of(world, epoch, rank);
+    const u64 block = heaps[record[kChunk] * world.num_ranks + rank] + record[kBase];
+    const i64 num_rows = links.rows[rank];
+    for (int part = 0; part < args.num_parts; ++part) {
+      places[rank].part[part] = at_bytes<u8>(block, part_at(args.row_bytes, part, num_rows));
+    }
+    places[rank].row_weights =
+        at_bytes<float>(block, part_at(args.row_bytes, args.num_parts, num_rows));
+    places[rank].window = window_of(world, rank);
+  }
+  if (blockIdx.x == 0) {
+    i64 row_bytes = 0;
+    for (int part = 0; part < args.num_parts; ++part) row_bytes += args.row_bytes[part];
+    for (int rank = threadIdx.x; rank < world.num_ranks; rank += blockDim.x) {
+      reinterpret_cast<u64*>(world.sent_bytes)[rank] += links.sends[rank] * row_bytes;
+    }
+  }
+  __syncthreads();
+}
+
+extern "C" __global__ void __launch_bounds__(512)
+    dispatch(const __grid_constant__ World world, const __grid_constant__ Call call,
+             const __grid_constant__ DispatchArgs args) {
+  extern __shared__ __align__(128) u8 shared[];
+  const int num_warps = blockDim.x / kWarp;
+  u64* barriers = reinterpret_cast<u64*>(shared + static_cast<i64>(num_warps) * args.slot_bytes);
+  Place* places = reinterpret_cast<Place*>(barriers + num_warps);
+  State& state = state_of(world);
+  const Links links(world, args.num_tokens, args.links);
+  u32 epoch = state.epoch;
+  i32 verdict;
+  if (args.is_planned) {
+    verdict = agree(world, call, ++epoch);
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+      bool is_short = false;
+      i64 need = 0;
+      for (int rank = 0; verdict == kGo && rank < world.num_ranks; ++rank) {
+        const i64 bytes = block_bytes(args.row_bytes, args.num_parts, links.rows[rank]);
+        is_short = is_short || bytes > record_of(world, epoch, rank)[kCapacity];
+        need = max(need, bytes);
+      }
+      report_to_host(world, call, is_short ? static_cast<i32>(kShort) : verdict,
+                     links.rows[world.rank], 0, need);
+    }
+    for (int rank = 0; verdict == kGo && rank < world.num_ranks; ++rank) {
+      const i64 bytes = block_bytes(args.row_bytes, args.num_parts, links.rows[rank]);
+      if (bytes > record_of(world, epoch, rank)[kCapacity]) verdict = kShort;
+    }
+  } else {
+    verdict = state.verdict;
+  }
+  if (verdict == kGo) {
+    find_places(world, args, epoch, links, places);
+    RowSlot slot(shared + static_cast<i64>(warp_id()) * args.slot_bytes, barriers + warp_id());
+    const Dispatch work{world, call, args, links, places, epoch, slot};
+    if (warp_id() % 2 == 0) work.send_all(state);
+    work.receive_all(state);
+    work.send_all(state);
+    if (world.alignment > 1) work.pad();
+    slot.wait_written();
+  }
+  finish(state, epoch);
+}

@@ -1,0 +1,280 @@
+// Planning where the routing lies: count, exchange counts through the windows, and give every pair its
+// final slot. What it computes is what `planner.plan_sends` says; see plan.py for the arguments.
+//
+// Each block owns a run of consecutive tokens. The last one to have counted is the leader: it knows
+// the rank's totals, exchanges them, and from everybody's computes where each expert's rows begin.
+// Meanwhile the others add up what the blocks before them have counted, and so place their pairs.
+
+#include "agree.cuh"
+#include "links.cuh"
+
+// How an id is kept: its rank above its number; all ones for no expert.
+constexpr u32 kNone = 0xffffffffu;
+
+struct Pair {
+  bool is_there;   // not beyond the last token, and with an expert
+  u32 expert, rank;
+  u32 same_rank;   // the lanes of its token whose experts are on the same rank
+  bool is_first;   // the first of these
+};
+
+__device__ __forceinline__ Pair describe(u32 id, int token_in_warp, int num_ranks) {
+  Pair pair;
+  pair.is_there = id != kNone;
+  pair.expert = id & 0xffff;
+  pair.rank = id >> 16;
+  i32 key = pair.is_there ? token_in_warp * num_ranks + static_cast<i32>(pair.rank) : -1 - lane_id();
+  pair.same_rank = __match_any_sync(kFullWarp, key);
+  pair.is_first = pair.is_there && !(pair.same_rank & lanes_below());
+  return pair;
+}
+
+struct Chunk {
+  int begin, size;        // tokens of this block
+  int tokens_per_warp;    // a warp looks at so many tokens at once
+};
+
+__device__ __forceinline__ void count(const World& world, const PlanArgs& args, const Chunk& chunk,
+                                      u32* ids, i32* counters) {
+  const i64* topk_idx = reinterpret_cast<const i64*>(args.topk_idx);
+  const i32* rank_of_expert = reinterpret_cast<const i32*>(world.rank_of_expert);
+  i32* pair_rank = reinterpret_cast<i32*>(args.pairs);
+  State& state = state_of(world);
+  const int top_k = world.top_k, stride = chunk.tokens_per_warp;
+  for (int first = warp_id() * stride; first < chunk.size; first += blockDim.x / kWarp * stride) {
+    int in_warp = lane_id() / top_k, token = first + in_warp;
+    bool is_used = in_warp < stride && token < chunk.size;
+    u32 id = kNone;
+    if (is_used) {
+      i64 at = static_cast<i64>(chunk.begin) * top_k + first * top_k + lane_id();
+      i64 expert = topk_idx[at];
+      if (expert < -1 || expert >= world.num_experts) {
+        atomicMin(&state.lowest_id, static_cast<i32>(max(expert, -0x7fffffffLL)));
+        atomicMax(&state.highest_id, static_cast<i32>(min(expert, 0x7fffffffLL)));
+        expert = -1;
+      }
+      if (expert >= 0) id = static_cast<u32>(rank_of_expert[expert]) << 16 | static_cast<u32>(expert);
+      ids[first * top_k + lane_id()] = id;
+      pair_rank[at] = expert >= 0 ? static_cast<i32>(id >> 16) : -1;
+    }
+    Pair pair = describe(id, in_warp, world.num_ranks);
+    if (pair.is_there) atomicAdd(&counters[pair.expert], 1);
+    if (pair.is_first) atomicAdd(&counters[world.num_experts + pair.rank], 1);
+  }
+}
+
+// Where the rows of each expert begin on its rank, and how many rows each rank receives, from the
+// records of all ranks. `start` has room for E + 1 numbers; returns the bytes the neediest rank needs,
+// and whether every rank has room.
+__device__ __forceinline__ bool lay_out(const World& world, const PlanArgs& args, u32 epoch, i32* start,
+                                        i64* need) {
+  const i32* device_major = reinterpret_cast<const i32*>(world.device_major);
+  const i32* first_place = reinterpret_cast<const i32*>(world.first_place);
+  i32* slot_base = reinterpret_cast<i32*>(world.slot_base);
+  i64* tokens_per_expert = reinterpret_cast<i64*>(args.tokens_per_expert);
+  i32* expert_offsets = reinterpret_cast<i32*>(args.expert_offsets);
+  const Links links(world, args.num_tokens, args.links);
+  const int num_experts = world.num_experts, num_ranks = world.num_ranks, me = world.rank;
+  __shared__ i32 warp_sums[kWarp];
+  __shared__ i32 carry;
+  if (threadIdx.x == 0) carry = start[0] = 0;
+  const int first_local = first_place[me], end_local = first_place[me + 1];
+  // Inclusive sums of padded sizes over the experts in device-major order.
+  for (int base = 0; base < num_experts; base += blockDim.x) {
+    int place = base + threadIdx.x;
+    i32 total = 0, before = 0, padded = 0;
+    int expert = place < num_experts ? device_major[place] : 0;
+    if (place < num_experts) {
+      for (int rank = 0; rank < num_ranks; ++rank) {
+        i32 sent = counts_in(record_of(world, epoch, rank))[expert];
+        total += sent;
+        if (rank < me) before += sent;
+      }
+      padded = static_cast<i32>(round_up(total, world.alignment));
+      slot_base[expert] = before - padded;
+      if (place >= first_local && place < end_local) tokens_per_expert[place - first_local] = total;
+    }
+    i32 sum = padded;
+#pragma unroll
+    for (int step = 1; step < kWarp; step *= 2) {
+      i32 left = __shfl_up_sync(kFullWarp, sum, step);
+      if (lane_id() >= step) sum += left;
+    }
+    __syncthreads();
+    if (lane_id() == kWarp - 1) warp_sums[warp_id()] = sum;
+    __syncthreads();
+    i32 ahead = carry;
+    for (int warp = 0; warp < warp_id(); ++warp) ahead += warp_sums[warp];
+    if (place < num_experts) start[place + 1] = ahead + sum;
+    __syncthreads();
+    if (threadIdx.x == blockDim.x - 1) carry = ahead + sum;
+  }
+  __syncthreads();
+  const i32* rank_of_expert = reinterpret_cast<const i32*>(world.rank_of_expert);
+  for (int place = threadIdx.x; place < num_experts; place += blockDim.x) {
+    int expert = device_major[place];
+    i32 of_rank = start[first_place[rank_of_expert[expert]]];
+    slot_base[expert] += start[place + 1] - of_rank;
+    if (place >= first_local && place < end_local) {
+      expert_offsets[place - first_local] = start[place] - of_rank;
+    }
+  }
+  bool has_room = true;
+  i64 most = 0;
+  for (int rank = threadIdx.x; rank < num_ranks; rank += blockDim.x) {
+    const i64* record = record_of(world, epoch, rank);
+    i32 num_rows = start[first_place[rank + 1]] - start[first_place[rank]];
+    links.arrivals[rank] = counts_in(record)[num_experts + me];
+    links.sends[rank] = counts_in(record_of(world, epoch, me))[num_experts + rank];
+    links.rows[rank] = num_rows;
+    i32 at = 0, from = 0;
+    const i32* mine = counts_in(record_of(world, epoch, me));
+    for (int other = 0; other < num_ranks; ++other) {
+      if (other < me && other != rank) at += counts_in(record)[num_experts + other];
+      if (other < rank && other != me) from += mine[num_experts + other];
+    }
+    links.return_at[rank] = at;
+    links.return_from[rank] = from;
+    i64 bytes = block_bytes(args.row_bytes, args.num_parts, num_rows);
+    most = max(most, bytes);
+    has_room = has_room && bytes <= record[kCapacity];
+    if (rank == me) expert_offsets[end_local - first_local] = num_rows;
+  }
+  __shared__ u64 largest;
+  if (threadIdx.x == 0) largest = 0;
+  __syncthreads();
+  if (most) atomicMax(&largest, static_cast<u64>(most));
+  has_room = __syncthreads_and(has_room);
+  *need = static_cast<i64>(largest);
+  return has_room;
+}
+
+// The leader's part: exchange and lay out; leaves the verdict for all blocks.
+__device__ __forceinline__ void lead(const World& world, const Call& call, const PlanArgs& args,
+                                     u32 epoch, i32* scratch) {
+  State& state = state_of(world);
+  i32* totals = reinterpret_cast<i32*>(world.totals);
+  const int num_counts = world.num_experts + world.num_ranks;
+  const bool is_bad = state.lowest_id < -1 || state.highest_id >= world.num_experts;
+  const i64 status = call.status == kReady && is_bad ? static_cast<i64>(kBadInput) : call.status;
+  publish(world, call, epoch, status, totals, num_counts);
+  i32 verdict = await_records(world, call, epoch);
+  for (int i = threadIdx.x; i < num_counts; i += blockDim.x) totals[i] = 0;
+  i64 need = 0;
+  if (verdict == kGo && !lay_out(world, args, epoch, scratch, &need)) verdict = kShort;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  if (is_bad) {
+    report_failure(world, call, verdict, world.rank, state.lowest_id, state.highest_id);
+    state.lowest_id = state.highest_id = 0;
+  } else if (verdict == kUnlike || (verdict == kShort && args.is_static)) {
+    report_failure(world, call, verdict, -1, -1, need);
+  }
+  state.verdict = verdict;
+  state.arrived = 0;
+  state.epoch = epoch;
+  const Links links(world, args.num_tokens, args.links);
+  const bool is_laid_out = verdict == kGo || verdict == kShort;
+  i64 num_pairs = 0;
+  if (is_laid_out) {
+    const i64* tokens_per_expert = reinterpret_cast<const i64*>(args.tokens_per_expert);
+    for (int i = 0; i < world.num_local; ++i) num_pairs += tokens_per_expert[i];
+  }
+  report_to_host(world, call, verdict, is_laid_out ? links.rows[world.rank] : 0, num_pairs, need);
+  store_release_gpu(&state.planned, epoch);
+}
+
+// Gives the pairs of this block's tokens their slots, in order. One warp counts experts, another the
+// segments, that is, first pairs.
+__device__ __forceinline__ void place(const World& world, const PlanArgs& args, const Chunk& chunk,
+                                      const u32* ids, i32* counters) {
+  const int top_k = world.top_k, stride = chunk.tokens_per_warp;
+  const Links links(world, args.num_tokens, args.links);
+  i32* pair_slot = reinterpret_cast<i32*>(args.pairs) + static_cast<i64>(args.num_tokens) * top_k;
+  const bool counts_experts = warp_id() == 0;
+  if (warp_id() > 1) return;
+  for (int first = 0; first < chunk.size; first += stride) {
+    int in_warp = lane_id() / top_k, token = first + in_warp;
+    bool is_used = in_warp < stride && token < chunk.size;
+    u32 id = is_used ? ids[first * top_k + lane_id()] : kNone;
+    if (counts_experts) {
+      u32 same = __match_any_sync(kFullWarp, id != kNone ? static_cast<i32>(id) : -1 - lane_id());
+      i32 before = __popc(same & lanes_below());
+      i32 slot = id != kNone ? counters[id & 0xffff] + before : -1;
+      __syncwarp();
+      if (id != kNone && before == 0) counters[id & 0xffff] += __popc(same);
+      __syncwarp();
+      i64 at = static_cast<i64>(chunk.begin) * top_k + first * top_k + lane_id();
+      if (is_used) pair_slot[at] = slot;
+      continue;
+    }
+    Pair pair = describe(id, in_warp, world.num_ranks);
+    i32* counter = &counters[world.num_experts + pair.rank];
+    u32 same =
+        __match_any_sync(kFullWarp, pair.is_first ? static_cast<i32>(pair.rank) : -1 - lane_id());
+    i32 before = __popc(same & lanes_below());
+    i32 segment = pair.is_first ? *counter + before : 0;
+    __syncwarp();
+    if (pair.is_first && before == 0) *counter += __popc(same);
+    __syncwarp();
+    if (pair.is_first) {
+      links.token_segment[static_cast<i64>(chunk.begin + token) * world.num_ranks + pair.rank] = segment;
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(512)
+    plan(const __grid_constant__ World world, const __grid_constant__ Call call,
+         const __grid_constant__ PlanArgs args) {
+  extern __shared__ u32 shared[];
+  const int num_counts = world.num_experts + world.num_ranks;
+  i32* counters = reinterpret_cast<i32*>(shared);
+  i32* scratch = counters + num_counts;
+  u32* ids = shared + 2 * num_counts + 1;
+  State& state = state_of(world);
+  const u32 epoch = state.epoch + 1;
+  const Links links(world, args.num_tokens, args.links);
+
+  Chunk chunk;
+  chunk.begin = static_cast<int>(min(static_cast<i64>(blockIdx.x) * args.chunk_tokens,
+                                     static_cast<i64>(args.num_tokens)));
+  chunk.size = min(args.chunk_tokens, args.num_tokens - chunk.begin);
+  chunk.tokens_per_warp = kWarp / world.top_k;
+
+  for (int i = threadIdx.x; i < num_counts; i += blockDim.x) counters[i] = 0;
+  for (int i = threadIdx.x; i < chunk.size * world.num_ranks; i += blockDim.x) {
+    links.token_segment[static_cast<i64>(chunk.begin) * world.num_ranks + i] = -1;
+  }
+  __syncthreads();
+  count(world, args, chunk, ids, counters);
+  __syncthreads();
+  i32* counted = reinterpret_cast<i32*>(world.counted);
+  i32* totals = reinterpret_cast<i32*>(world.totals);
+  for (int i = threadIdx.x; i < num_counts; i += blockDim.x) {
+    counted[static_cast<i64>(blockIdx.x) * num_counts + i] = counters[i];
+    if (counters[i]) atomicAdd(&totals[i], counters[i]);
+  }
+  __shared__ bool leads;
+  __syncthreads();
+  if (threadIdx.x == 0) leads = add_acq_rel_gpu(&state.arrived, 1) == gridDim.x - 1;
+  __syncthreads();
+  if (leads) lead(world, call, args, epoch, scratch);
+
+  __shared__ bool goes_on;
+  if (threadIdx.x == 0) {
+    // Its bound is the leader's; twice that, so that the leader's own report is the one.
+    goes_on = wait_until(world, [&] { return load_acquire_gpu(&state.planned) == epoch; });
+    goes_on = goes_on && state.verdict == kGo;
+  }
+  __syncthreads();
+  if (!goes_on) return;
+  const i32* slot_base = reinterpret_cast<const i32*>(world.slot_base);
+  for (int i = threadIdx.x; i < num_counts; i += blockDim.x) {
+    i32 before = i < world.num_experts ? slot_base[i] : 0;
+#pragma unroll 16
+    for (int block = 0; block < blockIdx.x; ++block) before += counted[block * num_counts + i];
+    counters[i] = before;
+  }
+  __syncthreads();
+  place(world, args, chunk, ids, counters);
+}

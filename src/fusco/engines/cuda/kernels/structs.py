@@ -1,0 +1,213 @@
+"""What the host and the kernels both read, declared once: C structs are generated from these."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_int32, c_int64, c_uint32, c_uint64
+from enum import IntEnum
+from typing import Any
+
+from fusco.layout.compact import BLOCK_ALIGNMENT, RECORD_HEAD
+from fusco.layout.records import Field
+
+MAX_PARTS = 4
+"""Tensors that one dispatch moves at once."""
+REPORTS = 8
+"""Places in which kernels report to the host, taken in turn."""
+
+
+class Verdict(IntEnum):
+    """What a rank concluded from everybody's records."""
+
+    GO = 0
+    UNLIKE = 1
+    SHORT = 2
+    LOST = 3
+
+
+class World(ctypes.Structure):
+    """What stays the same from call to call; addresses are of device memory, but the reports'."""
+
+    _fields_ = (
+        ("windows", c_uint64),
+        ("heaps", c_uint64),
+        ("state", c_uint64),
+        ("failure", c_uint64),
+        ("reports", c_uint64),
+        ("wait_ns", c_uint64),
+        ("sent_bytes", c_uint64),
+        ("rank_of_expert", c_uint64),
+        ("device_major", c_uint64),
+        ("first_place", c_uint64),
+        ("rank_order", c_uint64),
+        ("node_of_rank", c_uint64),
+        ("slot_base", c_uint64),
+        ("totals", c_uint64),
+        ("counted", c_uint64),
+        ("timeout_ns", c_int64),
+        ("record_bytes", c_int64),
+        ("records_at", c_int64),
+        ("record_flags_at", c_int64),
+        ("arrival_flags_at", c_int64),
+        ("shipments_at", c_int64),
+        ("return_flags_at", c_int64),
+        ("values_at", c_int64),
+        ("returns_at", c_int64),
+        ("rank", c_int32),
+        ("num_ranks", c_int32),
+        ("num_experts", c_int32),
+        ("num_local", c_int32),
+        ("top_k", c_int32),
+        ("max_tokens", c_int32),
+        ("alignment", c_int32),
+        ("num_returns", c_int32),
+    )
+
+
+class Call(ctypes.Structure):
+    """This rank's record of an operation, and the number by which the host knows it."""
+
+    _fields_ = (
+        ("operation", c_int64),
+        ("status", c_int64),
+        ("plan", c_int64),
+        ("signature", c_int64),
+        ("base", c_int64),
+        ("capacity", c_int64),
+        ("chunk", c_int64),
+        ("ticket", c_int64),
+    )
+
+
+class PlanArgs(ctypes.Structure):
+    """Of kernels/plan.cu."""
+
+    _fields_ = (
+        ("topk_idx", c_uint64),
+        ("pairs", c_uint64),
+        ("links", c_uint64),
+        ("tokens_per_expert", c_uint64),
+        ("expert_offsets", c_uint64),
+        ("row_bytes", c_int32 * MAX_PARTS),
+        ("num_parts", c_int32),
+        ("num_tokens", c_int32),
+        ("chunk_tokens", c_int32),
+        ("is_static", c_int32),
+    )
+
+
+class DispatchArgs(ctypes.Structure):
+    """Of kernels/dispatch.cu."""
+
+    _fields_ = (
+        ("rows", c_uint64 * MAX_PARTS),
+        ("weights", c_uint64),
+        ("pairs", c_uint64),
+        ("links", c_uint64),
+        ("tokens_per_expert", c_uint64),
+        ("expert_offsets", c_uint64),
+        ("row_bytes", c_int32 * MAX_PARTS),
+        ("num_parts", c_int32),
+        ("num_tokens", c_int32),
+        ("slot_bytes", c_int32),
+        ("is_planned", c_int32),
+    )
+
+
+class CombineArgs(ctypes.Structure):
+    """Of kernels/combine.cu."""
+
+    _fields_ = (
+        ("rows", c_uint64),
+        ("out", c_uint64),
+        ("row_weights", c_uint64),
+        ("row_values", c_uint64),
+        ("pair_values", c_uint64),
+        ("pairs", c_uint64),
+        ("links", c_uint64),
+        ("returns_at", c_int64),
+        ("row_bytes", c_int32),
+        ("num_tokens", c_int32),
+        ("part", c_int32),
+        ("is_last", c_int32),
+    )
+
+
+class State(ctypes.Structure):
+    """What the kernels of one rank tell each other, in device memory."""
+
+    _fields_ = (
+        ("epoch", c_uint32),
+        ("arrived", c_uint32),
+        ("planned", c_uint32),
+        ("finished", c_uint32),
+        ("lost", c_uint32),
+        ("reported", c_uint32),
+        ("verdict", c_int32),
+        ("lowest_id", c_int32),
+        ("highest_id", c_int32),
+        ("unused", c_uint32),
+        ("queue", c_uint32 * 2),
+    )
+
+
+class Failure(ctypes.Structure):
+    """The first failure a kernel met, in host memory; a verdict other than GO says it is there."""
+
+    _fields_ = (
+        ("verdict", c_int64),
+        ("operation", c_int64),
+        ("ticket", c_int64),
+        ("awaited", c_int64),
+        ("item", c_int64),
+        ("need", c_int64),
+    )
+
+
+class Report(ctypes.Structure):
+    """What the host waits for after a dispatch, in host memory."""
+
+    _fields_ = (
+        ("ticket", c_int64),
+        ("verdict", c_int64),
+        ("num_rows", c_int64),
+        ("num_pairs", c_int64),
+        ("need", c_int64),
+    )
+
+
+_C_NAMES: dict[Any, str] = {
+    c_int32: "int",
+    c_uint32: "unsigned int",
+    c_int64: "long long",
+    c_uint64: "unsigned long long",
+}
+
+
+def declarations() -> str:
+    """All of the above as C++."""
+    constants = {
+        "kMaxParts": MAX_PARTS,
+        "kReports": REPORTS,
+        "kRecordHead": RECORD_HEAD,
+        "kChunk": RECORD_HEAD - 1,
+        "kOperation": Field.OPERATION,
+        "kStatus": Field.STATUS,
+        "kPlan": Field.PLAN,
+        "kSignature": Field.SIGNATURE,
+        "kBase": Field.BASE,
+        "kCapacity": Field.CAPACITY,
+        "kBlockAlignment": BLOCK_ALIGNMENT,
+    }
+    lines = [f"enum : int {{ {name} = {int(value)} }};" for name, value in constants.items()]
+    for structure in (World, Call, PlanArgs, DispatchArgs, CombineArgs, State, Failure, Report):
+        lines.append(f"struct {structure.__name__} {{")
+        lines += [f"  {_member(name, kind)};" for name, kind in structure._fields_]
+        lines.append("};")
+    return "\n".join(lines) + "\n"
+
+
+def _member(name: str, kind: Any) -> str:
+    if issubclass(kind, ctypes.Array):
+        return f"{_C_NAMES[kind._type_]} {name}[{kind._length_}]"
+    return f"{_C_NAMES[kind]} {name}"

@@ -1,0 +1,264 @@
+"""One rank's place among the GPUs of its node: windows, kernels, and what they report."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import deque
+from dataclasses import replace
+from typing import NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fusco.engines.agreement import Call, disagreement
+from fusco.engines.base import World
+from fusco.engines.cuda.jit import Variant
+from fusco.engines.cuda.kernels import structs
+from fusco.engines.cuda.kernels.structs import Verdict
+from fusco.engines.cuda.launch import Launcher
+from fusco.engines.cuda.window import Place, SymmetricHeap, TorchAllocator
+from fusco.engines.ids import bad_ids
+from fusco.errors import FuscoError, PeerError, WindowMemoryError
+from fusco.layout.compact import WindowLayout
+from fusco.layout.records import HEADER, Field, Operation
+from fusco.transports.bulletin import Bulletin
+
+MAX_PLAN_BLOCKS = 128
+_REMEMBERED = 64
+_STATIC_SHARED_BYTES = 1024
+"""More than any kernel declares beside what it is launched with."""
+_REPORTED = structs.State.reported.offset // 4
+
+
+class Session:
+    """What all operations of one Shuffle share. The stream they are made on orders them."""
+
+    def __init__(self, world: World) -> None:
+        topology = world.topology
+        self.world = world
+        self.rank, self.num_ranks = topology.rank, topology.num_ranks
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        properties = torch.cuda.get_device_properties(self.device)
+        self.num_sms = properties.multi_processor_count
+        self.max_shared_bytes = -_STATIC_SHARED_BYTES + int(
+            getattr(properties, "shared_memory_per_block_optin")
+        )  # noqa: B009 (no stub)
+        self.max_tokens = world.max_tokens
+        self.layout = WindowLayout(
+            num_ranks=self.num_ranks,
+            num_experts=topology.num_experts,
+            max_tokens=world.max_tokens,
+            top_k=world.top_k,
+            row_bytes=world.row_bytes,
+            max_parts=structs.MAX_PARTS,
+        )
+        self.bulletin = Bulletin(world.group, world.timeout_s)
+        self._allocator = TorchAllocator(world.group, self.device)
+        self.heap = SymmetricHeap(self.num_ranks, self.device)
+        offsets = self.layout.offsets()
+        memory = self._allocator.allocate(offsets["end"])
+        memory.zero_()
+        torch.cuda.current_stream().synchronize()
+        self.window = self._allocator.connect(memory)
+        self._make_tables()
+        self.constants = self._constants(offsets)
+        self.call = structs.Call()
+        self._launchers: dict[Variant, Launcher] = {}
+        self._ticket = 0
+        self._calls: deque[tuple[int, Call]] = deque(maxlen=_REMEMBERED)
+        # No rank's kernels may write before every window is clear and mapped.
+        self.bulletin.meet("windows")
+
+    def _make_tables(self) -> None:
+        topology, device = self.world.topology, self.device
+        facts = topology.tensors("cpu")
+        num_counts = topology.num_experts + self.num_ranks
+
+        def ints(values: Tensor) -> Tensor:
+            return values.to(torch.int32).to(device)
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self._tables = {
+            "windows": torch.tensor(self.window.address, dtype=torch.int64, device=device),
+            "state": zeros(ctypes.sizeof(structs.State), dtype=torch.uint8),
+            "rank_of_expert": ints(facts.rank_of_expert),
+            "device_major": ints(facts.device_major),
+            "first_place": ints(facts.first_expert),
+            "rank_order": ints(facts.rank_of_order[:-1]),
+            "node_of_rank": ints(facts.node_of_rank),
+            "slot_base": zeros(topology.num_experts),
+            "totals": zeros(num_counts),
+            "counted": zeros(MAX_PLAN_BLOCKS * num_counts),
+            "wait_ns": zeros(self.num_ranks, dtype=torch.int64),
+            "sent_bytes": zeros(self.num_ranks, dtype=torch.int64),
+        }
+        failure_len = ctypes.sizeof(structs.Failure) // 8
+        report_len = ctypes.sizeof(structs.Report) // 8
+        pinned = torch.zeros(
+            failure_len + structs.REPORTS * report_len, dtype=torch.int64, pin_memory=True
+        )
+        self._pinned = pinned
+        self._failure = pinned.numpy()[:failure_len]
+        self._reports = pinned.numpy()[failure_len:].reshape(structs.REPORTS, report_len)
+
+    def _constants(self, offsets: dict[str, int]) -> structs.World:
+        topology = self.world.topology
+        known = {
+            **{name: table.data_ptr() for name, table in self._tables.items()},
+            **{name: at for name, at in offsets.items() if name != "end"},
+            "heaps": self.heap.addresses.data_ptr(),
+            "failure": self._failure.ctypes.data,
+            "reports": self._reports.ctypes.data,
+            "timeout_ns": int(self.world.timeout_s * 1e9),
+            "record_bytes": self.layout.record_bytes,
+            "rank": self.rank,
+            "num_ranks": self.num_ranks,
+            "num_experts": topology.num_experts,
+            "num_local": topology.num_local_experts[self.rank],
+            "top_k": self.world.top_k,
+            "max_tokens": self.max_tokens,
+            "alignment": self.world.alignment,
+            "num_returns": self.layout.num_returns,
+        }
+        return structs.World(**known)
+
+    def launcher(self, variant: Variant, shared_bytes: int = 0) -> Launcher:
+        """A kernel, loaded at its first use."""
+        found = self._launchers.get(variant)
+        if found is None:
+            found = Launcher(variant, self.device.index, shared_bytes)
+            self._launchers[variant] = found
+        return found
+
+    def describe(self, call: Call, place: Place) -> int:
+        """Fill this rank's record of an operation; the ticket by which it will be reported."""
+        self.raise_failure()
+        self._ticket += 1
+        record = self.call
+        _, record.operation, record.status, record.plan, record.signature, _, _ = call.head(0)
+        record.base, record.capacity = place.block.base, place.block.size
+        record.chunk = place.chunk
+        record.ticket = self._ticket
+        self._calls.append((self._ticket, call))
+        return self._ticket
+
+    def await_report(self, ticket: int, call: Call) -> structs.Report:
+        """What a dispatch reports: the verdict, and the rows it brings."""
+        report = self._reports[ticket % structs.REPORTS]
+        event = None
+        while report[0] != ticket:
+            if self._failure[0] == Verdict.LOST:
+                self.raise_failure()
+            if event is None:
+                event = torch.cuda.Event()
+                event.record()
+            elif event.query() and report[0] != ticket:
+                self.raise_failure()
+                raise AssertionError("the kernel ended without a report")
+        return structs.Report(*map(int, report))
+
+    def raise_failure(self) -> None:
+        """Raise what a kernel has reported, if anything.
+
+        Raises:
+            InputError, DisagreementError, WindowMemoryError: the ranks did not agree.
+            PeerError: a rank did not come, or not with what it should bring.
+        """
+        if self._failure[0] == Verdict.GO:
+            return
+        failure = structs.Failure(*map(int, self._failure))
+        operation = Operation(failure.operation).text
+        if failure.verdict == Verdict.LOST:
+            what = "call" if failure.item < 0 else f"rows of item {failure.item}"
+            raise PeerError(
+                f"{operation}: rank {failure.awaited} is lost: its {what} did not arrive within "
+                f"{self.world.timeout_s:g} s (waited for by rank {self.rank}); this Shuffle is "
+                "closed for good, restart the ranks",
+                operation=operation,
+                rank=failure.awaited,
+            )
+        self._forget_failure()
+        raise self._disagreement(failure)
+
+    def raise_everywhere(self, call: Call) -> NoReturn:
+        """Publish a call whose error is set, so that all ranks raise it, and raise it here."""
+        ticket = self.describe(call, self.heap.nothing)
+        assert call.error is not None
+        self._post(ticket, call)
+        self.launcher(Variant(name="agree"))(self.stream, 1, 128, 0, self.constants, self.call)
+        torch.cuda.current_stream().synchronize()
+        if self._failure[0] == Verdict.LOST:
+            self.raise_failure()
+        self._forget_failure()
+        raise call.error
+
+    def _forget_failure(self) -> None:
+        self._failure[:] = 0
+        self._tables["state"].view(torch.int32)[_REPORTED] = 0
+
+    def _disagreement(self, failure: structs.Failure) -> FuscoError:
+        call = dict(self._calls)[failure.ticket]
+        if failure.verdict == Verdict.SHORT:
+            return WindowMemoryError(
+                f"{call.operation.text}: a rank receives rows of {failure.need} bytes, more than "
+                "max_recv_tokens has room for; nothing was stored; make the Shuffle with a larger "
+                "max_recv_tokens, or balance the routing"
+            )
+        if failure.awaited == self.rank:
+            num_experts = self.world.topology.num_experts
+            call = replace(call, error=bad_ids(failure.item, failure.need, num_experts))
+        self._post(failure.ticket, call)
+        if call.error is not None:
+            return call.error
+        letters = [self.bulletin.read(f"call {failure.ticket}", r) for r in range(self.num_ranks)]
+        records = np.zeros((self.num_ranks, HEADER), dtype=np.int64)
+        records[:, Field.STATUS] = [int(letter[0]) for letter in letters]
+        return disagreement(call, records, [letter[1:] for letter in letters], self.rank)
+
+    def _post(self, ticket: int, call: Call) -> None:
+        status = call.head(0)[Field.STATUS]
+        self.bulletin.post(f"call {ticket}", f"{int(status)}{call.text}")
+
+    @property
+    def stream(self) -> int:
+        """The stream that calls are ordered on now."""
+        return torch.cuda.current_stream(self.device).cuda_stream
+
+    def grow(self, operation: str, need: int) -> None:
+        """Add a chunk where a block of `need` bytes fits; all ranks call it with the same need."""
+        size = SymmetricHeap.chunk_bytes(need)
+        problem = ""
+        try:
+            memory = self._allocator.allocate(size)
+        except torch.OutOfMemoryError as error:
+            problem = str(error)
+        problems = self.bulletin.swap(f"growth {self._ticket}", problem)
+        for rank, text in enumerate(problems):
+            if text:
+                raise WindowMemoryError(
+                    f"{operation}: rank {rank} cannot grow its window by {size} bytes: {text}; "
+                    "free memory, dispatch fewer tokens, or balance the routing"
+                )
+        self.heap.add(self._allocator.connect(memory))
+        self.constants.heaps = self.heap.addresses.data_ptr()
+
+    def synchronize(self) -> None:
+        """Until all that was asked for is done."""
+        torch.cuda.current_stream().synchronize()
+        self.raise_failure()
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of this rank's windows."""
+        return self.window.memory.numel() + self.heap.num_bytes
+
+    def waited_s(self) -> list[float]:
+        """Seconds waited for each rank."""
+        return list((self._tables["wait_ns"] / 1e9).tolist())
+
+    def sent_bytes(self) -> list[int]:
+        """Row bytes sent to each rank."""
+        return list(self._tables["sent_bytes"].tolist())

@@ -1,0 +1,71 @@
+"""Short texts between ranks through the group's store, whatever its backend can send."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_process_group_store
+
+from fusco.errors import PeerError
+
+
+class Bulletin:
+    """Texts that every rank of a group posts under a topic and all read.
+
+    For what is rare and small, such as errors: a store is slow, but it needs neither a device nor
+    a collective.
+
+    Args:
+        group: the ranks. All make their bulletins in the same order.
+        timeout_s: bound of every wait, seconds.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, timeout_s: float) -> None:
+        # NOTE: torch offers no public way to a group's store.
+        self._store = _get_process_group_store(group)
+        self._name = f"fusco/{next(_numbers[group])}"
+        self._rank, self._num_ranks = group.rank(), group.size()
+        self._timeout = timedelta(seconds=timeout_s)
+
+    def post(self, topic: str, text: str) -> None:
+        """Tell the others; does not wait."""
+        # Not all stores take an empty text.
+        self._store.set(self._key(topic, self._rank), f"{text}.")
+
+    def read(self, topic: str, rank: int) -> str:
+        """What a rank has posted.
+
+        Raises:
+            PeerError: it did not post in time.
+        """
+        key = self._key(topic, rank)
+        try:
+            self._store.wait([key], self._timeout)
+        except RuntimeError as error:
+            raise PeerError(
+                f"{topic}: rank {rank} did not answer within {self._timeout.total_seconds():g} s "
+                f"(waited for by rank {self._rank}); this Shuffle is closed for good, restart the "
+                "ranks",
+                operation=topic,
+                rank=rank,
+            ) from error
+        return bytes(self._store.get(key)).decode()[:-1]
+
+    def swap(self, topic: str, text: str) -> list[str]:
+        """Post, and read what all post, by rank."""
+        self.post(topic, text)
+        return [self.read(topic, rank) for rank in range(self._num_ranks)]
+
+    def meet(self, topic: str) -> None:
+        """Until all ranks are here."""
+        self.swap(topic, "")
+
+    def _key(self, topic: str, rank: int) -> str:
+        return f"{self._name}/{topic}/{rank}"
+
+
+_numbers: defaultdict[dist.ProcessGroup, Iterator[int]] = defaultdict(itertools.count)
