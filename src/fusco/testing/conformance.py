@@ -110,7 +110,7 @@ def _bytes(group: Group, engine: str) -> None:
 
 def _scaled(group: Group, engine: str) -> None:
     _round_trips(
-        _case(group, engine, payload="scaled", hidden_size=256, dtype=torch.bfloat16), group, engine
+        _case(group, engine, payload="scaled", hidden_size=512, dtype=torch.bfloat16), group, engine
     )
 
 

@@ -41,9 +41,8 @@ class Session:
         self.device = torch.device("cuda", torch.cuda.current_device())
         properties = torch.cuda.get_device_properties(self.device)
         self.num_sms = properties.multi_processor_count
-        self.max_shared_bytes = -_STATIC_SHARED_BYTES + int(
-            getattr(properties, "shared_memory_per_block_optin")
-        )  # noqa: B009 (no stub)
+        optin: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+        self.max_shared_bytes = optin - _STATIC_SHARED_BYTES
         self.max_tokens = world.max_tokens
         self.layout = WindowLayout(
             num_ranks=self.num_ranks,

@@ -137,6 +137,10 @@ class SymmetricHeap:
             place: the block.
             sizes: for each part its offset in the block, its shape and dtype; in order.
         """
+        if place is self.nothing:
+            return [
+                torch.empty(shape, dtype=dtype, device=self._device) for _, shape, dtype in sizes
+            ]
         allocation, heap = self._chunks[place.chunk]
         ends = [offset for offset, _, _ in sizes[1:]] + [place.block.size]
         return [
