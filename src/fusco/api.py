@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from fusco.checks import Limits
 from fusco.configuration import Configuration
 from fusco.engines import make_engine
 from fusco.engines.agreement import Call
-from fusco.engines.base import Engine, World
+from fusco.engines.base import Delivery, Engine, World
 from fusco.errors import ClosedError, InputError
 from fusco.groups import resolve_group
 from fusco.layout.records import Operation
@@ -28,6 +28,7 @@ from fusco.topology import Topology
 from fusco.types import Ablation, AnyRows, Dispatched, Plan, Stats, as_tuple, like
 
 _KEYS = itertools.count()
+Result = TypeVar("Result")
 
 
 class Shuffle:
@@ -47,12 +48,17 @@ class Shuffle:
         max_tokens: the most tokens a rank dispatches at once.
         group: None (the default group), a ProcessGroup or a one-dimensional DeviceMesh.
         dtype: see `hidden_size`. Rows of any dtype may be moved whose bytes fit.
-        engine: "cpu", "reference", or "auto": the fastest that can run.
+        engine: "cuda", "cpu", "reference", or "auto": the fastest that can run.
         ranks_per_node: ranks that share a node, in blocks; None: found by host.
         placement: `[E]`, the rank of each expert; None: equal contiguous blocks. A rank's local
             experts are in ascending order of id.
         expert_alignment: every expert's rows are padded with zeros to a multiple of it.
         timeout_s: bound of every wait in seconds; None: the group's.
+        max_recv_tokens: room for so many rows on every rank, always: dispatch returns outputs of
+            that size without waiting for the GPU, and can be captured in a CUDA graph. Rows behind
+            the last are not written. If a rank would receive more, nothing is stored and every
+            rank raises at its next call. None: outputs have as many rows as arrive. "cuda" only.
+        num_sms: the most multiprocessors of a GPU that an operation takes; None: all.
         ablation: mechanisms to switch off, for measurements.
 
     Raises:
@@ -76,6 +82,8 @@ class Shuffle:
         placement: Sequence[int] | None = None,
         expert_alignment: int = 1,
         timeout_s: float | None = None,
+        max_recv_tokens: int | None = None,
+        num_sms: int | None = None,
         ablation: Ablation | None = None,
     ) -> None:
         self._key = next(_KEYS)
@@ -89,6 +97,8 @@ class Shuffle:
             ranks_per_node=ranks_per_node,
             placement=tuple(placement) if isinstance(placement, Sequence) else placement,
             expert_alignment=expert_alignment,
+            max_recv_tokens=max_recv_tokens,
+            num_sms=num_sms,
             ablation=ablation or Ablation(),
         )
         error = None
@@ -117,6 +127,8 @@ class Shuffle:
             top_k=top_k,
             max_tokens=max_tokens,
             row_bytes=hidden_size * dtype.itemsize,
+            max_recv_tokens=max_recv_tokens,
+            num_sms=num_sms,
             alignment=expert_alignment,
             timeout_s=meeting.timeout_s,
             ablation=configuration.ablation,
@@ -143,6 +155,7 @@ class Shuffle:
         """Ranks, nodes and placement."""
         return self._engine.world.topology
 
+    @overload
     def dispatch(
         self,
         x: AnyRows,
@@ -150,7 +163,29 @@ class Shuffle:
         topk_weights: Tensor | None = None,
         *,
         plan: Plan | None = None,
-    ) -> Dispatched[AnyRows]:
+        async_op: Literal[False] = False,
+    ) -> Dispatched[AnyRows]: ...
+
+    @overload
+    def dispatch(
+        self,
+        x: AnyRows,
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        *,
+        plan: Plan | None = None,
+        async_op: Literal[True],
+    ) -> tuple[Dispatched[AnyRows], torch.cuda.Event]: ...
+
+    def dispatch(
+        self,
+        x: AnyRows,
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        *,
+        plan: Plan | None = None,
+        async_op: bool = False,
+    ) -> Dispatched[AnyRows] | tuple[Dispatched[AnyRows], torch.cuda.Event]:
         """Bring every token to the ranks of its experts, in expert-major order.
 
         Args:
@@ -160,9 +195,13 @@ class Shuffle:
                 gives two rows.
             topk_weights: float32 `[T, K]`; None: combine is a plain sum.
             plan: of an earlier dispatch, instead of `topk_idx`.
+            async_op: run on a side stream, beside what the current stream does next. Needs the
+                engine "cuda", `num_sms`, and room on the GPU for all Shuffles that use it.
 
         Returns:
-            the rows of this rank's experts, sorted by local expert, source rank, token and k.
+            the rows of this rank's experts, sorted by local expert, source rank, token and k; with
+            `async_op` also the event that a stream must wait for before it uses them
+            (`event.wait()`).
 
         Raises:
             InputError: an argument is wrong on some rank; raised on all.
@@ -170,7 +209,20 @@ class Shuffle:
             PeerError: a rank died or did not come in time; the Shuffle is closed.
             ClosedError: the Shuffle was closed before.
         """
+        if not async_op:
+            return self._dispatch(x, topk_idx, topk_weights, plan)
+        tensors = (*as_tuple(x), topk_idx, topk_weights)
+        return self._beside(lambda: self._dispatch(x, topk_idx, topk_weights, plan), tensors)
+
+    def _dispatch(
+        self,
+        x: AnyRows,
+        topk_idx: Tensor | None,
+        topk_weights: Tensor | None,
+        plan: Plan | None,
+    ) -> Dispatched[AnyRows]:
         self._require_open()
+        got: Sequence[Tensor]
         operation = Operation.DISPATCH if plan is None else Operation.DISPATCH_PLANNED
         with stage("dispatch"):
             try:
@@ -179,7 +231,11 @@ class Shuffle:
                 self._raise_everywhere(Call(operation=operation, error=error))
             rows = as_tuple(x)
             grads = ops.wanted_gradients(rows, topk_weights)
-            if plan is not None:
+            if grads == ops.NO_GRADIENTS and ops.is_eager((*rows, topk_idx, topk_weights)):
+                # The operators' own work takes longer than that of a small dispatch.
+                delivery = self._run(rows, topk_idx, topk_weights, plan)
+                got, row_weights, plan = delivery.rows, delivery.row_weights, delivery.plan
+            elif plan is not None:
                 got, row_weights = ops.dispatch_planned(
                     list(rows), topk_weights, plan.to_tensors(), self._key, grads
                 )
@@ -197,9 +253,34 @@ class Shuffle:
             plan=plan,
         )
 
+    @overload
     def combine(
-        self, expert_outputs: AnyRows, dispatched: Dispatched[Any], *, weighted: bool = True
-    ) -> AnyRows:
+        self,
+        expert_outputs: AnyRows,
+        dispatched: Dispatched[Any],
+        *,
+        weighted: bool = True,
+        async_op: Literal[False] = False,
+    ) -> AnyRows: ...
+
+    @overload
+    def combine(
+        self,
+        expert_outputs: AnyRows,
+        dispatched: Dispatched[Any],
+        *,
+        weighted: bool = True,
+        async_op: Literal[True],
+    ) -> tuple[AnyRows, torch.cuda.Event]: ...
+
+    def combine(
+        self,
+        expert_outputs: AnyRows,
+        dispatched: Dispatched[Any],
+        *,
+        weighted: bool = True,
+        async_op: bool = False,
+    ) -> AnyRows | tuple[AnyRows, torch.cuda.Event]:
         """Bring expert outputs back and sum them: `y[t] = sum_k w[t, k] * row(t, k)`.
 
         The sum is taken in fp32 (fp64 for fp64), in one order on every engine: multiply, then
@@ -211,13 +292,22 @@ class Shuffle:
                 from what was dispatched, but must be floating. Or a tuple of such tensors.
             dispatched: what `dispatch` returned.
             weighted: False: a plain sum.
+            async_op: as in `dispatch`.
 
         Returns:
-            `[T, H]`, zeros for tokens without an expert.
+            `[T, H]`, zeros for tokens without an expert; with `async_op` also the event.
 
         Raises:
             InputError, DisagreementError, PeerError, ClosedError: as in `dispatch`.
         """
+        if not async_op:
+            return self._combine(expert_outputs, dispatched, weighted)
+        tensors = (*as_tuple(expert_outputs), dispatched.row_weights)
+        return self._beside(lambda: self._combine(expert_outputs, dispatched, weighted), tensors)
+
+    def _combine(
+        self, expert_outputs: AnyRows, dispatched: Dispatched[Any], weighted: bool
+    ) -> AnyRows:
         self._require_open()
         with stage("combine"):
             try:
@@ -230,15 +320,30 @@ class Shuffle:
             # Which of the inputs carry a graph may differ between ranks, whether one does may not.
             inputs = [*rows, dispatched.row_weights, *([] if anchor is None else [anchor])]
             has_graph = torch.is_grad_enabled() and any(each.requires_grad for each in inputs)
-            sums = ops.combine(
-                [each.contiguous() for each in rows],
-                row_weights,
-                anchor,
-                dispatched.plan.to_tensors(),
-                self._key,
-                "with gradients" if has_graph else "no gradients",
-            )
+            sums: Sequence[Tensor]
+            if not has_graph and ops.is_eager((*rows, row_weights)):
+                plan, no_grads = dispatched.plan, ops.NO_GRADIENTS
+                sums = ops.run_combine(rows, row_weights, plan, self._key, no_grads).sums
+            else:
+                sums = ops.combine(
+                    [each.contiguous() for each in rows],
+                    row_weights,
+                    anchor,
+                    dispatched.plan.to_tensors(),
+                    self._key,
+                    "with gradients" if has_graph else ops.NO_GRADIENTS,
+                )
         return like(expert_outputs, sums)
+
+    def synchronize(self) -> None:
+        """Return when all that this rank asked for is done, and raise what was found meanwhile.
+
+        Only the engine "cuda" returns from `combine`, or with `max_recv_tokens` from `dispatch`,
+        before it is known whether all ranks agree; it raises at the next call, or here.
+        """
+        self._require_open()
+        with ops.using(self._key) as engine:
+            engine.synchronize()
 
     def stats(self) -> Stats:
         """What this Shuffle has done so far; not collective."""
@@ -261,6 +366,27 @@ class Shuffle:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _run(
+        self,
+        rows: tuple[Tensor, ...],
+        topk_idx: Tensor | None,
+        topk_weights: Tensor | None,
+        plan: Plan | None,
+    ) -> Delivery:
+        if plan is not None:
+            return ops.run_planned(rows, topk_weights, plan, self._key, ops.NO_GRADIENTS)
+        assert topk_idx is not None, "checked above"
+        topk_idx = topk_idx.to(torch.int64)
+        return ops.run_dispatch(rows, topk_idx, topk_weights, self._key, ops.NO_GRADIENTS)
+
+    def _beside(
+        self, operation: Callable[[], Result], tensors: Sequence[Tensor | None]
+    ) -> tuple[Result, torch.cuda.Event]:
+        self._require_open()
+        with ops.using(self._key) as engine:
+            inputs = [each for each in tensors if each is not None]
+            return engine.run_beside(operation, inputs)
 
     def _raise_everywhere(self, call: Call) -> None:
         with ops.using(self._key) as engine:

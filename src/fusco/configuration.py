@@ -23,6 +23,8 @@ class Configuration:
     ranks_per_node: int | None
     placement: tuple[int, ...] | None
     expert_alignment: int
+    max_recv_tokens: int | None = None
+    num_sms: int | None = None
     ablation: Ablation = field(default_factory=Ablation)
 
     def check(self, num_ranks: int, dtype: object) -> None:
@@ -37,8 +39,9 @@ class Configuration:
             )
         for name in ("num_experts", "hidden_size", "top_k", "max_tokens", "expert_alignment"):
             _check_count(name, getattr(self, name))
-        if self.ranks_per_node is not None:
-            _check_count("ranks_per_node", self.ranks_per_node)
+        for name in ("ranks_per_node", "max_recv_tokens", "num_sms"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name))
         if self.placement is None:
             if self.num_experts % num_ranks:
                 raise input_error(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -17,17 +17,18 @@ import torch
 from torch import Tensor
 
 from fusco.engines.agreement import Call
-from fusco.engines.base import Engine
+from fusco.engines.base import Delivery, Engine, Returned
 from fusco.engines.ids import find_bad_id
 from fusco.errors import ClosedError, PeerError
-from fusco.gradients import weigh_gradients
 from fusco.layout.records import Operation
-from fusco.layout.segments import describe_rows
+from fusco.layout.segments import describe_format
 from fusco.types import NUM_PLAN_TENSORS, Plan
 
 # torch.library.custom_op would do, but its first call imports the compiler, two seconds of work.
 _LIBRARY = torch.library.Library("fusco", "DEF")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+
+NO_GRADIENTS = "no gradients"
 
 ENGINES: dict[int, Engine] = {}
 """The engines of all open Shuffles, by key."""
@@ -92,24 +93,34 @@ def _not_traced(function: Callable[..., Any]) -> Callable[..., Any]:
 def wanted_gradients(rows: Sequence[Tensor], weights: Tensor | None) -> str:
     """Which gradients a dispatch of these will be asked for, in words."""
     if not torch.is_grad_enabled():
-        return "no gradients"
+        return NO_GRADIENTS
     names = [str(i) for i, each in enumerate(rows) if each.requires_grad]
     if weights is not None and weights.requires_grad:
         names.append("weights")
-    return f"gradients of {' '.join(names)}" if names else "no gradients"
+    return f"gradients of {' '.join(names)}" if names else NO_GRADIENTS
 
 
 def _form(rows: Sequence[Tensor], weights: Tensor | None, grads: str = "") -> str:
     """What must be equal on all ranks, in words."""
-    parts = [describe_rows(each) for each in rows]
-    if weights is not None:
+    formats = tuple((each.dtype, each.shape[1:]) for each in rows)
+    return _form_of(formats, weights is not None, grads)
+
+
+@functools.lru_cache(maxsize=256)
+def _form_of(
+    formats: tuple[tuple[torch.dtype, tuple[int, ...]], ...], has_weights: bool, grads: str
+) -> str:
+    parts = [describe_format(dtype, shape) for dtype, shape in formats]
+    if has_weights:
         parts.append("with weights")
     return ", ".join([*parts, grads] if grads else parts)
 
 
-def plan_number(plan: Sequence[Tensor]) -> int:
-    """The number that all ranks know a plan by."""
-    return int(plan[0][0])
+def is_eager(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether nothing but these plain tensors' own kernels would see an operator of them."""
+    return not torch.compiler.is_compiling() and all(
+        type(each) is Tensor for each in tensors if each is not None
+    )
 
 
 @_operator(
@@ -120,6 +131,18 @@ def dispatch(
     rows: Sequence[Tensor], topk_idx: Tensor, topk_weights: Tensor | None, shuffle: int, grads: str
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """Make a plan and run it: rows `[T, ...]` to `[R, ...]`, row weights `[R]`, the plan."""
+    got = run_dispatch(tuple(rows), topk_idx, topk_weights, shuffle, grads)
+    return list(got.rows), got.row_weights, got.plan.to_tensors()
+
+
+def run_dispatch(
+    rows: tuple[Tensor, ...],
+    topk_idx: Tensor,
+    topk_weights: Tensor | None,
+    shuffle: int,
+    grads: str,
+) -> Delivery:
+    """What the operator `dispatch` does."""
     with using(shuffle) as engine:
         # Here and not with the other checks, since it looks at values, which a compiler cannot.
         num_experts = engine.world.topology.num_experts
@@ -129,8 +152,7 @@ def dispatch(
         )
         if error is not None:
             engine.agree_on_error(call)
-        got = engine.dispatch(call, tuple(rows), topk_weights, topk_idx)
-    return list(got.rows), got.row_weights, got.plan.to_tensors()
+        return engine.dispatch(call, rows, topk_weights, topk_idx)
 
 
 @_operator(
@@ -145,11 +167,18 @@ def dispatch_planned(
     grads: str,
 ) -> tuple[list[Tensor], Tensor]:
     """Run a plan again: rows `[T, ...]` to `[R, ...]`, row weights `[R]`."""
-    form = _form(rows, topk_weights, grads)
-    call = Call(operation=Operation.DISPATCH_PLANNED, plan=plan_number(plan), form=form)
-    with using(shuffle) as engine:
-        got = engine.dispatch(call, tuple(rows), topk_weights, Plan.from_tensors(plan))
+    got = run_planned(tuple(rows), topk_weights, Plan.from_tensors(plan), shuffle, grads)
     return list(got.rows), got.row_weights
+
+
+def run_planned(
+    rows: tuple[Tensor, ...], topk_weights: Tensor | None, plan: Plan, shuffle: int, grads: str
+) -> Delivery:
+    """What the operator `dispatch_planned` does."""
+    form = _form(rows, topk_weights, grads)
+    call = Call(operation=Operation.DISPATCH_PLANNED, plan=plan.number, form=form)
+    with using(shuffle) as engine:
+        return engine.dispatch(call, rows, topk_weights, plan)
 
 
 @_operator(
@@ -166,11 +195,17 @@ def combine(
 ) -> list[Tensor]:
     """Sum rows `[R, ...]` to `[T, ...]`. `anchor` only ties the result to the dispatch, so that a
     rank whose experts had no rows, and hence no graph, takes part in the backward too."""
+    return list(run_combine(tuple(rows), row_weights, Plan.from_tensors(plan), shuffle, grads).sums)
+
+
+def run_combine(
+    rows: tuple[Tensor, ...], row_weights: Tensor | None, plan: Plan, shuffle: int, grads: str
+) -> Returned:
+    """What the operator `combine` does."""
     form = _form(rows, row_weights, grads)
-    call = Call(operation=Operation.COMBINE, plan=plan_number(plan), form=form)
+    call = Call(operation=Operation.COMBINE, plan=plan.number, form=form)
     with using(shuffle) as engine:
-        got = engine.combine(call, tuple(rows), row_weights, Plan.from_tensors(plan))
-    return list(got.sums)
+        return engine.combine(call, rows, row_weights, plan)
 
 
 @_operator(
@@ -184,10 +219,11 @@ def dispatch_backward(
     shuffle: int,
 ) -> tuple[list[Tensor], Tensor]:
     """Gradients `[R, ...]` summed to `[T, ...]`; those of row weights back to `[T, K]`."""
+    whole = Plan.from_tensors(plan)
     form = _form(grads, grad_row_weights)
-    call = Call(operation=Operation.DISPATCH_BACKWARD, plan=plan_number(plan), form=form)
+    call = Call(operation=Operation.DISPATCH_BACKWARD, plan=whole.number, form=form)
     with using(shuffle) as engine:
-        got = engine.combine(call, tuple(grads), None, Plan.from_tensors(plan), grad_row_weights)
+        got = engine.combine(call, tuple(grads), None, whole, grad_row_weights)
     values = got.pair_values
     return list(got.sums), plan[0].new_empty(0, dtype=torch.float32) if values is None else values
 
@@ -204,12 +240,11 @@ def combine_backward(
     shuffle: int,
 ) -> tuple[list[Tensor], Tensor]:
     """Gradients `[T, ...]` to those of the rows `[R, ...]` and of the row weights `[R]`."""
-    call = Call(
-        operation=Operation.COMBINE_BACKWARD, plan=plan_number(plan), form=_form(grads, None)
-    )
+    whole = Plan.from_tensors(plan)
+    call = Call(operation=Operation.COMBINE_BACKWARD, plan=whole.number, form=_form(grads, None))
     with using(shuffle) as engine:
-        got = engine.dispatch(call, tuple(grads), None, Plan.from_tensors(plan))
-    return weigh_gradients(list(got.rows), list(rows), row_weights)
+        got = engine.combine_backward(call, tuple(grads), tuple(rows), row_weights, whole)
+    return list(got[0]), got[1]
 
 
 def _dispatch_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

@@ -146,6 +146,11 @@ class Plan(ABC):
     expert_offsets: Tensor
 
     @property
+    def number(self) -> int:
+        """The number that all ranks know it by."""
+        return int(self.identity[0])
+
+    @property
     @abstractmethod
     def num_tokens(self) -> int:
         """T."""

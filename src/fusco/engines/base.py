@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fusco.engines.agreement import Call
+from fusco.engines.gradients import weigh_gradients
 from fusco.engines.meter import Meter
+from fusco.errors import input_error
 from fusco.layout.records import HEADER
 from fusco.topology import Topology
 from fusco.types import Ablation, Plan, Segments, Stats
 
+Result = TypeVar("Result")
 TEXT_BYTES = 2048
 """Longest text a rank can tell the others when something is wrong; the rest is cut."""
 
@@ -32,6 +36,9 @@ class World:
         top_k: K.
         max_tokens: the most tokens a rank dispatches at once; 0 where no plans are made.
         row_bytes: the most bytes a row may have, over all tensors of a tuple.
+        max_recv_tokens: rows that a rank always has room for, with outputs of that size; None: as
+            many as arrive.
+        num_sms: multiprocessors of a GPU that an operation may take; None: all.
         alignment: every expert's rows are padded to a multiple of it.
         timeout_s: bound of every wait, seconds.
         ablation: mechanisms that are switched off.
@@ -43,6 +50,8 @@ class World:
     top_k: int
     max_tokens: int
     row_bytes: int
+    max_recv_tokens: int | None = None
+    num_sms: int | None = None
     alignment: int
     timeout_s: float
     ablation: Ablation
@@ -175,6 +184,29 @@ class Engine(ABC):
             row_values: float32 `[R]`, values that return to their pairs unsummed.
         """
 
+    def combine_backward(
+        self,
+        call: Call,
+        grads: tuple[Tensor, ...],
+        rows: tuple[Tensor, ...],
+        row_weights: Tensor | None,
+        plan: Plan,
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Bring the gradient of every sum to the rows that were summed, and weigh it there.
+
+        Args:
+            call: what to agree on.
+            grads: tensors `[T, ...]`, the gradients of the sums.
+            rows: what was combined, tensors `[R, ...]`.
+            row_weights: float32 `[R]`; None: the sum was plain.
+            plan: of the dispatch.
+
+        Returns:
+            gradients of `rows`, and of the weights, float32 `[R]`; see `weigh_gradients`.
+        """
+        got = self.dispatch(call, grads, None, plan)
+        return weigh_gradients(got.rows, rows, row_weights)
+
     @abstractmethod
     def exchange(
         self,
@@ -185,6 +217,33 @@ class Engine(ABC):
         receive: Sequence[Segments],
     ) -> None:
         """Move segments of `source` into segments of `out` (both uint8 `[bytes]`), one to one."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Return when all that was asked for is done; raise what was found meanwhile."""
+
+    def run_beside(
+        self, operation: Callable[[], Result], inputs: Sequence[Tensor]
+    ) -> tuple[Result, torch.cuda.Event]:
+        """Run one of this engine's operations on a side stream.
+
+        Args:
+            operation: calls it.
+            inputs: the tensors it reads.
+
+        Returns:
+            its result, and the event after which other streams may use it.
+
+        Raises:
+            InputError: the engine has no streams, or its kernels would not fit beside others.
+        """
+        raise input_error(
+            "async",
+            "engine",
+            got=repr(self.name),
+            expected="'cuda'",
+            remedy="call dispatch and combine, which return when they are done",
+        )
 
     @abstractmethod
     def stats(self) -> Stats:
@@ -201,4 +260,5 @@ class Engine(ABC):
     def new_identity(self) -> Tensor:
         """The identity of the plan that all ranks have just agreed to make."""
         self._num_plans += 1
-        return torch.tensor([self._num_plans - 1, self.world.key])
+        # Several times as fast as torch.tensor.
+        return torch.from_numpy(np.array((self._num_plans - 1, self.world.key)))

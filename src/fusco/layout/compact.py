@@ -21,6 +21,7 @@ class Links:
     """The parts of `CompactPlan.links`, int32.
 
     Attributes:
+        is_valid: `[1]`, whether the ranks agreed on the plan; if not, the rest means nothing.
         sends: `[P]`, segments sent to each rank, the own one included.
         arrivals: `[P]`, segments that arrive from each rank, the own one included.
         rows: `[P]`, rows that each rank receives, padding counted.
@@ -32,6 +33,7 @@ class Links:
             last.
     """
 
+    is_valid: Tensor
     sends: Tensor
     arrivals: Tensor
     rows: Tensor
@@ -43,11 +45,12 @@ class Links:
     @classmethod
     def split(cls, links: Tensor, num_tokens: int, num_ranks: int, top_k: int) -> Links:
         """The parts of a plan's `links`."""
-        head = links[: 5 * num_ranks].view(5, num_ranks)
-        rest = links[5 * num_ranks :]
+        head = links[1 : 1 + 5 * num_ranks].view(5, num_ranks)
+        rest = links[1 + 5 * num_ranks :]
         token_segment = rest[: num_tokens * num_ranks].view(num_tokens, num_ranks)
         arrival_slot = rest[num_tokens * num_ranks :].view(num_ranks, -1, top_k)
         return cls(
+            is_valid=links[:1],
             sends=head[0],
             arrivals=head[1],
             rows=head[2],
@@ -60,7 +63,7 @@ class Links:
 
 def links_len(num_tokens: int, num_ranks: int, max_tokens: int, top_k: int) -> int:
     """Length of a plan's `links`."""
-    return num_ranks * (5 + num_tokens + max_tokens * top_k)
+    return 1 + num_ranks * (5 + num_tokens + max_tokens * top_k)
 
 
 def round_up(size: int, unit: int = BLOCK_ALIGNMENT) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -29,10 +31,10 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 def bytes_per_row(rows: Tensor) -> int:
     """Bytes of one row of `rows` `[num_rows, ...]`."""
-    return rows.element_size() * rows[0:1].shape[1:].numel()
+    return rows.element_size() * rows.shape[1:].numel()
 
 
-def describe_rows(rows: Tensor) -> str:
+def describe_format(dtype: torch.dtype, row_shape: Sequence[int]) -> str:
     """The row format in words, such as `bfloat16[*, 2048]`."""
-    row_shape = "".join(f", {size}" for size in rows.shape[1:])
-    return f"{str(rows.dtype).removeprefix('torch.')}[*{row_shape}]"
+    sizes = "".join(f", {size}" for size in row_shape)
+    return f"{str(dtype).removeprefix('torch.')}[*{sizes}]"

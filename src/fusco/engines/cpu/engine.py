@@ -94,6 +94,9 @@ class CpuEngine(Engine):
     ) -> None:
         exchange(self._open(), call, source, send, out, receive)
 
+    def synchronize(self) -> None:
+        pass
+
     def stats(self) -> Stats:
         return self.meter.stats(window_bytes=self._open().window.mapping.size)
 

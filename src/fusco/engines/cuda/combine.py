@@ -2,69 +2,96 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fusco.engines.agreement import Call
 from fusco.engines.base import Returned
-from fusco.engines.cuda.jit import Variant
+from fusco.engines.cuda.jit import ELEMENTS, Variant
 from fusco.engines.cuda.kernels import structs
+from fusco.engines.cuda.launch import Launcher
 from fusco.engines.cuda.session import Session
+from fusco.engines.cuda.window import NOWHERE
+from fusco.layout.compact import round_up
 from fusco.layout.segments import bytes_per_row
 from fusco.types import CompactPlan
 
-_THREADS = 256
-_BLOCKS_PER_SM = 2
+_SUMMING_BYTES = structs.SUMMING_WARPS * 32 * 16
+"""Bytes of a row that a block sums in one step."""
+_THREADS = (1 + structs.SUMMING_WARPS + structs.OUTPUTS) * 32
+_ITEMS_AT_ONCE = 4
 
 
-def combine(
-    session: Session,
-    call: Call,
-    rows: tuple[Tensor, ...],
-    row_weights: Tensor | None,
-    plan: CompactPlan,
-    row_values: Tensor | None,
-) -> Returned:
-    """See `Engine.combine`; returns before the kernels have run."""
-    session.describe(call, session.heap.nothing)
-    num_tokens, top_k = plan.num_tokens, plan.top_k
-    pair_values = None
-    if row_values is not None:
-        row_values = row_values.contiguous()
-        pair_values = row_values.new_empty((num_tokens, top_k))
-    weights = None if row_weights is None else row_weights.contiguous()
-    sums = []
-    returns_at = session.constants.returns_at
-    for part, each in enumerate(rows):
-        dense = each.contiguous()
-        row_bytes = bytes_per_row(each)
-        out = each.new_empty((num_tokens, *each.shape[1:]))
-        arguments = structs.CombineArgs(
-            rows=dense.data_ptr(),
-            out=out.data_ptr(),
-            row_weights=_address(weights),
-            row_values=_address(row_values if part == 0 else None),
-            pair_values=_address(pair_values if part == 0 else None),
-            pairs=plan.pairs.data_ptr(),
-            links=plan.links.data_ptr(),
-            returns_at=returns_at,
-            row_bytes=row_bytes,
-            num_tokens=num_tokens,
-            part=part,
-            is_last=part == len(rows) - 1,
-        )
-        element = str(each.dtype).removeprefix("torch.")
-        session.launcher(Variant(name="combine", element=element))(
-            session.stream,
-            _BLOCKS_PER_SM * session.num_sms,
-            _THREADS,
-            0,
-            session.constants,
-            session.call,
-            arguments,
-        )
-        returns_at += session.layout.num_returns * row_bytes
-        sums.append(out)
-    return Returned(sums=tuple(sums), pair_values=pair_values)
+class Combiner:
+    """Launches the kernels of a combine, and returns before they have run."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._args = structs.CombineArgs()
+        self._kernels: dict[torch.dtype, Launcher] = {}
+
+    def combine(
+        self,
+        call: Call,
+        rows: tuple[Tensor, ...],
+        row_weights: Tensor | None,
+        plan: CompactPlan,
+        row_values: Tensor | None,
+    ) -> Returned:
+        """See `Engine.combine`."""
+        session, args = self._session, self._args
+        stream = session.order.begin()
+        kernels = [self._kernel(each.dtype) for each in rows]
+        session.describe(call, NOWHERE)
+        num_tokens = plan.num_tokens
+        pair_values = None
+        if row_values is not None:
+            pair_values = row_values.new_empty((num_tokens, plan.top_k))
+        args.row_values, args.pair_values = _address(row_values), _address(pair_values)
+        args.row_weights = _address(row_weights)
+        args.pairs, args.links = plan.pairs.data_ptr(), plan.links.data_ptr()
+        args.num_tokens = num_tokens
+        # Where there is little to do it is spread over all blocks.
+        args.items_at_once = min(_ITEMS_AT_ONCE, num_tokens // (4 * session.num_sms) + 1)
+        args.returns_at = session.constants.returns_at
+        sums = []
+        for part, each in enumerate(rows):
+            out = each.new_empty((num_tokens, *each.shape[1:]))
+            args.rows, args.out = each.data_ptr(), out.data_ptr()
+            args.row_bytes = bytes_per_row(each)
+            args.part, args.is_last = part, part == len(rows) - 1
+            shared_bytes = self._share(args.row_bytes)
+            kernels[part](stream, session.num_sms, _THREADS, shared_bytes)
+            args.returns_at += session.layout.num_returns * args.row_bytes
+            args.row_values = args.pair_values = 0
+            sums.append(out)
+        return Returned(sums=tuple(sums), pair_values=pair_values)
+
+    def _share(self, row_bytes: int) -> int:
+        """Cut rows into pieces and shared memory into places for them; bytes of shared memory.
+
+        Two tokens' rows should fit, so that one is fetched while the other is summed.
+        """
+        session, args = self._session, self._args
+        room = session.max_shared_bytes - structs.COMBINE_SHARED_BYTES
+        num_pieces = -(-row_bytes // _SUMMING_BYTES)
+        while True:
+            piece_bytes = round_up(-(-row_bytes // num_pieces), 16)
+            num_slots = room // piece_bytes - structs.OUTPUTS
+            if num_slots >= 2 * session.world.top_k:
+                break
+            num_pieces += 1
+        args.piece_bytes, args.num_slots = piece_bytes, num_slots
+        return (num_slots + structs.OUTPUTS) * piece_bytes + structs.COMBINE_SHARED_BYTES
+
+    def _kernel(self, dtype: torch.dtype) -> Launcher:
+        found = self._kernels.get(dtype)
+        if found is None:
+            element = str(dtype).removeprefix("torch.")
+            assert element in ELEMENTS, "rows that cannot be summed are refused before"
+            found = self._session.launcher(Variant(name="combine", element=element), self._args)
+            self._kernels[dtype] = found
+        return found
 
 
 def _address(tensor: Tensor | None) -> int:

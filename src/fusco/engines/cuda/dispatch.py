@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from ctypes import c_int32, c_uint64
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,175 +14,193 @@ from fusco.engines.cuda.kernels import structs
 from fusco.engines.cuda.kernels.structs import MAX_PARTS, Verdict
 from fusco.engines.cuda.session import MAX_PLAN_BLOCKS, Session
 from fusco.engines.cuda.window import Place
+from fusco.errors import WindowMemoryError
 from fusco.layout.compact import links_len, part_starts
 from fusco.layout.segments import bytes_per_row
 from fusco.types import CompactPlan
 
 _PLAN_THREADS = 512
 _TOKENS_PER_PLAN_BLOCK = 64
+# Tuned on H100 at hidden 7168 in bfloat16: as many rows under way as fit beside each other.
 _MAX_WARPS = 14
 _MAX_SLOT_BYTES = 16384
 
 
-def dispatch_new(
-    session: Session,
-    call: Call,
-    rows: tuple[Tensor, ...],
-    weights: Tensor | None,
-    topk_idx: Tensor,
-    new_identity: Callable[[], Tensor],
-) -> Delivery:
-    """Plan and dispatch. Only when all ranks have counted is it known who needs how much room;
-    where it is not there, all ranks add some and begin again."""
-    job = _Job(session, rows, weights)
-    device, num_tokens, top_k = session.device, *topk_idx.shape
-    num_local = session.constants.num_local
-    pairs = torch.empty((2, num_tokens, top_k), dtype=torch.int32, device=device)
-    size = links_len(num_tokens, session.num_ranks, session.max_tokens, top_k)
-    links = torch.empty(size, dtype=torch.int32, device=device)
-    tokens_per_expert = torch.empty(num_local, dtype=torch.int64, device=device)
-    expert_offsets = torch.empty(num_local + 1, dtype=torch.int32, device=device)
-    while True:
-        place = session.heap.reserve_largest()
-        ticket = session.describe(call, place)
-        job.launch_plan(topk_idx.contiguous(), pairs, links, tokens_per_expert, expert_offsets)
-        job.launch(pairs, links, tokens_per_expert, expert_offsets)
-        report = session.await_report(ticket, call)
-        if report.verdict == Verdict.GO:
-            break
-        session.heap.release(place)
-        session.raise_failure()
-        session.grow(call.operation.text, report.need)
-    got, row_weights = job.wrap(place, report.num_rows)
-    plan = CompactPlan(
-        identity=new_identity(),
-        tokens_per_expert=tokens_per_expert,
-        expert_offsets=expert_offsets,
-        pairs=pairs,
-        links=links,
-        row_extent=tokens_per_expert.view(torch.uint8)[:1].expand(report.num_rows),
-    )
-    return Delivery(rows=got, row_weights=row_weights, plan=plan)
+class Dispatcher:
+    """Launches the two kernels of a dispatch, and wraps what they bring."""
 
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._plan_args = structs.PlanArgs()
+        self._args = structs.DispatchArgs()
+        self._plan = session.launcher(Variant(name="plan"), self._plan_args)
+        self._dispatch = session.launcher(Variant(name="dispatch"), self._args)
 
-def dispatch_planned(
-    session: Session,
-    call: Call,
-    rows: tuple[Tensor, ...],
-    weights: Tensor | None,
-    plan: CompactPlan,
-) -> Delivery:
-    """Dispatch by an existing plan."""
-    job = _Job(session, rows, weights)
-    need = part_starts(job.row_bytes, plan.num_rows)[-1]
-    while True:
-        place = session.heap.reserve(need)
-        ticket = session.describe(call, place)
-        job.launch(
-            plan.pairs, plan.links, plan.tokens_per_expert, plan.expert_offsets, is_planned=True
-        )
-        report = session.await_report(ticket, call)
-        if report.verdict == Verdict.GO:
-            break
-        session.heap.release(place)
-        session.raise_failure()
-        session.grow(call.operation.text, report.need)
-    got, row_weights = job.wrap(place, plan.num_rows)
-    return Delivery(rows=got, row_weights=row_weights, plan=plan)
-
-
-class _Job:
-    """The tensors of one dispatch."""
-
-    def __init__(self, session: Session, rows: tuple[Tensor, ...], weights: Tensor | None) -> None:
-        self.session = session
-        self.rows = [each.contiguous() for each in rows]
-        self.weights = None if weights is None else weights.contiguous()
-        self.row_bytes = [bytes_per_row(each) for each in rows]
-        self.num_tokens = rows[0].shape[0]
-
-    def launch_plan(
+    def dispatch_new(
         self,
+        call: Call,
+        rows: tuple[Tensor, ...],
+        weights: Tensor | None,
         topk_idx: Tensor,
-        pairs: Tensor,
-        links: Tensor,
-        tokens_per_expert: Tensor,
-        expert_offsets: Tensor,
-    ) -> None:
-        session, num_tokens = self.session, self.num_tokens
-        chunk = max(_TOKENS_PER_PLAN_BLOCK, -(-num_tokens // MAX_PLAN_BLOCKS))
-        num_counts = session.world.topology.num_experts + session.num_ranks
-        shared_bytes = 4 * (2 * num_counts + 1 + chunk * session.world.top_k)
-        arguments = structs.PlanArgs(
-            topk_idx=topk_idx.data_ptr(),
-            pairs=pairs.data_ptr(),
-            links=links.data_ptr(),
-            tokens_per_expert=tokens_per_expert.data_ptr(),
-            expert_offsets=expert_offsets.data_ptr(),
-            row_bytes=_padded(self.row_bytes),
-            num_parts=len(self.row_bytes),
-            num_tokens=num_tokens,
-            chunk_tokens=chunk,
+        new_identity: Callable[[], Tensor],
+    ) -> Delivery:
+        """Plan and dispatch. Only when all ranks have counted is it known who needs how much room;
+        where it is not there, all ranks add some and begin again."""
+        session = self._session
+        stream = session.order.begin()
+        row_bytes = self._set_rows(rows, weights)
+        plan = self._set_plan(topk_idx, row_bytes)
+        while True:
+            place = self._reserve(call, row_bytes, None)
+            ticket = session.describe(call, place)
+            self._launch_plan(stream)
+            self._launch(stream, row_bytes, is_planned=False)
+            num_rows = session.world.max_recv_tokens
+            if num_rows is not None:
+                break
+            report = session.await_report(ticket)
+            if report.verdict == Verdict.GO:
+                num_rows = report.num_rows
+                break
+            self._make_room(call, place, report)
+        identity = new_identity()
+        plan = CompactPlan(
+            identity=identity,
+            tokens_per_expert=plan.tokens_per_expert,
+            expert_offsets=plan.expert_offsets,
+            pairs=plan.pairs,
+            links=plan.links,
+            row_extent=session.one.expand(num_rows),
         )
-        session.launcher(Variant(name="plan"), session.max_shared_bytes)(
-            session.stream,
-            max(1, -(-num_tokens // chunk)),
-            _PLAN_THREADS,
-            shared_bytes,
-            session.constants,
-            session.call,
-            arguments,
-        )
+        return self._wrap(place, rows, row_bytes, plan)
 
-    def launch(
+    def dispatch_planned(
         self,
-        pairs: Tensor,
-        links: Tensor,
-        tokens_per_expert: Tensor,
-        expert_offsets: Tensor,
-        is_planned: bool = False,
-    ) -> None:
-        session = self.session
-        slot_bytes = min(_MAX_SLOT_BYTES, max(self.row_bytes))
+        call: Call,
+        rows: tuple[Tensor, ...],
+        weights: Tensor | None,
+        plan: CompactPlan,
+    ) -> Delivery:
+        """Dispatch by an existing plan."""
+        session = self._session
+        stream = session.order.begin()
+        row_bytes = self._set_rows(rows, weights)
+        args = self._args
+        args.pairs, args.links = plan.pairs.data_ptr(), plan.links.data_ptr()
+        args.tokens_per_expert = plan.tokens_per_expert.data_ptr()
+        args.expert_offsets = plan.expert_offsets.data_ptr()
+        while True:
+            place = self._reserve(call, row_bytes, plan.num_rows)
+            ticket = session.describe(call, place)
+            self._launch(stream, row_bytes, is_planned=True)
+            if session.world.max_recv_tokens is not None:
+                break
+            report = session.await_report(ticket)
+            if report.verdict == Verdict.GO:
+                break
+            self._make_room(call, place, report)
+        return self._wrap(place, rows, row_bytes, plan)
+
+    def _reserve(self, call: Call, row_bytes: list[int], num_rows: int | None) -> Place:
+        """A block for what this rank will receive: of the size that is known, else the largest."""
+        session = self._session
+        heap, static_rows = session.heap, session.world.max_recv_tokens
+        if static_rows is None:
+            if num_rows is None:
+                return heap.reserve_largest()
+            return heap.reserve(part_starts(row_bytes, num_rows)[-1])
+        need = part_starts([session.world.row_bytes], static_rows)[-1] + MAX_PARTS * 128
+        is_capturing = torch.cuda.is_current_stream_capturing()
+        place = heap.reserve_captured(need) if is_capturing else heap.reserve(need)
+        if place.block.size >= need:
+            return place
+        heap.release(place)
+        if is_capturing:
+            raise WindowMemoryError(
+                f"{call.operation.text}: no block of {need} bytes is free, and windows cannot grow "
+                "while a CUDA graph is captured; run the same calls once before the capture, "
+                "keeping alive what the graph keeps alive"
+            )
+        session.grow(call.operation.text, need)
+        return heap.reserve(need)
+
+    def _make_room(self, call: Call, place: Place, report: structs.Report) -> None:
+        self._session.heap.release(place)
+        self._session.raise_failure()
+        self._session.grow(call.operation.text, report.need)
+
+    def _set_rows(self, rows: tuple[Tensor, ...], weights: Tensor | None) -> list[int]:
+        args, plan_args = self._args, self._plan_args
+        row_bytes = []
+        for part, each in enumerate(rows):
+            size = bytes_per_row(each)
+            row_bytes.append(size)
+            args.rows[part] = each.data_ptr()
+            args.row_bytes[part] = plan_args.row_bytes[part] = size
+        args.num_parts = plan_args.num_parts = len(rows)
+        args.num_tokens = plan_args.num_tokens = rows[0].shape[0]
+        args.weights = 0 if weights is None else weights.data_ptr()
+        return row_bytes
+
+    def _set_plan(self, topk_idx: Tensor, row_bytes: list[int]) -> CompactPlan:
+        session, device = self._session, self._session.device
+        num_tokens, top_k = topk_idx.shape
+        num_local = session.constants.num_local
+        size = links_len(num_tokens, session.num_ranks, session.max_tokens, top_k)
+        plan = CompactPlan(
+            identity=session.one,
+            tokens_per_expert=torch.empty(num_local, dtype=torch.int64, device=device),
+            expert_offsets=torch.empty(num_local + 1, dtype=torch.int32, device=device),
+            pairs=torch.empty((2, num_tokens, top_k), dtype=torch.int32, device=device),
+            links=torch.empty(size, dtype=torch.int32, device=device),
+            row_extent=session.one,
+        )
+        args, plan_args = self._args, self._plan_args
+        plan_args.topk_idx = topk_idx.data_ptr()
+        args.pairs = plan_args.pairs = plan.pairs.data_ptr()
+        args.links = plan_args.links = plan.links.data_ptr()
+        args.tokens_per_expert = plan_args.tokens_per_expert = plan.tokens_per_expert.data_ptr()
+        args.expert_offsets = plan_args.expert_offsets = plan.expert_offsets.data_ptr()
+        return plan
+
+    def _launch_plan(self, stream: int) -> None:
+        session, args = self._session, self._plan_args
+        chunk = max(_TOKENS_PER_PLAN_BLOCK, -(-args.num_tokens // MAX_PLAN_BLOCKS))
+        args.chunk_tokens = chunk
+        num_counts = session.constants.num_experts + session.num_ranks
+        shared_bytes = 4 * (2 * num_counts + 1 + chunk * session.world.top_k)
+        grid = max(1, -(-args.num_tokens // chunk))
+        self._plan(stream, grid, _PLAN_THREADS, shared_bytes)
+
+    def _launch(self, stream: int, row_bytes: list[int], *, is_planned: bool) -> None:
+        session = self._session
+        slot_bytes = min(_MAX_SLOT_BYTES, max(row_bytes))
         # Beside a warp's slot lie its barrier and, once a block, the places of all ranks.
         places = session.num_ranks * (MAX_PARTS + 2) * 8
         room = session.max_shared_bytes - places
         num_warps = min(_MAX_WARPS, room // (slot_bytes + 8)) // 2 * 2
-        arguments = structs.DispatchArgs(
-            rows=_padded([each.data_ptr() for each in self.rows], c_uint64),
-            weights=0 if self.weights is None else self.weights.data_ptr(),
-            pairs=pairs.data_ptr(),
-            links=links.data_ptr(),
-            tokens_per_expert=tokens_per_expert.data_ptr(),
-            expert_offsets=expert_offsets.data_ptr(),
-            row_bytes=_padded(self.row_bytes),
-            num_parts=len(self.row_bytes),
-            num_tokens=self.num_tokens,
-            slot_bytes=slot_bytes,
-            is_planned=is_planned,
-        )
-        session.launcher(Variant(name="dispatch"), session.max_shared_bytes)(
-            session.stream,
-            session.num_sms,
-            num_warps * 32,
-            num_warps * (slot_bytes + 8) + places,
-            session.constants,
-            session.call,
-            arguments,
-        )
+        self._args.slot_bytes = slot_bytes
+        self._args.is_planned = is_planned
+        shared_bytes = num_warps * (slot_bytes + 8) + places
+        self._dispatch(stream, session.num_sms, num_warps * 32, shared_bytes)
 
-    def wrap(self, place: Place, num_rows: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    def _wrap(
+        self, place: Place, rows: tuple[Tensor, ...], row_bytes: list[int], plan: CompactPlan
+    ) -> Delivery:
         """The rows and their weights where they lie; the rest of the block is free again."""
-        heap = self.session.heap
-        starts = part_starts(self.row_bytes, num_rows)
-        place = heap.shrink(place, starts[-1])
-        sizes = [
-            (start, (num_rows, *each.shape[1:]), each.dtype)
-            for start, each in zip(starts, self.rows, strict=False)
-        ]
-        tensors = heap.as_tensors(place, [*sizes, (starts[-2], (num_rows,), torch.float32)])
-        return tuple(tensors[:-1]), tensors[-1]
-
-
-def _padded(values: list[int], kind: Any = c_int32) -> Any:
-    return (kind * MAX_PARTS)(*values)
+        session, num_rows = self._session, plan.num_rows
+        starts = part_starts(row_bytes, num_rows)
+        is_captured = False
+        if session.world.max_recv_tokens is None:
+            place = session.heap.shrink(place, starts[-1])
+        else:
+            is_captured = torch.cuda.is_current_stream_capturing()
+            starts[-1] = place.block.size
+        *got, row_weights = session.heap.as_tensors(
+            place,
+            starts,
+            [(num_rows, *each.shape[1:]) for each in rows] + [(num_rows,)],
+            [*(each.dtype for each in rows), torch.float32],
+            is_captured=is_captured,
+        )
+        return Delivery(rows=tuple(got), row_weights=row_weights, plan=plan)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TypeVar
 
+import torch
 from torch import Tensor
 
 from fusco.engines.agreement import Call
 from fusco.engines.base import Delivery, Engine, Returned, World
-from fusco.engines.cuda.combine import combine
-from fusco.engines.cuda.dispatch import dispatch_new, dispatch_planned
+from fusco.engines.cuda.combine import Combiner
+from fusco.engines.cuda.dispatch import Dispatcher
 from fusco.engines.cuda.kernels.structs import MAX_PARTS
 from fusco.engines.cuda.session import Session
 from fusco.types import CompactPlan, Plan, Segments, Stats
+
+Result = TypeVar("Result")
 
 
 class CudaEngine(Engine):
@@ -27,6 +30,8 @@ class CudaEngine(Engine):
     def __init__(self, world: World) -> None:
         super().__init__(world)
         self._session: Session | None = Session(world)
+        self._dispatcher = Dispatcher(self._session)
+        self._combiner = Combiner(self._session)
 
     @property
     def device_types(self) -> tuple[str, ...]:
@@ -50,13 +55,15 @@ class CudaEngine(Engine):
         weights: Tensor | None,
         routing: Tensor | Plan,
     ) -> Delivery:
-        session = self._open()
+        self._open()
+        dense = tuple(each.contiguous() for each in rows)
+        weights = None if weights is None else weights.contiguous()
         if isinstance(routing, CompactPlan):
-            delivery = dispatch_planned(session, call, rows, weights, routing)
-        else:
-            assert isinstance(routing, Tensor), "plans come from this engine"
-            delivery = dispatch_new(session, call, rows, weights, routing, self.new_identity)
-        return delivery
+            return self._dispatcher.dispatch_planned(call, dense, weights, routing)
+        assert isinstance(routing, Tensor), "plans come from this engine"
+        return self._dispatcher.dispatch_new(
+            call, dense, weights, routing.contiguous(), self.new_identity
+        )
 
     def combine(
         self,
@@ -67,7 +74,21 @@ class CudaEngine(Engine):
         row_values: Tensor | None = None,
     ) -> Returned:
         assert isinstance(plan, CompactPlan), "plans come from this engine"
-        return combine(self._open(), call, rows, row_weights, plan, row_values)
+        self._open()
+        dense = tuple(each.contiguous() for each in rows)
+        row_weights = None if row_weights is None else row_weights.contiguous()
+        row_values = None if row_values is None else row_values.contiguous()
+        return self._combiner.combine(call, dense, row_weights, plan, row_values)
+
+    def run_beside(
+        self, operation: Callable[[], Result], inputs: Sequence[Tensor]
+    ) -> tuple[Result, torch.cuda.Event]:
+        session = self._open()
+        session.share_device()
+        return session.order.run_beside(operation, inputs)
+
+    def synchronize(self) -> None:
+        self._open().synchronize()
 
     def exchange(
         self,
@@ -83,6 +104,8 @@ class CudaEngine(Engine):
         return self.meter.stats(window_bytes=self._open().num_bytes)
 
     def close(self, lost: int | None = None) -> None:
+        if self._session is not None:
+            self._session.close()
         self._session = None
 
     def _open(self) -> Session:

@@ -5,60 +5,55 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
+import torch
+
 from fusco.engines.cuda import jit
 
 
 class Launcher:
-    """A kernel, loaded on one device.
+    """A kernel loaded on one device, and the structs that it takes, whose fields may change between
+    launches.
 
     Args:
         variant: which kernel.
         device: index of the device, the current one of this thread.
+        arguments: what it is launched with.
         shared_bytes: the most dynamic shared memory that a launch will ask for.
     """
 
-    def __init__(self, variant: jit.Variant, device: int, shared_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        variant: jit.Variant,
+        device: int,
+        arguments: tuple[ctypes.Structure, ...],
+        shared_bytes: int = 0,
+    ) -> None:
         from cuda.bindings import driver
         from cuda.core import Device, ObjectCode
 
-        found = Device(device)
-        found.set_current()
-        code = jit.cubin(variant, architecture(device))
-        self._module = ObjectCode.from_cubin(code)
+        Device(device).set_current()
+        self._module = ObjectCode.from_cubin(jit.cubin(variant, architecture(device)))
         self._kernel = self._module.get_kernel(variant.name)
         self._launch = driver.cuLaunchKernel
         self._function = _checked(driver.cuKernelGetFunction(self._kernel.handle))
         if shared_bytes:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _checked(driver.cuFuncSetAttribute(self._function, attribute, shared_bytes))
+        self._arguments = arguments
+        self._addresses = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+        self._parameters = ctypes.addressof(self._addresses)
 
-    def __call__(
-        self,
-        stream: int,
-        grid: int,
-        block: int,
-        shared_bytes: int,
-        *arguments: ctypes.Structure,
-    ) -> None:
-        """Launch on `stream`; the arguments may change as soon as this returns."""
-        addresses = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+    def __call__(self, stream: int, grid: int, block: int, shared_bytes: int = 0) -> None:
+        """Launch on a stream; the arguments may change as soon as this returns."""
         (error,) = self._launch(
-            self._function,
-            grid, 1, 1,
-            block, 1, 1,
-            shared_bytes,
-            stream,
-            ctypes.addressof(addresses),
-            0,
-        )  # fmt: skip
+            self._function, grid, 1, 1, block, 1, 1, shared_bytes, stream, self._parameters, 0
+        )
         if error:
             raise RuntimeError(f"cuLaunchKernel: {error!r}")
 
 
 def architecture(device: int) -> str:
     """What to compile for, such as "sm_90a"."""
-    import torch
-
     major, minor = torch.cuda.get_device_capability(device)
     # The "a" targets hold for exactly one architecture, which a kernel compiled here runs on.
     return f"sm_{major}{minor}" + ("a" if major >= 9 else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections import deque
 from dataclasses import replace
 from typing import NoReturn
@@ -17,18 +18,26 @@ from fusco.engines.cuda.jit import Variant
 from fusco.engines.cuda.kernels import structs
 from fusco.engines.cuda.kernels.structs import Verdict
 from fusco.engines.cuda.launch import Launcher
-from fusco.engines.cuda.window import Place, SymmetricHeap, TorchAllocator
+from fusco.engines.cuda.streams import Order
+from fusco.engines.cuda.window import NOWHERE, Place, SymmetricHeap, TorchAllocator
 from fusco.engines.ids import bad_ids
-from fusco.errors import FuscoError, PeerError, WindowMemoryError
+from fusco.errors import FuscoError, PeerError, WindowMemoryError, input_error
 from fusco.layout.compact import WindowLayout
 from fusco.layout.records import HEADER, Field, Operation
 from fusco.transports.bulletin import Bulletin
 
 MAX_PLAN_BLOCKS = 128
 _REMEMBERED = 64
+_SAY_THREADS = 128
+_SPINS = 1000
+"""Looks at a report before looking for what may keep it."""
 _STATIC_SHARED_BYTES = 1024
 """More than any kernel declares beside what it is launched with."""
 _REPORTED = structs.State.reported.offset // 4
+
+
+_SHARING: weakref.WeakSet[Session] = weakref.WeakSet()
+"""Sessions of this process whose kernels may run beside each other."""
 
 
 class Session:
@@ -40,7 +49,7 @@ class Session:
         self.rank, self.num_ranks = topology.rank, topology.num_ranks
         self.device = torch.device("cuda", torch.cuda.current_device())
         properties = torch.cuda.get_device_properties(self.device)
-        self.num_sms = properties.multi_processor_count
+        self.num_sms = world.num_sms or properties.multi_processor_count
         optin: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
         self.max_shared_bytes = optin - _STATIC_SHARED_BYTES
         self.max_tokens = world.max_tokens
@@ -63,7 +72,9 @@ class Session:
         self._make_tables()
         self.constants = self._constants(offsets)
         self.call = structs.Call()
-        self._launchers: dict[Variant, Launcher] = {}
+        self.order = Order(self.device)
+        self.one = torch.zeros(1, dtype=torch.uint8, device=self.device)
+        self._say = self.launcher(Variant(name="agree"))
         self._ticket = 0
         self._calls: deque[tuple[int, Call]] = deque(maxlen=_REMEMBERED)
         # No rank's kernels may write before every window is clear and mapped.
@@ -121,40 +132,45 @@ class Session:
             "max_tokens": self.max_tokens,
             "alignment": self.world.alignment,
             "num_returns": self.layout.num_returns,
+            "static_rows": self.world.max_recv_tokens or 0,
         }
         return structs.World(**known)
 
-    def launcher(self, variant: Variant, shared_bytes: int = 0) -> Launcher:
-        """A kernel, loaded at its first use."""
-        found = self._launchers.get(variant)
-        if found is None:
-            found = Launcher(variant, self.device.index, shared_bytes)
-            self._launchers[variant] = found
-        return found
+    def launcher(self, variant: Variant, *arguments: ctypes.Structure) -> Launcher:
+        """A kernel that takes the constants, the call, and `arguments`."""
+        return Launcher(
+            variant,
+            self.device.index,
+            (self.constants, self.call, *arguments),
+            self.max_shared_bytes,
+        )
 
     def describe(self, call: Call, place: Place) -> int:
         """Fill this rank's record of an operation; the ticket by which it will be reported."""
         self.raise_failure()
-        self._ticket += 1
+        self._ticket = ticket = self._ticket + 1
         record = self.call
         _, record.operation, record.status, record.plan, record.signature, _, _ = call.head(0)
-        record.base, record.capacity = place.block.base, place.block.size
-        record.chunk = place.chunk
-        record.ticket = self._ticket
-        self._calls.append((self._ticket, call))
-        return self._ticket
+        block = place.block
+        record.base, record.capacity, record.chunk = block.base, block.size, place.chunk
+        record.ticket = ticket
+        self._calls.append((ticket, call))
+        return ticket
 
-    def await_report(self, ticket: int, call: Call) -> structs.Report:
+    def await_report(self, ticket: int) -> structs.Report:
         """What a dispatch reports: the verdict, and the rows it brings."""
         report = self._reports[ticket % structs.REPORTS]
+        spins = 0
         event = None
+        # NOTE: bounded, since every wait in a kernel is; what is queued before it is the caller's.
         while report[0] != ticket:
-            if self._failure[0] == Verdict.LOST:
-                self.raise_failure()
+            spins += 1
+            if spins < _SPINS:
+                continue
             if event is None:
                 event = torch.cuda.Event()
                 event.record()
-            elif event.query() and report[0] != ticket:
+            if self._failure[0] == Verdict.LOST or (event.query() and report[0] != ticket):
                 self.raise_failure()
                 raise AssertionError("the kernel ended without a report")
         return structs.Report(*map(int, report))
@@ -184,10 +200,11 @@ class Session:
 
     def raise_everywhere(self, call: Call) -> NoReturn:
         """Publish a call whose error is set, so that all ranks raise it, and raise it here."""
-        ticket = self.describe(call, self.heap.nothing)
+        stream = self.order.begin()
+        ticket = self.describe(call, NOWHERE)
         assert call.error is not None
         self._post(ticket, call)
-        self.launcher(Variant(name="agree"))(self.stream, 1, 128, 0, self.constants, self.call)
+        self._say(stream, 1, _SAY_THREADS)
         torch.cuda.current_stream().synchronize()
         if self._failure[0] == Verdict.LOST:
             self.raise_failure()
@@ -202,9 +219,9 @@ class Session:
         call = dict(self._calls)[failure.ticket]
         if failure.verdict == Verdict.SHORT:
             return WindowMemoryError(
-                f"{call.operation.text}: a rank receives rows of {failure.need} bytes, more than "
-                "max_recv_tokens has room for; nothing was stored; make the Shuffle with a larger "
-                "max_recv_tokens, or balance the routing"
+                f"{call.operation.text}: a rank receives {failure.need} rows, more than "
+                f"max_recv_tokens={self.world.max_recv_tokens}; nothing was stored; make the "
+                f"Shuffle with max_recv_tokens={failure.need} or more, or balance the routing"
             )
         if failure.awaited == self.rank:
             num_experts = self.world.topology.num_experts
@@ -221,14 +238,9 @@ class Session:
         status = call.head(0)[Field.STATUS]
         self.bulletin.post(f"call {ticket}", f"{int(status)}{call.text}")
 
-    @property
-    def stream(self) -> int:
-        """The stream that calls are ordered on now."""
-        return torch.cuda.current_stream(self.device).cuda_stream
-
     def grow(self, operation: str, need: int) -> None:
         """Add a chunk where a block of `need` bytes fits; all ranks call it with the same need."""
-        size = SymmetricHeap.chunk_bytes(need)
+        size = self.heap.chunk_bytes(need)
         problem = ""
         try:
             memory = self._allocator.allocate(size)
@@ -244,9 +256,33 @@ class Session:
         self.heap.add(self._allocator.connect(memory))
         self.constants.heaps = self.heap.addresses.data_ptr()
 
+    def share_device(self) -> None:
+        """Claim room on the device for kernels that run beside those of other Shuffles.
+
+        Raises:
+            InputError: `num_sms` is not given, or more is claimed than there is. A kernel that
+                waits for a peer must not keep out the kernel of another Shuffle that a peer waits
+                for.
+        """
+        total = torch.cuda.get_device_properties(self.device).multi_processor_count
+        others = sum(each.num_sms for each in _SHARING if each is not self)
+        if self.world.num_sms is None or others + self.num_sms > total:
+            raise input_error(
+                "async",
+                "num_sms",
+                got=repr(self.world.num_sms),
+                expected=f"at most {total - others}, what other Shuffles leave of {total}",
+                remedy="make the Shuffles with smaller num_sms=",
+            )
+        _SHARING.add(self)
+
+    def close(self) -> None:
+        """Give up the room on the device. Memory goes when nothing uses it any more."""
+        _SHARING.discard(self)
+
     def synchronize(self) -> None:
         """Until all that was asked for is done."""
-        torch.cuda.current_stream().synchronize()
+        self.order.synchronize()
         self.raise_failure()
 
     @property

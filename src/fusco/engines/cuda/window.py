@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import weakref
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusco.layout.compact import BLOCK_ALIGNMENT, round_up
+from fusco.layout.compact import round_up
 from fusco.layout.heap import Block, Heap
 
 _CHUNK_UNIT = 2 << 20
@@ -71,17 +72,22 @@ class Place:
     block: Block
 
 
+NOWHERE = Place(chunk=0, block=Block(base=0, size=0))
+
+
 class SymmetricHeap:
-    """This rank's heap, in chunks that all ranks add together; each rank shares out its own."""
+    """This rank's heap, in chunks that all ranks add together; each rank shares out its own.
+
+    Blocks that a CUDA graph uses return to `captured`, from where only other captures take them: a
+    replay writes them again.
+    """
 
     def __init__(self, num_ranks: int, device: torch.device) -> None:
         self._device = device
-        self._num_ranks = num_ranks
         self._chunks: list[tuple[Allocation, Heap]] = []
-        self._outstanding: set[weakref.finalize[Any, Any]] = set()
+        self._captured: list[Place] = []
         # Read also before there is a chunk, by ranks that receive nothing.
         self.addresses = torch.zeros(num_ranks, dtype=torch.int64, device=device)
-        self.nothing = Place(chunk=0, block=Block(base=0, size=0))
 
     @property
     def num_bytes(self) -> int:
@@ -101,87 +107,95 @@ class SymmetricHeap:
 
     def reserve_largest(self) -> Place:
         """The largest free block of all chunks, whole."""
-        if not self._chunks:
-            return self.nothing
-        places = [
-            Place(chunk=i, block=heap.reserve_largest()) for i, (_, heap) in enumerate(self._chunks)
-        ]
-        largest = max(places, key=lambda place: place.block.size)
-        for place in places:
-            if place is not largest:
-                self.release(place)
+        largest = NOWHERE
+        for chunk, (_, heap) in enumerate(self._chunks):
+            place = Place(chunk=chunk, block=heap.reserve_largest())
+            if place.block.size > largest.block.size:
+                place, largest = largest, place
+            self.release(place)
         return largest
 
     def reserve(self, size: int) -> Place:
-        """A block of at least `size` bytes where there is one, else the largest there is."""
+        """A block of `size` bytes where there is one, else a smaller one."""
         return self.shrink(self.reserve_largest(), size)
+
+    def reserve_captured(self, size: int) -> Place:
+        """A block of `size` bytes that an earlier capture has used, else as `reserve`."""
+        for place in self._captured:
+            if place.block.size >= size:
+                self._captured.remove(place)
+                return place
+        return self.reserve(size)
 
     def shrink(self, place: Place, size: int) -> Place:
         """Keep the first `size` bytes, rounded up."""
-        if place is self.nothing:
+        if place is NOWHERE:
             return place
         block = self._chunks[place.chunk][1].shrink(place.block, round_up(size))
         return Place(chunk=place.chunk, block=block)
 
     def release(self, place: Place) -> None:
         """Give a block back."""
-        if place is not self.nothing:
+        if place is not NOWHERE:
             self._chunks[place.chunk][1].release(place.block)
 
+    def release_captured(self, place: Place) -> None:
+        """Give a block back that a graph has used."""
+        self._captured.append(place)
+
     def as_tensors(
-        self, place: Place, sizes: list[tuple[int, tuple[int, ...], torch.dtype]]
+        self,
+        place: Place,
+        starts: Sequence[int],
+        shapes: Sequence[tuple[int, ...]],
+        dtypes: Sequence[torch.dtype],
+        *,
+        is_captured: bool = False,
     ) -> list[Tensor]:
-        """Parts of a block as tensors; each part returns to the heap with its tensor.
+        """Parts of a block as tensors. Each part returns to the heap with its tensor; for a graph
+        that is being captured the block returns whole, with the last of them.
 
         Args:
             place: the block.
-            sizes: for each part its offset in the block, its shape and dtype; in order.
+            starts: where each part begins in the block, and where the last ends, bytes.
+            shapes: of each part.
+            dtypes: of each part.
+            is_captured: whether a graph is being captured.
         """
-        if place is self.nothing:
-            return [
-                torch.empty(shape, dtype=dtype, device=self._device) for _, shape, dtype in sizes
-            ]
-        allocation, heap = self._chunks[place.chunk]
-        ends = [offset for offset, _, _ in sizes[1:]] + [place.block.size]
-        return [
-            self._as_tensor(allocation, heap, place.block, offset, end, shape, dtype)
-            for (offset, shape, dtype), end in zip(sizes, ends, strict=True)
-        ]
+        whole = _Lease(self.release_captured, place) if is_captured else None
+        tensors = []
+        for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True)):
+            base, size = place.block.base + starts[i], starts[i + 1] - starts[i]
+            if size == 0:
+                tensors.append(torch.empty(shape, dtype=dtype, device=self._device))
+                continue
+            allocation, heap = self._chunks[place.chunk]
+            lease = whole or _Lease(heap.release, Block(base=base, size=size))
+            num_bytes = math.prod(shape) * dtype.itemsize
+            span = _Span(allocation.memory.data_ptr() + base, num_bytes, lease, allocation)
+            tensors.append(torch.as_tensor(span, device=self._device).view(dtype).view(shape))
+        return tensors
 
-    def _as_tensor(
-        self,
-        allocation: Allocation,
-        heap: Heap,
-        block: Block,
-        offset: int,
-        end: int,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-    ) -> Tensor:
-        part = Block(base=block.base + offset, size=end - offset)
-        num_elements = 1
-        for size in shape:
-            num_elements *= size
-        if num_elements == 0:
-            heap.release(part)
-            return torch.empty(shape, dtype=dtype, device=self._device)
-        address = allocation.memory.data_ptr() + part.base
-        span = _Span(allocation, address, num_elements * dtype.itemsize)
-        weakref.finalize(span, heap.release, part).atexit = False
-        return torch.as_tensor(span, device=self._device).view(dtype).view(shape)
+
+class _Lease:
+    """Gives something back when nobody holds it any more."""
+
+    def __init__(self, release: Callable[[Any], None], what: Any) -> None:
+        self._release = release
+        self._what = what
+
+    def __del__(self) -> None:
+        self._release(self._what)
 
 
 class _Span:
-    """Bytes of an allocation, kept alive by whoever keeps a tensor of them."""
+    """Bytes that a tensor can be made of, which then keeps what they belong to."""
 
-    def __init__(self, allocation: Allocation, address: int, num_bytes: int) -> None:
-        self._allocation = allocation
+    def __init__(self, address: int, num_bytes: int, *kept: object) -> None:
+        self._kept = kept
         self.__cuda_array_interface__ = {
             "version": 3,
             "typestr": "|u1",
             "shape": (num_bytes,),
             "data": (address, False),
         }
-
-
-assert BLOCK_ALIGNMENT % 64 == 0, "the heap rounds to 64 bytes"

@@ -114,6 +114,9 @@ class ReferenceEngine(Engine):
         for segments, received in zip(receive, receives, strict=True):
             _scatter(received, out, segments)
 
+    def synchronize(self) -> None:
+        pass
+
     def stats(self) -> Stats:
         return self.meter.stats(window_bytes=0)
 

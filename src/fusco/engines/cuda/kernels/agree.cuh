@@ -4,7 +4,8 @@
 
 #include "device.cuh"
 
-enum Verdict : i32 { kGo = 0, kUnlike = 1, kShort = 2, kLost = 3 };
+// `kInvalid`: the plan was never agreed on, which has been reported before.
+enum Verdict : i32 { kGo = 0, kUnlike = 1, kShort = 2, kLost = 3, kInvalid = 4 };
 enum Status : i64 { kReady = 0, kBadInput = 1 };
 
 __device__ __forceinline__ State& state_of(const World& world) {
@@ -156,9 +157,9 @@ __device__ __forceinline__ bool finish(State& state, u32 epoch) {
   return true;
 }
 
-// A warp takes the next piece of work.
-__device__ __forceinline__ u32 claim(u32* queue) {
+// A warp takes the next pieces of work.
+__device__ __forceinline__ u32 claim(u32* queue, u32 count = 1) {
   u32 mine = 0;
-  if (lane_id() == 0) mine = atomicAdd(queue, 1u);
+  if (lane_id() == 0) mine = atomicAdd(queue, count);
   return __shfl_sync(kFullWarp, mine, 0);
 }

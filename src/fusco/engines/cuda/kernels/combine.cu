@@ -1,206 +1,258 @@
 // Combine: the rank of an expert sums a token's rows there and sends one row, its partial, to the
 // token's rank, which adds the partials up in the order of the contract (engines/base.py).
 //
-// A warp takes segments to return or tokens to sum, one by one. Half of the warps begin with
-// returning, which never waits, and go on with summing, which does.
+// A block is a pipeline. Its first warp takes segments to return or tokens to sum, and fetches a
+// piece of each of their rows into shared memory; most warps sum these pieces there; the last few
+// send the sums on. Half of the blocks begin with returning, which never waits for others, and go on
+// with summing, which does.
 
 #include "agree.cuh"
 #include "element.cuh"
 #include "links.cuh"
+#include "pipeline.cuh"
 
-constexpr int kColumns = 2;    // vectors of a row that a lane sums at once
-constexpr int kInFlight = 4;   // rows of which it has them in flight
-
-struct Sums {
-  Wide value[kColumns][kPerVector];
-
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-#pragma unroll
-      for (int i = 0; i < kPerVector; ++i) value[c][i] = 0;
-    }
-  }
-
-  __device__ __forceinline__ void add(int column, const Vector& vector) {
-#pragma unroll
-    for (int i = 0; i < kPerVector; ++i) value[column][i] = add_exact(value[column][i], widen(vector, i));
-  }
-
-  __device__ __forceinline__ void add(int column, const Vector& vector, Wide weight) {
-#pragma unroll
-    for (int i = 0; i < kPerVector; ++i) {
-      Wide term = multiply_exact(widen(vector, i), weight);
-      value[column][i] = add_exact(value[column][i], term);
-    }
-  }
+// What becomes of a row of a piece.
+enum Op : u32 {
+  kWeigh = 1,     // it counts times its weight
+  kEndTerm = 2,   // the sum so far is a rank's partial: it is rounded and added to its node's
+  kEndNode = 4,   // so is that of its node, and added to the token's
 };
 
-struct Combine {
+struct Row {
+  i32 at;   // where it lies among the rows in shared memory
+  u32 op;
+  float weight;
+};
+
+struct Piece {
+  u8* out;         // where the sum goes
+  u64* flag;       // what to set then; null for none
+  i32 size;        // bytes of each row; negative where there are no more pieces
+  i32 num_rows;
+  Row rows[kWarp];
+};
+
+struct Sent {
+  u8* out;
+  u64* flag;
+  i32 size;
+};
+
+// What the warps of a block share.
+struct Shared {
+  Barrier full[kPieces], empty[kPieces];
+  Barrier sum_full[kOutputs], sum_empty[kOutputs];
+  Sent sent[kOutputs];
+  Piece pieces[kPieces];
+};
+
+static_assert(sizeof(Shared) <= kCombineSharedBytes, "see structs.py");
+
+constexpr int kSummingThreads = kSummingWarps * kWarp;
+constexpr int kCombineThreads = kSummingThreads + (1 + kOutputs) * kWarp;
+
+struct Fetcher {
   const World& world;
   const Call& call;
   const CombineArgs& args;
-  const Links links;
+  const Links& links;
   const u32 epoch;
+  Shared& shared;
+  u8* rows_in_shared;
+  // The lanes of the warp look at several items at once, `width` lanes each.
+  const int width, num_items;
+  // Pieces and slots of the ring: taken, and given back so far.
+  u32 head = 0, tail = 0;
+  i32 next_slot = 0, num_free;
+
+  __device__ __forceinline__ Fetcher(const World& world, const Call& call, const CombineArgs& args,
+                                     const Links& links, u32 epoch, Shared& shared, u8* rows)
+      : world(world),
+        call(call),
+        args(args),
+        links(links),
+        epoch(epoch),
+        shared(shared),
+        rows_in_shared(rows),
+        width(max(world.top_k, min(world.num_ranks, kWarp))),
+        num_items(max(1, min(kWarp / width, args.items_at_once))),
+        num_free(args.num_slots) {}
 
   __device__ __forceinline__ u64* return_flag(u64 window, i64 row) const {
-    return at_bytes<u64>(window, world.return_flags_at) + args.part * static_cast<i64>(world.num_returns) + row;
+    return at_bytes<u64>(window, world.return_flags_at) +
+           args.part * static_cast<i64>(world.num_returns) + row;
   }
 
-  // Adds rows `slot` (one a lane, `count` of them) times their weights, at vectors `first + 32 c`.
-  __device__ __forceinline__ void add_rows(Sums& sums, i32 slot, float weight, int count, i32 first,
-                                           i32 num_vectors) const {
-    const u8* rows = reinterpret_cast<const u8*>(args.rows);
-    for (int begin = 0; begin < count; begin += kInFlight) {
-      Vector loaded[kInFlight][kColumns];
-#pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        const i64 row = __shfl_sync(kFullWarp, slot, min(begin + i, count - 1));
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) {
-          if (begin + i < count && first + c * kWarp < num_vectors) {
-            loaded[i][c] = load_streamed(rows + row * args.row_bytes + (first + c * kWarp) * 16LL);
-          }
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        const Wide factor = __shfl_sync(kFullWarp, weight, min(begin + i, count - 1));
-        if (begin + i >= count) break;
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) {
-          if (args.row_weights) {
-            sums.add(c, loaded[i][c], factor);
-          } else {
-            sums.add(c, loaded[i][c]);
-          }
-        }
-      }
+  __device__ __forceinline__ const u8* row_at(i32 slot) const {
+    return reinterpret_cast<const u8*>(args.rows) + static_cast<i64>(slot) * args.row_bytes;
+  }
+
+  __device__ __forceinline__ float weight_of(i32 slot) const {
+    return args.row_weights && slot >= 0 ? reinterpret_cast<const float*>(args.row_weights)[slot] : 1;
+  }
+
+  __device__ __forceinline__ u32 lanes_of(int item) const {
+    return (width == kWarp ? kFullWarp : (1u << width) - 1) << item * width;
+  }
+
+  // Until there is room for a piece of `num_rows` rows.
+  __device__ __forceinline__ void make_room(i32 num_rows) {
+    while (num_free < num_rows || head - tail == kPieces) {
+      const u32 oldest = tail % kPieces;
+      shared.empty[oldest].wait(tail / kPieces & 1);
+      num_free += shared.pieces[oldest].num_rows;
+      ++tail;
     }
   }
 
-  // The slots of a segment, one a lane, and their number.
-  __device__ __forceinline__ int slots_of(int from, i32 segment, i32& slot, float& weight) const {
-    slot = lane_id() < world.top_k ? links.slots(world, from, segment)[lane_id()] : -1;
-    weight = 1;
-    if (slot >= 0 && args.row_weights) weight = reinterpret_cast<const float*>(args.row_weights)[slot];
-    return __popc(__ballot_sync(kFullWarp, slot >= 0));
+  // Lanes below `num_rows` each name a row; its sum goes to `out`.
+  __device__ __forceinline__ void fetch(const u8* row, u32 op, float weight, i32 num_rows, u8* out,
+                                        u64* flag) {
+    for (i32 at = 0; at < args.row_bytes; at += args.piece_bytes) {
+      const i32 size = min(args.piece_bytes, args.row_bytes - at);
+      make_room(num_rows);
+      Piece& piece = shared.pieces[head % kPieces];
+      i32 slot = next_slot + lane_id();
+      if (slot >= args.num_slots) slot -= args.num_slots;
+      if (lane_id() < num_rows) piece.rows[lane_id()] = Row{slot * args.piece_bytes, op, weight};
+      if (lane_id() == 0) {
+        piece.out = out + at;
+        piece.flag = at + size == args.row_bytes ? flag : nullptr;
+        piece.size = size;
+        piece.num_rows = num_rows;
+      }
+      __syncwarp();
+      fill_each(rows_in_shared + slot * args.piece_bytes, row + at, num_rows, size,
+                &shared.full[head % kPieces]);
+      next_slot += num_rows;
+      if (next_slot >= args.num_slots) next_slot -= args.num_slots;
+      num_free -= num_rows;
+      ++head;
+    }
   }
 
-  __device__ __forceinline__ void give_back(int to, i32 segment) const {
-    const u64 window = window_of(world, to);
-    const i64 row = links.return_at[to] + segment;
-    u8* partial = at_bytes<u8>(window, args.returns_at + row * args.row_bytes);
-    i32 slot;
-    float weight;
-    const int count = slots_of(to, segment, slot, weight);
-    const i32 num_vectors = args.row_bytes / 16;
-    for (i32 first = lane_id(); first - lane_id() < num_vectors; first += kColumns * kWarp) {
-      Sums sums;
-      sums.clear();
-      add_rows(sums, slot, weight, count, first, num_vectors);
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        const i32 vector = first + c * kWarp;
-        if (vector < num_vectors) store_vector(partial + vector * 16LL, narrow(sums.value[c]));
+  // One for each of the warps that send.
+  __device__ __forceinline__ void fetch_end() {
+    for (int i = 0; i < kOutputs; ++i) {
+      make_room(0);
+      Piece& piece = shared.pieces[head % kPieces];
+      if (lane_id() == 0) {
+        piece.size = -1;
+        piece.num_rows = 0;
       }
+      __syncwarp();
+      fill_each(rows_in_shared, nullptr, 0, 0, &shared.full[head % kPieces]);
+      ++head;
     }
+  }
+
+  // Segments `first` and following of those that arrived, as many as the warp looks at at once.
+  __device__ __forceinline__ void give_back(u32 first, u32 end) {
+    const int item = lane_id() / width, index = lane_id() % width;
+    const u32 number = first + item, num_others = world.num_ranks - 1;
+    const int to = (world.rank + 1 + number % num_others) % world.num_ranks;
+    const i32 segment = number / num_others;
+    const bool is_there = item < num_items && number < end && segment < links.arrivals[to];
+    i32 slot = -1;
+    if (is_there && index < world.top_k) slot = links.slots(world, to, segment)[index];
+    const float weight = weight_of(slot);
+    const i64 return_row = is_there ? links.return_at[to] + segment : -1;
     if (args.row_values && slot >= 0) {
-      float* values = at_bytes<float>(window, world.values_at) + row * world.top_k;
-      values[lane_id()] = reinterpret_cast<const float*>(args.row_values)[slot];
+      float* values = at_bytes<float>(window_of(world, to), world.values_at);
+      values[return_row * world.top_k + index] = reinterpret_cast<const float*>(args.row_values)[slot];
     }
-    __syncwarp();
-    if (lane_id() == 0) store_release(return_flag(window, row), epoch);
+    const u32 filled = __ballot_sync(kFullWarp, slot >= 0);
+    for (int i = 0; i < num_items; ++i) {
+      const i32 count = __popc(filled & lanes_of(i));
+      if (count == 0) continue;
+      const int source = min(i * width + lane_id(), kWarp - 1);
+      const i32 its_slot = __shfl_sync(kFullWarp, slot, source);
+      const float its_weight = __shfl_sync(kFullWarp, weight, source);
+      const i64 row = __shfl_sync(kFullWarp, return_row, i * width);
+      const u64 window = window_of(world, __shfl_sync(kFullWarp, to, i * width));
+      u32 op = args.row_weights ? kWeigh : 0;
+      if (lane_id() == count - 1) op |= kEndTerm | kEndNode;
+      fetch(row_at(its_slot), op, its_weight, count,
+            at_bytes<u8>(window, args.returns_at + row * args.row_bytes), return_flag(window, row));
+    }
   }
 
-  // Returns false where a partial's sender is lost.
-  __device__ __forceinline__ bool sum(i32 token) const {
-    const u64 own = window_of(world, world.rank);
+  // Tokens `first` and following; false where a partial's sender is lost.
+  __device__ __forceinline__ bool sum(u32 first) {
     const i32* order = reinterpret_cast<const i32*>(world.rank_order);
     const i32* node_of_rank = reinterpret_cast<const i32*>(world.node_of_rank);
-    const i32* segments = links.token_segment + static_cast<i64>(token) * world.num_ranks;
-    // Lane i holds the i-th of the token's partials, in order: where it lies, and its node.
-    i64 partial_row = -1;
-    i32 partial_node = 0;
-    int num_partials = 0, own_at = -1;
-    i32 own_segment = 0;
-    bool is_there = true;
-    for (int base = 0; base < world.num_ranks; base += kWarp) {
-      const int position = base + lane_id();
-      const int rank = position < world.num_ranks ? order[position] : -1;
-      const i32 segment = rank >= 0 ? segments[rank] : -1;
-      i64 row = -1;
-      if (segment >= 0 && rank != world.rank) {
-        row = links.return_from[rank] + segment;
-        const u64* flag = return_flag(own, row);
-        is_there = is_there && wait_for(world, call, rank, token, [&] { return load_acquire(flag) == epoch; });
-      }
-      u32 left = __ballot_sync(kFullWarp, segment >= 0);
-      while (left) {
-        const int lane = __ffs(left) - 1;
-        left &= left - 1;
-        const i64 its_row = __shfl_sync(kFullWarp, row, lane);
-        const int its_rank = __shfl_sync(kFullWarp, rank, lane);
-        if (lane_id() == num_partials) {
-          partial_row = its_row;
-          partial_node = node_of_rank[its_rank];
-        }
-        if (its_rank == world.rank) {
-          own_at = num_partials;
-          own_segment = __shfl_sync(kFullWarp, segment, lane);
-        }
-        ++num_partials;
-      }
+    const u64 own_window = window_of(world, world.rank);
+    const int item = lane_id() / width, index = lane_id() % width;
+    const i64 token = static_cast<i64>(first) + item;
+    const bool is_there = item < num_items && token < args.num_tokens;
+    // Lane i of an item holds the i-th rank's segment. More ranks than lanes would need more turns.
+    const int rank = index < world.num_ranks ? order[index] : -1;
+    i32 segment = -1;
+    if (is_there && rank >= 0) segment = links.token_segment[token * world.num_ranks + rank];
+    const bool is_own = rank == world.rank && segment >= 0;
+    const u8* partial = nullptr;
+    bool has_come = true;
+    if (segment >= 0 && !is_own) {
+      const i64 row = links.return_from[rank] + segment;
+      const u64* flag = return_flag(own_window, row);
+      has_come = wait_for(world, call, rank, token, [&] { return load_acquire(flag) == epoch; });
+      partial = at_bytes<u8>(own_window, args.returns_at + row * args.row_bytes);
     }
-    if (!__all_sync(kFullWarp, is_there)) return false;
+    if (!__all_sync(kFullWarp, has_come)) return false;
+#if FUSCO_BULK
+    asm volatile("fence.proxy.async;" ::: "memory");
+#endif
+    const i32 node = rank >= 0 ? node_of_rank[rank] : 0;
+    const u32 terms = __ballot_sync(kFullWarp, segment >= 0), own_terms = __ballot_sync(kFullWarp, is_own);
+    const int own_lane = __ffs(own_terms & lanes_of(min(item, num_items - 1))) - 1;
+    const i32 own_segment = __shfl_sync(kFullWarp, segment, max(own_lane, 0));
     i32 slot = -1;
-    float weight = 0;
-    int count = 0;
-    if (own_at >= 0) count = slots_of(world.rank, own_segment, slot, weight);
-
-    const u8* returns = at_bytes<u8>(own, args.returns_at);
-    u8* out = reinterpret_cast<u8*>(args.out) + static_cast<i64>(token) * args.row_bytes;
-    const i32 num_vectors = args.row_bytes / 16;
-    for (i32 first = lane_id(); first - lane_id() < num_vectors; first += kColumns * kWarp) {
-      Sums own_sums, node_sums, total;
-      own_sums.clear();
-      add_rows(own_sums, slot, weight, count, first, num_vectors);
-      node_sums.clear();
-      total.clear();
-      i32 node = num_partials ? __shfl_sync(kFullWarp, partial_node, 0) : 0;
-      for (int i = 0; i < num_partials; ++i) {
-        const i64 row = __shfl_sync(kFullWarp, partial_row, i);
-        const i32 its_node = __shfl_sync(kFullWarp, partial_node, i);
-        if (its_node != node) {
-#pragma unroll
-          for (int c = 0; c < kColumns; ++c) total.add(c, narrow(node_sums.value[c]));
-          node_sums.clear();
-          node = its_node;
-        }
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) {
-          const i32 vector = first + c * kWarp;
-          if (vector >= num_vectors) break;
-          node_sums.add(c, i == own_at ? narrow(own_sums.value[c])
-                                       : load_vector(returns + row * args.row_bytes + vector * 16LL));
-        }
-      }
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        const i32 vector = first + c * kWarp;
-        total.add(c, narrow(node_sums.value[c]));
-        if (vector < num_vectors) store_vector(out + vector * 16LL, narrow(total.value[c]));
-      }
+    if (is_there && own_lane >= 0 && index < world.top_k) {
+      slot = links.slots(world, world.rank, own_segment)[index];
     }
-    if (args.pair_values) return_values(token);
+    const float weight = weight_of(slot);
+    const u8* own_row = row_at(slot);
+    const u32 filled = __ballot_sync(kFullWarp, slot >= 0);
+    for (int i = 0; i < num_items && first + i < args.num_tokens; ++i) {
+      const int base = i * width;
+      const i32 num_own = __popc(filled & lanes_of(i));
+      // Lane j takes the j-th row in the order of the sum, and finds the lane that knows it.
+      i32 num_rows = 0, last_node = -1;
+      int source = 0;
+      bool takes_own = false;
+      u32 op = 0;
+      for (u32 left = terms & lanes_of(i); left; left &= left - 1) {
+        const int lane = __ffs(left) - 1;
+        const bool owns = own_terms >> lane & 1;
+        const i32 its_node = __shfl_sync(kFullWarp, node, lane), count = owns ? num_own : 1;
+        if (num_rows && its_node != last_node && lane_id() == num_rows - 1) op |= kEndNode;
+        last_node = its_node;
+        const int mine = lane_id() - num_rows;
+        if (mine >= 0 && mine < count) {
+          takes_own = owns;
+          source = owns ? base + mine : lane;
+          op = mine == count - 1 ? kEndTerm : 0;
+          if (owns && args.row_weights) op |= kWeigh;
+        }
+        num_rows += count;
+      }
+      if (lane_id() == num_rows - 1) op |= kEndNode;
+      const u64 from_own = __shfl_sync(kFullWarp, reinterpret_cast<u64>(own_row), source);
+      const u64 from_partial = __shfl_sync(kFullWarp, reinterpret_cast<u64>(partial), source);
+      const float its_weight = __shfl_sync(kFullWarp, weight, source);
+      u8* out = reinterpret_cast<u8*>(args.out) + (static_cast<i64>(first) + i) * args.row_bytes;
+      fetch(reinterpret_cast<const u8*>(takes_own ? from_own : from_partial), op, its_weight, num_rows,
+            out, nullptr);
+      if (args.pair_values) return_values(first + i);
+    }
     return true;
   }
 
-  __device__ __forceinline__ void return_values(i32 token) const {
+  __device__ __forceinline__ void return_values(i64 token) const {
     const int lane = lane_id(), top_k = world.top_k;
     const i32* pair_rank = reinterpret_cast<const i32*>(args.pairs);
     const i32* pair_slot = pair_rank + static_cast<i64>(args.num_tokens) * top_k;
-    const i64 pair = static_cast<i64>(token) * top_k + lane;
+    const i64 pair = token * top_k + lane;
     const i32 rank = lane < top_k ? pair_rank[pair] : -1;
     const u32 same = __match_any_sync(kFullWarp, rank >= 0 ? rank : -1 - lane);
     const i32 index = __popc(same & lanes_below());
@@ -208,53 +260,135 @@ struct Combine {
     if (rank == world.rank) {
       value = reinterpret_cast<const float*>(args.row_values)[pair_slot[pair]];
     } else if (rank >= 0) {
-      const i64 row = links.return_from[rank] +
-                      links.token_segment[static_cast<i64>(token) * world.num_ranks + rank];
+      const i64 row = links.return_from[rank] + links.token_segment[token * world.num_ranks + rank];
       value = at_bytes<float>(window_of(world, world.rank), world.values_at)[row * top_k + index];
     }
     if (lane < top_k) reinterpret_cast<float*>(args.pair_values)[pair] = value;
   }
 
-  __device__ __forceinline__ void give_back_all(State& state) const {
+  __device__ __forceinline__ void give_back_all(State& state) {
     const u32 num_others = world.num_ranks - 1;
-    if (num_others == 0) return;
     i32 most = 0;
     for (int rank = 0; rank < world.num_ranks; ++rank) {
       if (rank != world.rank) most = max(most, links.arrivals[rank]);
     }
     const u32 end = num_others * most;
-    for (u32 item = claim(&state.queue[0]); item < end; item = claim(&state.queue[0])) {
-      const int to = (world.rank + 1 + item % num_others) % world.num_ranks;
-      const i32 segment = item / num_others;
-      if (segment < links.arrivals[to]) give_back(to, segment);
+    for (u32 first = claim(&state.queue[0], num_items); first < end;
+         first = claim(&state.queue[0], num_items)) {
+      give_back(first, end);
     }
   }
 
-  __device__ __forceinline__ void sum_all(State& state) const {
-    for (u32 token = claim(&state.queue[1]); token < args.num_tokens; token = claim(&state.queue[1])) {
-      if (!sum(static_cast<i32>(token))) return;
+  __device__ __forceinline__ void sum_all(State& state) {
+    for (u32 first = claim(&state.queue[1], num_items); first < args.num_tokens;
+         first = claim(&state.queue[1], num_items)) {
+      if (!sum(first)) return;
     }
   }
 };
 
+// Sums pieces as they come.
+__device__ __forceinline__ void sum_pieces(Shared& shared, const CombineArgs& args, const u8* rows,
+                                           u8* sums) {
+  const int thread = threadIdx.x - kWarp;
+  int num_ends = 0;
+  for (u32 number = 0; num_ends < kOutputs; ++number) {
+    const u32 place = number % kPieces, output = number % kOutputs;
+    shared.full[place].wait(number / kPieces & 1);
+    shared.sum_empty[output].wait(number / kOutputs & 1 ^ 1);
+    const Piece& piece = shared.pieces[place];
+    const i32 num_rows = piece.num_rows, size = piece.size;
+    if (thread == 0) shared.sent[output] = Sent{piece.out, piece.flag, size};
+    u8* sum = sums + output * args.piece_bytes;
+    for (i32 at = thread * 16; at < size; at += kSummingThreads * 16) {
+      Wide term[kPerVector] = {}, node[kPerVector] = {}, total[kPerVector] = {};
+#pragma unroll 4
+      for (int i = 0; i < num_rows; ++i) {
+        const Row& row = piece.rows[i];
+        const Vector vector = *reinterpret_cast<const Vector*>(rows + row.at + at);
+        const Wide weight = row.weight;
+        if (row.op & kWeigh) {
+#pragma unroll
+          for (int j = 0; j < kPerVector; ++j) {
+            term[j] = add_exact(term[j], multiply_exact(widen(vector, j), weight));
+          }
+        } else {
+#pragma unroll
+          for (int j = 0; j < kPerVector; ++j) term[j] = add_exact(term[j], widen(vector, j));
+        }
+        if (row.op & kEndTerm) add_rounded(node, term);
+        if (row.op & kEndNode) add_rounded(total, node);
+      }
+      *reinterpret_cast<Vector*>(sum + at) = narrow(total);
+    }
+    publish_to_copies();
+    __syncwarp();
+    if (lane_id() == 0) {
+      shared.empty[place].arrive();
+      shared.sum_full[output].arrive();
+    }
+    if (size < 0) ++num_ends;
+  }
+}
+
+// Sends every kOutputs-th sum.
+__device__ __forceinline__ void send_sums(Shared& shared, const CombineArgs& args, int output, u32 epoch,
+                                          const u8* sums) {
+  for (u32 turn = 0;; ++turn) {
+    shared.sum_full[output].wait(turn & 1);
+    const Sent sent = shared.sent[output];
+    if (sent.size < 0) return;
+    drain(sent.out, sums + output * args.piece_bytes, sent.size, sent.flag != nullptr);
+    if (lane_id() == 0) {
+      if (sent.flag) store_release(sent.flag, epoch);
+      shared.sum_empty[output].arrive();
+    }
+  }
+}
+
 // A combine of several tensors is several kernels, of which the first agrees for all.
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(kCombineThreads, 1)
     combine(const __grid_constant__ World world, const __grid_constant__ Call call,
             const __grid_constant__ CombineArgs args) {
+  extern __shared__ __align__(128) u8 dynamic[];
+  u8* rows = dynamic;
+  u8* sums = rows + args.num_slots * args.piece_bytes;
+  Shared& shared = *reinterpret_cast<Shared*>(sums + kOutputs * args.piece_bytes);
   State& state = state_of(world);
   const u32 epoch = state.epoch + 1;
-  const i32 verdict = args.part == 0 ? agree(world, call, epoch) : state.verdict;
-  if (verdict == kGo) {
-    const Combine work{world, call, args, Links(world, args.num_tokens, args.links), epoch};
-    if (blockIdx.x == 0) {
-      for (int rank = threadIdx.x; rank < world.num_ranks; rank += blockDim.x) {
-        reinterpret_cast<u64*>(world.sent_bytes)[rank] +=
-            work.links.arrivals[rank] * static_cast<i64>(args.row_bytes);
-      }
+  const Links links(world, args.num_tokens, args.links);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kPieces; ++i) {
+      shared.full[i].init(kFillArrivals);
+      shared.empty[i].init(kSummingWarps);
     }
-    if (warp_id() % 2 == 0) work.give_back_all(state);
-    work.sum_all(state);
-    work.give_back_all(state);
+    for (int i = 0; i < kOutputs; ++i) {
+      shared.sum_full[i].init(kSummingWarps);
+      shared.sum_empty[i].init(1);
+    }
+#if FUSCO_BULK
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+  }
+  __syncthreads();
+  const i32 verdict = args.part == 0 ? agree(world, call, epoch) : state.verdict;
+  if (verdict == kGo && *links.is_valid) {
+    if (blockIdx.x == 0 && threadIdx.x < world.num_ranks) {
+      reinterpret_cast<u64*>(world.sent_bytes)[threadIdx.x] +=
+          links.arrivals[threadIdx.x] * static_cast<i64>(args.row_bytes);
+    }
+    if (warp_id() == 0) {
+      Fetcher fetcher(world, call, args, links, epoch, shared, rows);
+      const bool returns_first = blockIdx.x % 2 == 0;
+      if (returns_first) fetcher.give_back_all(state);
+      fetcher.sum_all(state);
+      fetcher.give_back_all(state);
+      fetcher.fetch_end();
+    } else if (warp_id() <= kSummingWarps) {
+      sum_pieces(shared, args, rows, sums);
+    } else {
+      send_sums(shared, args, warp_id() - kSummingWarps - 1, epoch, sums);
+    }
   }
   if (finish(state, args.is_last ? epoch : epoch - 1)) state.verdict = verdict;
 }

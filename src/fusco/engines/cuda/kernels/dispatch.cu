@@ -185,7 +185,7 @@ __device__ __forceinline__ void find_places(const World& world, const DispatchAr
   for (int rank = threadIdx.x; rank < world.num_ranks; rank += blockDim.x) {
     const i64* record = record_of(world, epoch, rank);
     const u64 block = heaps[record[kChunk] * world.num_ranks + rank] + record[kBase];
-    const i64 num_rows = links.rows[rank];
+    const i64 num_rows = rows_of_block(world, links, rank);
     for (int part = 0; part < args.num_parts; ++part) {
       places[rank].part[part] = at_bytes<u8>(block, part_at(args.row_bytes, part, num_rows));
     }
@@ -216,20 +216,17 @@ extern "C" __global__ void __launch_bounds__(512)
   i32 verdict;
   if (args.is_planned) {
     verdict = agree(world, call, ++epoch);
-    if (blockIdx.x == 0 && threadIdx.x == 0) {
-      bool is_short = false;
-      i64 need = 0;
-      for (int rank = 0; verdict == kGo && rank < world.num_ranks; ++rank) {
-        const i64 bytes = block_bytes(args.row_bytes, args.num_parts, links.rows[rank]);
-        is_short = is_short || bytes > record_of(world, epoch, rank)[kCapacity];
-        need = max(need, bytes);
-      }
-      report_to_host(world, call, is_short ? static_cast<i32>(kShort) : verdict,
-                     links.rows[world.rank], 0, need);
+    if (verdict == kGo && !*links.is_valid) verdict = kInvalid;
+    i64 need = 0;
+    for (int rank = 0; verdict == kGo && rank < world.num_ranks; ++rank) {
+      need = max(need, block_bytes(args.row_bytes, args.num_parts, rows_of_block(world, links, rank)));
     }
     for (int rank = 0; verdict == kGo && rank < world.num_ranks; ++rank) {
-      const i64 bytes = block_bytes(args.row_bytes, args.num_parts, links.rows[rank]);
+      const i64 bytes = block_bytes(args.row_bytes, args.num_parts, rows_of_block(world, links, rank));
       if (bytes > record_of(world, epoch, rank)[kCapacity]) verdict = kShort;
+    }
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+      report_to_host(world, call, verdict, links.rows[world.rank], 0, need);
     }
   } else {
     verdict = state.verdict;

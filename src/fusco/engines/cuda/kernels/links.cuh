@@ -5,6 +5,7 @@
 #include "device.cuh"
 
 struct Links {
+  i32* is_valid;       // [1] whether the ranks agreed; else the rest means nothing
   i32* sends;          // [P] segments sent to each rank
   i32* arrivals;       // [P] segments that arrive from each rank
   i32* rows;           // [P] rows each rank receives
@@ -14,7 +15,8 @@ struct Links {
   i32* arrival_slot;   // [P, max_tokens, K] slots of each segment that arrives; -1 behind the last
 
   __device__ __forceinline__ Links(const World& world, int num_tokens, u64 links) {
-    sends = reinterpret_cast<i32*>(links);
+    is_valid = reinterpret_cast<i32*>(links);
+    sends = is_valid + 1;
     arrivals = sends + world.num_ranks;
     rows = arrivals + world.num_ranks;
     return_at = rows + world.num_ranks;
@@ -28,6 +30,11 @@ struct Links {
     return arrival_slot + (static_cast<i64>(rank) * world.max_tokens + segment) * world.top_k;
   }
 };
+
+// The rows that a rank's block is laid out for: those it receives, or as many as it always has.
+__device__ __forceinline__ i64 rows_of_block(const World& world, const Links& links, int rank) {
+  return world.static_rows ? world.static_rows : links.rows[rank];
+}
 
 // Where part `part` begins in the block of a rank that receives `num_rows` rows; the part behind the
 // last are the row weights.

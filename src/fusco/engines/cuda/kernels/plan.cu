@@ -64,8 +64,8 @@ __device__ __forceinline__ void count(const World& world, const PlanArgs& args, 
 }
 
 // Where the rows of each expert begin on its rank, and how many rows each rank receives, from the
-// records of all ranks. `start` has room for E + 1 numbers; returns the bytes the neediest rank needs,
-// and whether every rank has room.
+// records of all ranks. `start` has room for E + 1 numbers. Leaves what the neediest rank needs, and
+// returns whether every rank has room.
 __device__ __forceinline__ bool lay_out(const World& world, const PlanArgs& args, u32 epoch, i32* start,
                                         i64* need) {
   const i32* device_major = reinterpret_cast<const i32*>(world.device_major);
@@ -135,9 +135,10 @@ __device__ __forceinline__ bool lay_out(const World& world, const PlanArgs& args
     }
     links.return_at[rank] = at;
     links.return_from[rank] = from;
-    i64 bytes = block_bytes(args.row_bytes, args.num_parts, num_rows);
-    most = max(most, bytes);
-    has_room = has_room && bytes <= record[kCapacity];
+    // What is always as large is measured in rows.
+    i64 size = world.static_rows ? num_rows : block_bytes(args.row_bytes, args.num_parts, num_rows);
+    most = max(most, size);
+    has_room = has_room && size <= (world.static_rows ? world.static_rows : record[kCapacity]);
     if (rank == me) expert_offsets[end_local - first_local] = num_rows;
   }
   __shared__ u64 largest;
@@ -167,13 +168,14 @@ __device__ __forceinline__ void lead(const World& world, const Call& call, const
   if (is_bad) {
     report_failure(world, call, verdict, world.rank, state.lowest_id, state.highest_id);
     state.lowest_id = state.highest_id = 0;
-  } else if (verdict == kUnlike || (verdict == kShort && args.is_static)) {
+  } else if (verdict == kUnlike || (verdict == kShort && world.static_rows)) {
     report_failure(world, call, verdict, -1, -1, need);
   }
   state.verdict = verdict;
   state.arrived = 0;
   state.epoch = epoch;
   const Links links(world, args.num_tokens, args.links);
+  *links.is_valid = verdict == kGo;
   const bool is_laid_out = verdict == kGo || verdict == kShort;
   i64 num_pairs = 0;
   if (is_laid_out) {

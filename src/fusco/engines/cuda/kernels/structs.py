@@ -14,6 +14,12 @@ MAX_PARTS = 4
 """Tensors that one dispatch moves at once."""
 REPORTS = 8
 """Places in which kernels report to the host, taken in turn."""
+PIECES = 16
+"""Pieces of work that a block of a combine has under way at the most."""
+OUTPUTS = 4
+"""Warps of such a block that send sums."""
+SUMMING_WARPS = 14
+"""Warps of such a block that sum."""
 
 
 class Verdict(IntEnum):
@@ -61,6 +67,8 @@ class World(ctypes.Structure):
         ("max_tokens", c_int32),
         ("alignment", c_int32),
         ("num_returns", c_int32),
+        ("static_rows", c_int32),
+        ("unused", c_int32),
     )
 
 
@@ -92,7 +100,7 @@ class PlanArgs(ctypes.Structure):
         ("num_parts", c_int32),
         ("num_tokens", c_int32),
         ("chunk_tokens", c_int32),
-        ("is_static", c_int32),
+        ("unused", c_int32),
     )
 
 
@@ -130,6 +138,10 @@ class CombineArgs(ctypes.Structure):
         ("num_tokens", c_int32),
         ("part", c_int32),
         ("is_last", c_int32),
+        ("piece_bytes", c_int32),
+        ("num_slots", c_int32),
+        ("items_at_once", c_int32),
+        ("unused", c_int32),
     )
 
 
@@ -176,6 +188,8 @@ class Report(ctypes.Structure):
     )
 
 
+COMBINE_SHARED_BYTES = 8192
+"""Room in shared memory for what the warps of such a block tell each other."""
 _C_NAMES: dict[Any, str] = {
     c_int32: "int",
     c_uint32: "unsigned int",
@@ -198,6 +212,10 @@ def declarations() -> str:
         "kBase": Field.BASE,
         "kCapacity": Field.CAPACITY,
         "kBlockAlignment": BLOCK_ALIGNMENT,
+        "kPieces": PIECES,
+        "kOutputs": OUTPUTS,
+        "kSummingWarps": SUMMING_WARPS,
+        "kCombineSharedBytes": COMBINE_SHARED_BYTES,
     }
     lines = [f"enum : int {{ {name} = {int(value)} }};" for name, value in constants.items()]
     for structure in (World, Call, PlanArgs, DispatchArgs, CombineArgs, State, Failure, Report):

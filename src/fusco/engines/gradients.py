@@ -9,8 +9,8 @@ _CHUNK_ELEMENTS = 1 << 20
 
 
 def weigh_gradients(
-    grads: list[Tensor], rows: list[Tensor], row_weights: Tensor | None
-) -> tuple[list[Tensor], Tensor]:
+    grads: tuple[Tensor, ...], rows: tuple[Tensor, ...], row_weights: Tensor | None
+) -> tuple[tuple[Tensor, ...], Tensor]:
     """Gradients of rows and row weights from the gradient of every row's sum.
 
     Args:
@@ -26,7 +26,7 @@ def weigh_gradients(
     grad_weights = torch.zeros(num_rows, dtype=torch.float32, device=grads[0].device)
     if row_weights is None:
         return grads, grad_weights
-    weighted = [torch.empty_like(grad) for grad in grads]
+    weighted = tuple(torch.empty_like(grad) for grad in grads)
     for grad, row, out in zip(grads, rows, weighted, strict=True):
         wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
         shape = (num_rows, grad.shape[1:].numel())

@@ -1,0 +1,76 @@
+"""On which streams the operations of a Shuffle run, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from fusco.types import Dispatched, as_tuple
+
+Result = TypeVar("Result")
+
+
+class Order:
+    """Keeps operations in the order of their calls, whatever stream they are made on.
+
+    Kernels of one stream need nothing for that, so it is only on a change of streams that the new
+    one waits for the old: for the last operation, and for what has used its results since, whose
+    memory may be written again.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._index = device.index
+        self._last: int | None = None
+        self._last_stream: torch.cuda.Stream | None = None
+        self._side: torch.cuda.Stream | None = None
+
+    def begin(self) -> int:
+        """The handle of the stream for the operation that begins now."""
+        # NOTE: the public current_stream() takes ten times as long.
+        handle: int = torch._C._cuda_getCurrentRawStream(self._index)
+        if handle != self._last:
+            stream = torch.cuda.current_stream(self._device)
+            if self._last_stream is not None and not torch.cuda.is_current_stream_capturing():
+                stream.wait_stream(self._last_stream)
+            self._last, self._last_stream = handle, stream
+        return handle
+
+    def run_beside(
+        self, operation: Callable[[], Result], inputs: Iterable[Tensor]
+    ) -> tuple[Result, torch.cuda.Event]:
+        """Run an operation on a side stream, after all that was asked of the current one.
+
+        Returns:
+            its result, and the event after which another stream may use it.
+        """
+        if self._side is None:
+            self._side = torch.cuda.Stream(self._device)
+        current = torch.cuda.current_stream(self._device)
+        self._side.wait_stream(current)
+        for tensor in inputs:
+            tensor.record_stream(self._side)
+        with torch.cuda.stream(self._side):
+            result = operation()
+            event = self._side.record_event()
+        # The memory of the results is the side stream's, but they will be used on this one.
+        for tensor in _tensors_of(result):
+            tensor.record_stream(current)
+        return result, event
+
+    def synchronize(self) -> None:
+        """Until the last operation is done."""
+        if self._last_stream is not None:
+            self._last_stream.synchronize()
+
+
+def _tensors_of(result: object) -> Iterable[Tensor]:
+    if isinstance(result, Dispatched):
+        tensors = [*as_tuple(result.tokens), result.row_weights, *result.plan.to_tensors()]
+    else:
+        assert isinstance(result, (Tensor, tuple)), "what dispatch and combine return"
+        tensors = [*as_tuple(result)]
+    return [each for each in tensors if each.is_cuda]
