@@ -29,6 +29,7 @@ from fusco.types import Ablation, AnyRows, Dispatched, Plan, Stats, as_tuple, li
 
 _KEYS = itertools.count()
 Result = TypeVar("Result")
+_MAX_ACCEPTED = 1024
 
 
 class Shuffle:
@@ -143,6 +144,7 @@ class Shuffle:
             device_types=self._engine.device_types,
             key=self._key,
         )
+        self._accepted: set[tuple[Any, ...]] = set()
         ops.ENGINES[self._key] = self._engine
 
     @property
@@ -225,10 +227,14 @@ class Shuffle:
         got: Sequence[Tensor]
         operation = Operation.DISPATCH if plan is None else Operation.DISPATCH_PLANNED
         with stage("dispatch"):
-            try:
-                self._limits.check_dispatch(x, topk_idx, topk_weights, plan)
-            except InputError as error:
-                self._raise_everywhere(Call(operation=operation, error=error))
+            key = None if plan is not None else _form_of(x, topk_idx, topk_weights)
+            if key is None or key not in self._accepted:
+                try:
+                    self._limits.check_dispatch(x, topk_idx, topk_weights, plan)
+                except InputError as error:
+                    self._raise_everywhere(Call(operation=operation, error=error))
+                if key is not None and len(self._accepted) < _MAX_ACCEPTED:
+                    self._accepted.add(key)
             rows = as_tuple(x)
             grads = ops.wanted_gradients(rows, topk_weights)
             if grads == ops.NO_GRADIENTS and ops.is_eager((*rows, topk_idx, topk_weights)):
@@ -395,3 +401,14 @@ class Shuffle:
     def _require_open(self) -> None:
         if self._key not in ops.ENGINES:
             raise ClosedError("Shuffle: it was closed, or a rank was lost; make a new one")
+
+
+def _form_of(x: Any, topk_idx: Any, topk_weights: Any) -> tuple[Any, ...] | None:
+    """All that is checked of plain tensors, for those who come again; None where it is more."""
+    if type(x) is not Tensor or type(topk_idx) is not Tensor or type(topk_weights) is not Tensor:
+        return None
+    return (
+        (x.shape, x.dtype, x.device, x.layout),
+        (topk_idx.shape, topk_idx.dtype, topk_idx.device),
+        (topk_weights.shape, topk_weights.dtype, topk_weights.device),
+    )

@@ -246,7 +246,7 @@ class Limits:
                 expected="the plan of an earlier dispatch, d.plan",
                 remedy="dispatch with topk_idx to make one",
             )
-        if int(plan.identity[1]) != self.key:
+        if plan.identity.tolist()[1] != self.key:
             raise input_error(
                 operation,
                 "plan",

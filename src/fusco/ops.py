@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -34,20 +34,24 @@ ENGINES: dict[int, Engine] = {}
 """The engines of all open Shuffles, by key."""
 
 
-@contextmanager
-def using(shuffle: int) -> Iterator[Engine]:
+class using:
     """The engine of an open Shuffle; a lost rank closes it for good.
 
     Raises:
         ClosedError: it is closed.
     """
-    engine = engine_of(shuffle)
-    try:
-        yield engine
-    except PeerError as error:
-        del ENGINES[shuffle]
-        engine.close(lost=error.rank)
-        raise
+
+    def __init__(self, shuffle: int) -> None:
+        self._shuffle = shuffle
+        self._engine = engine_of(shuffle)
+
+    def __enter__(self) -> Engine:
+        return self._engine
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, PeerError):
+            del ENGINES[self._shuffle]
+            self._engine.close(lost=error.rank)
 
 
 def engine_of(shuffle: int) -> Engine:
@@ -146,13 +150,16 @@ def run_dispatch(
     with using(shuffle) as engine:
         # Here and not with the other checks, since it looks at values, which a compiler cannot.
         num_experts = engine.world.topology.num_experts
+        call = _new_dispatch(_form(rows, topk_weights, grads))
         error = None if engine.finds_bad_ids else find_bad_id(topk_idx, num_experts)
-        call = Call(
-            operation=Operation.DISPATCH, form=_form(rows, topk_weights, grads), error=error
-        )
         if error is not None:
-            engine.agree_on_error(call)
+            engine.agree_on_error(replace(call, error=error))
         return engine.dispatch(call, rows, topk_weights, topk_idx)
+
+
+@functools.lru_cache(maxsize=256)
+def _new_dispatch(form: str) -> Call:
+    return Call(operation=Operation.DISPATCH, form=form)
 
 
 @_operator(

@@ -148,7 +148,8 @@ class Plan(ABC):
     @property
     def number(self) -> int:
         """The number that all ranks know it by."""
-        return int(self.identity[0])
+        number: int = self.identity.tolist()[0]
+        return number
 
     @property
     @abstractmethod

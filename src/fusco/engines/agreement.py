@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from dataclasses import dataclass, replace
 
@@ -30,7 +31,7 @@ class Call:
 
     def head(self, epoch: int, base: int = 0, capacity: int = 0) -> tuple[int, ...]:
         """The head of the record to publish, in the order of `Field`."""
-        signature = zlib.crc32(self.form.encode())
+        signature = _signature(self.form)
         return epoch, self.operation, self._status, self.plan, signature, base, capacity
 
     def failed(self, error: WindowMemoryError) -> Call:
@@ -50,6 +51,11 @@ class Call:
             return str(self.error)
         plan = "a new plan" if self.plan < 0 else f"plan {self.plan}"
         return f"{self.operation.text} with {plan}" + (f", {self.form}" if self.form else "")
+
+
+@functools.lru_cache(maxsize=256)
+def _signature(form: str) -> int:
+    return zlib.crc32(form.encode())
 
 
 def is_agreed(records: npt.NDArray[np.int64]) -> bool:

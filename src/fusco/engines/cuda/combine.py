@@ -16,9 +16,8 @@ from fusco.layout.compact import round_up
 from fusco.layout.segments import bytes_per_row
 from fusco.types import CompactPlan
 
-_SUMMING_BYTES = structs.SUMMING_WARPS * 32 * 16
-"""Bytes of a row that a block sums in one step."""
-_THREADS = (1 + structs.SUMMING_WARPS + structs.OUTPUTS) * 32
+_MAX_PIECE_BYTES = 8192
+_THREADS = (1 + structs.GROUPS * (structs.GROUP_WARPS + 1)) * 32
 _ITEMS_AT_ONCE = 4
 
 
@@ -74,7 +73,7 @@ class Combiner:
         """
         session, args = self._session, self._args
         room = session.max_shared_bytes - structs.COMBINE_SHARED_BYTES
-        num_pieces = -(-row_bytes // _SUMMING_BYTES)
+        num_pieces = -(-row_bytes // _MAX_PIECE_BYTES)
         while True:
             piece_bytes = round_up(-(-row_bytes // num_pieces), 16)
             num_slots = room // piece_bytes - structs.OUTPUTS

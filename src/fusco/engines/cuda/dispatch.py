@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from fusco.engines.base import Delivery
 from fusco.engines.cuda.jit import Variant
 from fusco.engines.cuda.kernels import structs
 from fusco.engines.cuda.kernels.structs import MAX_PARTS, Verdict
-from fusco.engines.cuda.session import MAX_PLAN_BLOCKS, Session
+from fusco.engines.cuda.session import MAX_PLAN_BLOCKS, Report, Session
 from fusco.engines.cuda.window import Place
 from fusco.errors import WindowMemoryError
 from fusco.layout.compact import links_len, part_starts
@@ -26,6 +28,43 @@ _MAX_WARPS = 14
 _MAX_SLOT_BYTES = 16384
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Format:
+    """What follows from the formats of the rows, and so need not be worked out at every call.
+
+    Attributes:
+        row_bytes: of each tensor.
+        slot_bytes: of a row, the part that a warp moves at once.
+        threads, shared_bytes: of a block of the dispatch kernel.
+        dtypes: of the rows and the row weights.
+        row_shapes: of the rows and the row weights.
+    """
+
+    row_bytes: tuple[int, ...]
+    slot_bytes: int
+    threads: int
+    shared_bytes: int
+    dtypes: tuple[torch.dtype, ...]
+    row_shapes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, rows: tuple[Tensor, ...], session: Session) -> _Format:
+        row_bytes = tuple(bytes_per_row(each) for each in rows)
+        slot_bytes = min(_MAX_SLOT_BYTES, max(row_bytes))
+        # Beside a warp's slot lie its barrier and, once a block, the places of all ranks.
+        places = session.num_ranks * (MAX_PARTS + 2) * 8
+        room = session.max_shared_bytes - places
+        num_warps = min(_MAX_WARPS, room // (slot_bytes + 8)) // 2 * 2
+        return cls(
+            row_bytes=row_bytes,
+            slot_bytes=slot_bytes,
+            threads=num_warps * 32,
+            shared_bytes=num_warps * (slot_bytes + 8) + places,
+            dtypes=(*(each.dtype for each in rows), torch.float32),
+            row_shapes=(*(tuple(each.shape[1:]) for each in rows), ()),
+        )
+
+
 class Dispatcher:
     """Launches the two kernels of a dispatch, and wraps what they bring."""
 
@@ -35,6 +74,7 @@ class Dispatcher:
         self._args = structs.DispatchArgs()
         self._plan = session.launcher(Variant(name="plan"), self._plan_args)
         self._dispatch = session.launcher(Variant(name="dispatch"), self._args)
+        self._formats: dict[Any, _Format] = {}
 
     def dispatch_new(
         self,
@@ -46,16 +86,29 @@ class Dispatcher:
     ) -> Delivery:
         """Plan and dispatch. Only when all ranks have counted is it known who needs how much room;
         where it is not there, all ranks add some and begin again."""
-        session = self._session
+        session, device, args = self._session, self._session.device, self._args
         stream = session.order.begin()
-        row_bytes = self._set_rows(rows, weights)
-        plan = self._set_plan(topk_idx, row_bytes)
+        form = self._set_rows(rows, weights)
+        num_tokens, top_k = topk_idx.shape
+        num_local = session.constants.num_local
+        size = links_len(num_tokens, session.num_ranks, session.max_tokens, top_k)
+        tokens_per_expert = torch.empty(num_local, dtype=torch.int64, device=device)
+        expert_offsets = torch.empty(num_local + 1, dtype=torch.int32, device=device)
+        pairs = torch.empty((2, num_tokens, top_k), dtype=torch.int32, device=device)
+        links = torch.empty(size, dtype=torch.int32, device=device)
+        plan_args = self._plan_args
+        plan_args.topk_idx = topk_idx.data_ptr()
+        args.pairs = plan_args.pairs = pairs.data_ptr()
+        args.links = plan_args.links = links.data_ptr()
+        args.tokens_per_expert = plan_args.tokens_per_expert = tokens_per_expert.data_ptr()
+        args.expert_offsets = plan_args.expert_offsets = expert_offsets.data_ptr()
+        args.is_planned = 0
+        num_rows = session.world.max_recv_tokens
         while True:
-            place = self._reserve(call, row_bytes, None)
+            place = self._reserve(call, form, None)
             ticket = session.describe(call, place)
-            self._launch_plan(stream)
-            self._launch(stream, row_bytes, is_planned=False)
-            num_rows = session.world.max_recv_tokens
+            self._launch_plan(stream, num_tokens)
+            self._dispatch(stream, session.num_sms, form.threads, form.shared_bytes)
             if num_rows is not None:
                 break
             report = session.await_report(ticket)
@@ -63,16 +116,15 @@ class Dispatcher:
                 num_rows = report.num_rows
                 break
             self._make_room(call, place, report)
-        identity = new_identity()
         plan = CompactPlan(
-            identity=identity,
-            tokens_per_expert=plan.tokens_per_expert,
-            expert_offsets=plan.expert_offsets,
-            pairs=plan.pairs,
-            links=plan.links,
+            identity=new_identity(),
+            tokens_per_expert=tokens_per_expert,
+            expert_offsets=expert_offsets,
+            pairs=pairs,
+            links=links,
             row_extent=session.one.expand(num_rows),
         )
-        return self._wrap(place, rows, row_bytes, plan)
+        return self._wrap(place, form, num_rows, plan)
 
     def dispatch_planned(
         self,
@@ -82,33 +134,34 @@ class Dispatcher:
         plan: CompactPlan,
     ) -> Delivery:
         """Dispatch by an existing plan."""
-        session = self._session
+        session, args = self._session, self._args
         stream = session.order.begin()
-        row_bytes = self._set_rows(rows, weights)
-        args = self._args
+        form = self._set_rows(rows, weights)
+        num_rows = plan.num_rows
         args.pairs, args.links = plan.pairs.data_ptr(), plan.links.data_ptr()
         args.tokens_per_expert = plan.tokens_per_expert.data_ptr()
         args.expert_offsets = plan.expert_offsets.data_ptr()
+        args.is_planned = 1
         while True:
-            place = self._reserve(call, row_bytes, plan.num_rows)
+            place = self._reserve(call, form, num_rows)
             ticket = session.describe(call, place)
-            self._launch(stream, row_bytes, is_planned=True)
+            self._dispatch(stream, session.num_sms, form.threads, form.shared_bytes)
             if session.world.max_recv_tokens is not None:
                 break
             report = session.await_report(ticket)
             if report.verdict == Verdict.GO:
                 break
             self._make_room(call, place, report)
-        return self._wrap(place, rows, row_bytes, plan)
+        return self._wrap(place, form, num_rows, plan)
 
-    def _reserve(self, call: Call, row_bytes: list[int], num_rows: int | None) -> Place:
+    def _reserve(self, call: Call, form: _Format, num_rows: int | None) -> Place:
         """A block for what this rank will receive: of the size that is known, else the largest."""
         session = self._session
         heap, static_rows = session.heap, session.world.max_recv_tokens
         if static_rows is None:
             if num_rows is None:
                 return heap.reserve_largest()
-            return heap.reserve(part_starts(row_bytes, num_rows)[-1])
+            return heap.reserve(part_starts(form.row_bytes, num_rows)[-1])
         need = part_starts([session.world.row_bytes], static_rows)[-1] + MAX_PARTS * 128
         is_capturing = torch.cuda.is_current_stream_capturing()
         place = heap.reserve_captured(need) if is_capturing else heap.reserve(need)
@@ -124,83 +177,46 @@ class Dispatcher:
         session.grow(call.operation.text, need)
         return heap.reserve(need)
 
-    def _make_room(self, call: Call, place: Place, report: structs.Report) -> None:
+    def _make_room(self, call: Call, place: Place, report: Report) -> None:
         self._session.heap.release(place)
         self._session.raise_failure()
         self._session.grow(call.operation.text, report.need)
 
-    def _set_rows(self, rows: tuple[Tensor, ...], weights: Tensor | None) -> list[int]:
+    def _set_rows(self, rows: tuple[Tensor, ...], weights: Tensor | None) -> _Format:
         args, plan_args = self._args, self._plan_args
-        row_bytes = []
+        key = tuple((each.dtype, each.shape[1:]) for each in rows)
+        form = self._formats.get(key)
+        if form is None:
+            form = self._formats[key] = _Format.of(rows, self._session)
         for part, each in enumerate(rows):
-            size = bytes_per_row(each)
-            row_bytes.append(size)
             args.rows[part] = each.data_ptr()
-            args.row_bytes[part] = plan_args.row_bytes[part] = size
+            args.row_bytes[part] = plan_args.row_bytes[part] = form.row_bytes[part]
         args.num_parts = plan_args.num_parts = len(rows)
         args.num_tokens = plan_args.num_tokens = rows[0].shape[0]
+        args.slot_bytes = form.slot_bytes
         args.weights = 0 if weights is None else weights.data_ptr()
-        return row_bytes
+        return form
 
-    def _set_plan(self, topk_idx: Tensor, row_bytes: list[int]) -> CompactPlan:
-        session, device = self._session, self._session.device
-        num_tokens, top_k = topk_idx.shape
-        num_local = session.constants.num_local
-        size = links_len(num_tokens, session.num_ranks, session.max_tokens, top_k)
-        plan = CompactPlan(
-            identity=session.one,
-            tokens_per_expert=torch.empty(num_local, dtype=torch.int64, device=device),
-            expert_offsets=torch.empty(num_local + 1, dtype=torch.int32, device=device),
-            pairs=torch.empty((2, num_tokens, top_k), dtype=torch.int32, device=device),
-            links=torch.empty(size, dtype=torch.int32, device=device),
-            row_extent=session.one,
-        )
-        args, plan_args = self._args, self._plan_args
-        plan_args.topk_idx = topk_idx.data_ptr()
-        args.pairs = plan_args.pairs = plan.pairs.data_ptr()
-        args.links = plan_args.links = plan.links.data_ptr()
-        args.tokens_per_expert = plan_args.tokens_per_expert = plan.tokens_per_expert.data_ptr()
-        args.expert_offsets = plan_args.expert_offsets = plan.expert_offsets.data_ptr()
-        return plan
-
-    def _launch_plan(self, stream: int) -> None:
-        session, args = self._session, self._plan_args
-        chunk = max(_TOKENS_PER_PLAN_BLOCK, -(-args.num_tokens // MAX_PLAN_BLOCKS))
-        args.chunk_tokens = chunk
+    def _launch_plan(self, stream: int, num_tokens: int) -> None:
+        session = self._session
+        chunk = max(_TOKENS_PER_PLAN_BLOCK, -(-num_tokens // MAX_PLAN_BLOCKS))
+        self._plan_args.chunk_tokens = chunk
         num_counts = session.constants.num_experts + session.num_ranks
         shared_bytes = 4 * (2 * num_counts + 1 + chunk * session.world.top_k)
-        grid = max(1, -(-args.num_tokens // chunk))
-        self._plan(stream, grid, _PLAN_THREADS, shared_bytes)
+        self._plan(stream, max(1, -(-num_tokens // chunk)), _PLAN_THREADS, shared_bytes)
 
-    def _launch(self, stream: int, row_bytes: list[int], *, is_planned: bool) -> None:
-        session = self._session
-        slot_bytes = min(_MAX_SLOT_BYTES, max(row_bytes))
-        # Beside a warp's slot lie its barrier and, once a block, the places of all ranks.
-        places = session.num_ranks * (MAX_PARTS + 2) * 8
-        room = session.max_shared_bytes - places
-        num_warps = min(_MAX_WARPS, room // (slot_bytes + 8)) // 2 * 2
-        self._args.slot_bytes = slot_bytes
-        self._args.is_planned = is_planned
-        shared_bytes = num_warps * (slot_bytes + 8) + places
-        self._dispatch(stream, session.num_sms, num_warps * 32, shared_bytes)
-
-    def _wrap(
-        self, place: Place, rows: tuple[Tensor, ...], row_bytes: list[int], plan: CompactPlan
-    ) -> Delivery:
+    def _wrap(self, place: Place, form: _Format, num_rows: int, plan: CompactPlan) -> Delivery:
         """The rows and their weights where they lie; the rest of the block is free again."""
-        session, num_rows = self._session, plan.num_rows
-        starts = part_starts(row_bytes, num_rows)
+        session = self._session
+        starts = part_starts(form.row_bytes, num_rows)
         is_captured = False
         if session.world.max_recv_tokens is None:
             place = session.heap.shrink(place, starts[-1])
         else:
             is_captured = torch.cuda.is_current_stream_capturing()
             starts[-1] = place.block.size
+        shapes = [(num_rows, *row_shape) for row_shape in form.row_shapes]
         *got, row_weights = session.heap.as_tensors(
-            place,
-            starts,
-            [(num_rows, *each.shape[1:]) for each in rows] + [(num_rows,)],
-            [*(each.dtype for each in rows), torch.float32],
-            is_captured=is_captured,
+            place, starts, shapes, form.dtypes, is_captured=is_captured
         )
         return Delivery(rows=tuple(got), row_weights=row_weights, plan=plan)

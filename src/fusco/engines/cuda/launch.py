@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any
 
 import torch
@@ -34,22 +35,35 @@ class Launcher:
         Device(device).set_current()
         self._module = ObjectCode.from_cubin(jit.cubin(variant, architecture(device)))
         self._kernel = self._module.get_kernel(variant.name)
-        self._launch = driver.cuLaunchKernel
-        self._function = _checked(driver.cuKernelGetFunction(self._kernel.handle))
+        function = _checked(driver.cuKernelGetFunction(self._kernel.handle))
         if shared_bytes:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _checked(driver.cuFuncSetAttribute(self._function, attribute, shared_bytes))
+            _checked(driver.cuFuncSetAttribute(function, attribute, shared_bytes))
+        self._function = int(function)
+        self._launch = _launch_function()
         self._arguments = arguments
         self._addresses = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
         self._parameters = ctypes.addressof(self._addresses)
 
     def __call__(self, stream: int, grid: int, block: int, shared_bytes: int = 0) -> None:
         """Launch on a stream; the arguments may change as soon as this returns."""
-        (error,) = self._launch(
-            self._function, grid, 1, 1, block, 1, 1, shared_bytes, stream, self._parameters, 0
+        error = self._launch(
+            self._function, grid, 1, 1, block, 1, 1, shared_bytes, stream, self._parameters, None
         )
         if error:
-            raise RuntimeError(f"cuLaunchKernel: {error!r}")
+            raise RuntimeError(f"cuLaunchKernel: CUDA driver error {error}")
+
+
+@functools.cache
+def _launch_function() -> Any:
+    # NOTE: a launch through cuda.core or cuda.bindings takes several times as long as the driver's
+    # own, and a small dispatch little longer than its launches.
+    launch = ctypes.CDLL("libcuda.so.1").cuLaunchKernel
+    sizes = [ctypes.c_uint] * 7
+    pointer = ctypes.c_void_p
+    launch.argtypes = [pointer, *sizes, pointer, pointer, pointer]
+    launch.restype = ctypes.c_int
+    return launch
 
 
 def architecture(device: int) -> str:

@@ -6,7 +6,7 @@ import ctypes
 import weakref
 from collections import deque
 from dataclasses import replace
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -34,6 +34,16 @@ _SPINS = 1000
 _STATIC_SHARED_BYTES = 1024
 """More than any kernel declares beside what it is launched with."""
 _REPORTED = structs.State.reported.offset // 4
+
+
+class Report(NamedTuple):
+    """What a kernel reports; see `structs.Report`."""
+
+    ticket: int
+    verdict: int
+    num_rows: int
+    num_pairs: int
+    need: int
 
 
 _SHARING: weakref.WeakSet[Session] = weakref.WeakSet()
@@ -76,6 +86,7 @@ class Session:
         self.one = torch.zeros(1, dtype=torch.uint8, device=self.device)
         self._say = self.launcher(Variant(name="agree"))
         self._ticket = 0
+        self._last_call: Call | None = None
         self._calls: deque[tuple[int, Call]] = deque(maxlen=_REMEMBERED)
         # No rank's kernels may write before every window is clear and mapped.
         self.bulletin.meet("windows")
@@ -149,16 +160,17 @@ class Session:
         """Fill this rank's record of an operation; the ticket by which it will be reported."""
         self.raise_failure()
         self._ticket = ticket = self._ticket + 1
-        record = self.call
-        _, record.operation, record.status, record.plan, record.signature, _, _ = call.head(0)
-        block = place.block
+        record, block = self.call, place.block
+        if call is not self._last_call:
+            _, record.operation, record.status, record.plan, record.signature, _, _ = call.head(0)
+            self._last_call = call
         record.base, record.capacity, record.chunk = block.base, block.size, place.chunk
         record.ticket = ticket
         self._calls.append((ticket, call))
         return ticket
 
-    def await_report(self, ticket: int) -> structs.Report:
-        """What a dispatch reports: the verdict, and the rows it brings."""
+    def await_report(self, ticket: int) -> Report:
+        """What a dispatch reports."""
         report = self._reports[ticket % structs.REPORTS]
         spins = 0
         event = None
@@ -173,7 +185,7 @@ class Session:
             if self._failure[0] == Verdict.LOST or (event.query() and report[0] != ticket):
                 self.raise_failure()
                 raise AssertionError("the kernel ended without a report")
-        return structs.Report(*map(int, report))
+        return Report(*report.tolist())
 
     def raise_failure(self) -> None:
         """Raise what a kernel has reported, if anything.
@@ -182,7 +194,7 @@ class Session:
             InputError, DisagreementError, WindowMemoryError: the ranks did not agree.
             PeerError: a rank did not come, or not with what it should bring.
         """
-        if self._failure[0] == Verdict.GO:
+        if not self._failure[0]:
             return
         failure = structs.Failure(*map(int, self._failure))
         operation = Operation(failure.operation).text

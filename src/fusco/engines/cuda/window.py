@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +17,8 @@ from fusco.layout.heap import Block, Heap
 
 _CHUNK_UNIT = 2 << 20
 _GROWTH = 1.25
+# The interface knows neither bfloat16 nor fp8: such tensors are views of integers.
+_TYPES_OF_SIZE = {1: "|u1", 2: "<i2", 4: "<i4", 8: "<i8", 16: "<c16"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -26,10 +28,15 @@ class Allocation:
     Attributes:
         memory: uint8 `[bytes]`, this rank's.
         address: by rank, where each rank's memory is mapped here.
+        base: where this rank's own is.
     """
 
     memory: Tensor
     address: tuple[int, ...]
+
+    @functools.cached_property
+    def base(self) -> int:
+        return self.memory.data_ptr()
 
 
 class Allocator(ABC):
@@ -171,9 +178,9 @@ class SymmetricHeap:
                 continue
             allocation, heap = self._chunks[place.chunk]
             lease = whole or _Lease(heap.release, Block(base=base, size=size))
-            num_bytes = math.prod(shape) * dtype.itemsize
-            span = _Span(allocation.memory.data_ptr() + base, num_bytes, lease, allocation)
-            tensors.append(torch.as_tensor(span, device=self._device).view(dtype).view(shape))
+            span = _Span(allocation.base + base, shape, dtype, lease, allocation)
+            tensor = torch.as_tensor(span, device=self._device)
+            tensors.append(tensor if tensor.dtype == dtype else tensor.view(dtype))
         return tensors
 
 
@@ -191,11 +198,13 @@ class _Lease:
 class _Span:
     """Bytes that a tensor can be made of, which then keeps what they belong to."""
 
-    def __init__(self, address: int, num_bytes: int, *kept: object) -> None:
+    def __init__(
+        self, address: int, shape: tuple[int, ...], dtype: torch.dtype, *kept: object
+    ) -> None:
         self._kept = kept
         self.__cuda_array_interface__ = {
             "version": 3,
-            "typestr": "|u1",
-            "shape": (num_bytes,),
+            "typestr": _TYPES_OF_SIZE[dtype.itemsize] if dtype != torch.float32 else "<f4",
+            "shape": shape,
             "data": (address, False),
         }

@@ -2,9 +2,9 @@
 // token's rank, which adds the partials up in the order of the contract (engines/base.py).
 //
 // A block is a pipeline. Its first warp takes segments to return or tokens to sum, and fetches a
-// piece of each of their rows into shared memory; most warps sum these pieces there; the last few
-// send the sums on. Half of the blocks begin with returning, which never waits for others, and go on
-// with summing, which does.
+// piece of each of their rows into shared memory; groups of warps sum these pieces there, in turn;
+// for each group another warp sends its sums on. Half of the blocks begin with returning, which
+// never waits for others, and go on with summing, which does.
 
 #include "agree.cuh"
 #include "element.cuh"
@@ -14,14 +14,15 @@
 // What becomes of a row of a piece.
 enum Op : u32 {
   kWeigh = 1,     // it counts times its weight
-  kEndTerm = 2,   // the sum so far is a rank's partial: it is rounded and added to its node's
-  kEndNode = 4,   // so is that of its node, and added to the token's
+  kEndTerm = 2,   // the sum so far is one of several partials: it is rounded and added to its node's
+  kEndNode = 4,   // that of the node is one of several: it is rounded and added to the token's
 };
 
-struct Row {
+struct alignas(16) Row {
   i32 at;   // where it lies among the rows in shared memory
   u32 op;
   float weight;
+  i32 unused;
 };
 
 struct Piece {
@@ -29,6 +30,8 @@ struct Piece {
   u64* flag;       // what to set then; null for none
   i32 size;        // bytes of each row; negative where there are no more pieces
   i32 num_rows;
+  u32 ops;         // all that its rows have
+  i32 unused;
   Row rows[kWarp];
 };
 
@@ -48,8 +51,9 @@ struct Shared {
 
 static_assert(sizeof(Shared) <= kCombineSharedBytes, "see structs.py");
 
-constexpr int kSummingThreads = kSummingWarps * kWarp;
-constexpr int kCombineThreads = kSummingThreads + (1 + kOutputs) * kWarp;
+constexpr int kGroupThreads = kGroupWarps * kWarp;
+constexpr int kCombineThreads = kWarp + kGroups * (kGroupThreads + kWarp);
+static_assert(kPieces % kGroups == 0 && kOutputs % kGroups == 0, "a group keeps to its own");
 
 struct Fetcher {
   const World& world;
@@ -108,18 +112,20 @@ struct Fetcher {
   // Lanes below `num_rows` each name a row; its sum goes to `out`.
   __device__ __forceinline__ void fetch(const u8* row, u32 op, float weight, i32 num_rows, u8* out,
                                         u64* flag) {
+    const u32 ops = __reduce_or_sync(kFullWarp, lane_id() < num_rows ? op : 0);
     for (i32 at = 0; at < args.row_bytes; at += args.piece_bytes) {
       const i32 size = min(args.piece_bytes, args.row_bytes - at);
       make_room(num_rows);
       Piece& piece = shared.pieces[head % kPieces];
       i32 slot = next_slot + lane_id();
       if (slot >= args.num_slots) slot -= args.num_slots;
-      if (lane_id() < num_rows) piece.rows[lane_id()] = Row{slot * args.piece_bytes, op, weight};
+      if (lane_id() < num_rows) piece.rows[lane_id()] = Row{slot * args.piece_bytes, op, weight, 0};
       if (lane_id() == 0) {
         piece.out = out + at;
         piece.flag = at + size == args.row_bytes ? flag : nullptr;
         piece.size = size;
         piece.num_rows = num_rows;
+        piece.ops = ops;
       }
       __syncwarp();
       fill_each(rows_in_shared + slot * args.piece_bytes, row + at, num_rows, size,
@@ -131,9 +137,9 @@ struct Fetcher {
     }
   }
 
-  // One for each of the warps that send.
+  // One for each group.
   __device__ __forceinline__ void fetch_end() {
-    for (int i = 0; i < kOutputs; ++i) {
+    for (int i = 0; i < kGroups; ++i) {
       make_room(0);
       Piece& piece = shared.pieces[head % kPieces];
       if (lane_id() == 0) {
@@ -170,9 +176,7 @@ struct Fetcher {
       const float its_weight = __shfl_sync(kFullWarp, weight, source);
       const i64 row = __shfl_sync(kFullWarp, return_row, i * width);
       const u64 window = window_of(world, __shfl_sync(kFullWarp, to, i * width));
-      u32 op = args.row_weights ? kWeigh : 0;
-      if (lane_id() == count - 1) op |= kEndTerm | kEndNode;
-      fetch(row_at(its_slot), op, its_weight, count,
+      fetch(row_at(its_slot), args.row_weights ? kWeigh : 0, its_weight, count,
             at_bytes<u8>(window, args.returns_at + row * args.row_bytes), return_flag(window, row));
     }
   }
@@ -236,7 +240,10 @@ struct Fetcher {
         }
         num_rows += count;
       }
-      if (lane_id() == num_rows - 1) op |= kEndNode;
+      // What there is only one of needs no end.
+      const bool has_nodes = __any_sync(kFullWarp, op & kEndNode);
+      if (lane_id() == num_rows - 1 && has_nodes) op |= kEndNode;
+      if (__popc(terms & lanes_of(i)) == 1) op &= ~kEndTerm;
       const u64 from_own = __shfl_sync(kFullWarp, reinterpret_cast<u64>(own_row), source);
       const u64 from_partial = __shfl_sync(kFullWarp, reinterpret_cast<u64>(partial), source);
       const float its_weight = __shfl_sync(kFullWarp, weight, source);
@@ -287,39 +294,67 @@ struct Fetcher {
   }
 };
 
-// Sums pieces as they come.
-__device__ __forceinline__ void sum_pieces(Shared& shared, const CombineArgs& args, const u8* rows,
-                                           u8* sums) {
-  const int thread = threadIdx.x - kWarp;
-  int num_ends = 0;
-  for (u32 number = 0; num_ends < kOutputs; ++number) {
+// A thread's part of a sum: a few vectors of it, so far.
+struct Sum {
+  Wide term[kPerVector], node[kPerVector], total[kPerVector];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < kPerVector; ++i) term[i] = node[i] = total[i] = 0;
+  }
+
+  __device__ __forceinline__ void add(const Vector& vector, u32 op, Wide weight) {
+    if (op & kWeigh) {
+#pragma unroll
+      for (int i = 0; i < kPerVector; ++i) {
+        term[i] = add_exact(term[i], multiply_exact(widen(vector, i), weight));
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kPerVector; ++i) term[i] = add_exact(term[i], widen(vector, i));
+    }
+    if (op & kEndTerm) add_rounded(node, term);
+    if (op & kEndNode) add_rounded(total, node);
+  }
+
+  __device__ __forceinline__ Vector rounded(u32 ops) const {
+    return ops & kEndNode ? narrow(total) : ops & kEndTerm ? narrow(node) : narrow(term);
+  }
+};
+
+// Sums the pieces of one group.
+__device__ __forceinline__ void sum_pieces(Shared& shared, const CombineArgs& args, int group, int thread,
+                                           const u8* rows, u8* sums) {
+  constexpr int kStride = kGroupThreads * 16;
+  i32 size = 0;
+  for (u32 number = group; size >= 0; number += kGroups) {
     const u32 place = number % kPieces, output = number % kOutputs;
     shared.full[place].wait(number / kPieces & 1);
-    shared.sum_empty[output].wait(number / kOutputs & 1 ^ 1);
     const Piece& piece = shared.pieces[place];
-    const i32 num_rows = piece.num_rows, size = piece.size;
+    const i32 num_rows = piece.num_rows;
+    size = piece.size;
+    const u32 ops = piece.ops;
+    shared.sum_empty[output].wait(number / kOutputs & 1 ^ 1);
     if (thread == 0) shared.sent[output] = Sent{piece.out, piece.flag, size};
     u8* sum = sums + output * args.piece_bytes;
-    for (i32 at = thread * 16; at < size; at += kSummingThreads * 16) {
-      Wide term[kPerVector] = {}, node[kPerVector] = {}, total[kPerVector] = {};
+    // Two vectors at once, so that a row's place and weight are read for both.
+    for (i32 at = thread * 16; at < size; at += 2 * kStride) {
+      const bool has_second = at + kStride < size;
+      const u8* here = rows + at;
+      Sum first, second;
+      first.clear();
+      second.clear();
 #pragma unroll 4
       for (int i = 0; i < num_rows; ++i) {
-        const Row& row = piece.rows[i];
-        const Vector vector = *reinterpret_cast<const Vector*>(rows + row.at + at);
-        const Wide weight = row.weight;
-        if (row.op & kWeigh) {
-#pragma unroll
-          for (int j = 0; j < kPerVector; ++j) {
-            term[j] = add_exact(term[j], multiply_exact(widen(vector, j), weight));
-          }
-        } else {
-#pragma unroll
-          for (int j = 0; j < kPerVector; ++j) term[j] = add_exact(term[j], widen(vector, j));
+        const Row row = piece.rows[i];
+        const u8* vectors = here + row.at;
+        first.add(*reinterpret_cast<const Vector*>(vectors), row.op, row.weight);
+        if (has_second) {
+          second.add(*reinterpret_cast<const Vector*>(vectors + kStride), row.op, row.weight);
         }
-        if (row.op & kEndTerm) add_rounded(node, term);
-        if (row.op & kEndNode) add_rounded(total, node);
       }
-      *reinterpret_cast<Vector*>(sum + at) = narrow(total);
+      *reinterpret_cast<Vector*>(sum + at) = first.rounded(ops);
+      if (has_second) *reinterpret_cast<Vector*>(sum + at + kStride) = second.rounded(ops);
     }
     publish_to_copies();
     __syncwarp();
@@ -327,15 +362,15 @@ __device__ __forceinline__ void sum_pieces(Shared& shared, const CombineArgs& ar
       shared.empty[place].arrive();
       shared.sum_full[output].arrive();
     }
-    if (size < 0) ++num_ends;
   }
 }
 
-// Sends every kOutputs-th sum.
-__device__ __forceinline__ void send_sums(Shared& shared, const CombineArgs& args, int output, u32 epoch,
+// Sends the sums of one group.
+__device__ __forceinline__ void send_sums(Shared& shared, const CombineArgs& args, int group, u32 epoch,
                                           const u8* sums) {
-  for (u32 turn = 0;; ++turn) {
-    shared.sum_full[output].wait(turn & 1);
+  for (u32 number = group;; number += kGroups) {
+    const u32 output = number % kOutputs;
+    shared.sum_full[output].wait(number / kOutputs & 1);
     const Sent sent = shared.sent[output];
     if (sent.size < 0) return;
     drain(sent.out, sums + output * args.piece_bytes, sent.size, sent.flag != nullptr);
@@ -360,10 +395,10 @@ extern "C" __global__ void __launch_bounds__(kCombineThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < kPieces; ++i) {
       shared.full[i].init(kFillArrivals);
-      shared.empty[i].init(kSummingWarps);
+      shared.empty[i].init(kGroupWarps);
     }
     for (int i = 0; i < kOutputs; ++i) {
-      shared.sum_full[i].init(kSummingWarps);
+      shared.sum_full[i].init(kGroupWarps);
       shared.sum_empty[i].init(1);
     }
 #if FUSCO_BULK
@@ -384,10 +419,11 @@ extern "C" __global__ void __launch_bounds__(kCombineThreads, 1)
       fetcher.sum_all(state);
       fetcher.give_back_all(state);
       fetcher.fetch_end();
-    } else if (warp_id() <= kSummingWarps) {
-      sum_pieces(shared, args, rows, sums);
+    } else if (warp_id() <= kGroups * kGroupWarps) {
+      const int thread = threadIdx.x - kWarp;
+      sum_pieces(shared, args, thread / kGroupThreads, thread % kGroupThreads, rows, sums);
     } else {
-      send_sums(shared, args, warp_id() - kSummingWarps - 1, epoch, sums);
+      send_sums(shared, args, warp_id() - 1 - kGroups * kGroupWarps, epoch, sums);
     }
   }
   if (finish(state, args.is_last ? epoch : epoch - 1)) state.verdict = verdict;

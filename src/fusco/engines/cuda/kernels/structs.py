@@ -16,10 +16,12 @@ REPORTS = 8
 """Places in which kernels report to the host, taken in turn."""
 PIECES = 16
 """Pieces of work that a block of a combine has under way at the most."""
-OUTPUTS = 4
-"""Warps of such a block that send sums."""
-SUMMING_WARPS = 14
-"""Warps of such a block that sum."""
+GROUPS = 4
+"""Groups of warps of such a block that sum, each with a warp that sends its sums."""
+GROUP_WARPS = 4
+"""Summing warps of a group."""
+OUTPUTS = 8
+"""Sums of such a block that are under way."""
 
 
 class Verdict(IntEnum):
@@ -188,7 +190,7 @@ class Report(ctypes.Structure):
     )
 
 
-COMBINE_SHARED_BYTES = 8192
+COMBINE_SHARED_BYTES = 10240
 """Room in shared memory for what the warps of such a block tell each other."""
 _C_NAMES: dict[Any, str] = {
     c_int32: "int",
@@ -214,7 +216,8 @@ def declarations() -> str:
         "kBlockAlignment": BLOCK_ALIGNMENT,
         "kPieces": PIECES,
         "kOutputs": OUTPUTS,
-        "kSummingWarps": SUMMING_WARPS,
+        "kGroups": GROUPS,
+        "kGroupWarps": GROUP_WARPS,
         "kCombineSharedBytes": COMBINE_SHARED_BYTES,
     }
     lines = [f"enum : int {{ {name} = {int(value)} }};" for name, value in constants.items()]
