@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fusco.engines.agreement import Call
 from fusco.engines.base import Returned
-from fusco.engines.cuda.jit import ELEMENTS, Variant
+from fusco.engines.cuda.jit import Variant, element_of
 from fusco.engines.cuda.kernels import structs
 from fusco.engines.cuda.launch import Launcher
 from fusco.engines.cuda.session import Session
@@ -16,8 +16,10 @@ from fusco.layout.compact import round_up
 from fusco.layout.segments import bytes_per_row
 from fusco.types import CompactPlan
 
-_MAX_PIECE_BYTES = 8192
-_THREADS = (1 + structs.GROUPS * (structs.GROUP_WARPS + 1)) * 32
+_MAX_PIECE_BYTES = structs.SUMMING_WARPS * 32 * 16
+"""What a block sums in one step."""
+_NUM_BUFFERS = structs.SENDERS * structs.BUFFERS
+_THREADS = (1 + structs.SUMMING_WARPS + structs.SENDERS) * 32
 _ITEMS_AT_ONCE = 4
 
 
@@ -50,8 +52,8 @@ class Combiner:
         args.row_weights = _address(row_weights)
         args.pairs, args.links = plan.pairs.data_ptr(), plan.links.data_ptr()
         args.num_tokens = num_tokens
-        # Where there is little to do it is spread over all blocks.
-        args.items_at_once = min(_ITEMS_AT_ONCE, num_tokens // (4 * session.num_sms) + 1)
+        # Where there is little to do for each block, it takes less at a time.
+        args.items_at_once = min(_ITEMS_AT_ONCE, 2 * num_tokens // (60 * session.num_sms) + 1)
         args.returns_at = session.constants.returns_at
         sums = []
         for part, each in enumerate(rows):
@@ -76,19 +78,18 @@ class Combiner:
         num_pieces = -(-row_bytes // _MAX_PIECE_BYTES)
         while True:
             piece_bytes = round_up(-(-row_bytes // num_pieces), 16)
-            num_slots = room // piece_bytes - structs.OUTPUTS
+            num_slots = room // piece_bytes - _NUM_BUFFERS
             if num_slots >= 2 * session.world.top_k:
                 break
             num_pieces += 1
         args.piece_bytes, args.num_slots = piece_bytes, num_slots
-        return (num_slots + structs.OUTPUTS) * piece_bytes + structs.COMBINE_SHARED_BYTES
+        return (num_slots + _NUM_BUFFERS) * piece_bytes + structs.COMBINE_SHARED_BYTES
 
     def _kernel(self, dtype: torch.dtype) -> Launcher:
         found = self._kernels.get(dtype)
         if found is None:
-            element = str(dtype).removeprefix("torch.")
-            assert element in ELEMENTS, "rows that cannot be summed are refused before"
-            found = self._session.launcher(Variant(name="combine", element=element), self._args)
+            variant = Variant(name="combine", element=element_of(dtype))
+            found = self._session.launcher(variant, self._args)
             self._kernels[dtype] = found
         return found
 

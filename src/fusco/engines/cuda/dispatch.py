@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fusco.engines.agreement import Call
 from fusco.engines.base import Delivery
-from fusco.engines.cuda.jit import Variant
+from fusco.engines.cuda.jit import Variant, element_of
 from fusco.engines.cuda.kernels import structs
 from fusco.engines.cuda.kernels.structs import MAX_PARTS, Verdict
+from fusco.engines.cuda.launch import Launcher
 from fusco.engines.cuda.session import MAX_PLAN_BLOCKS, Report, Session
 from fusco.engines.cuda.window import Place
 from fusco.errors import WindowMemoryError
@@ -74,6 +75,7 @@ class Dispatcher:
         self._args = structs.DispatchArgs()
         self._plan = session.launcher(Variant(name="plan"), self._plan_args)
         self._dispatch = session.launcher(Variant(name="dispatch"), self._args)
+        self._weighing_kernels: dict[torch.dtype, Launcher] = {}
         self._formats: dict[Any, _Format] = {}
 
     def dispatch_new(
@@ -132,9 +134,17 @@ class Dispatcher:
         rows: tuple[Tensor, ...],
         weights: Tensor | None,
         plan: CompactPlan,
+        combined: Tensor | None = None,
     ) -> Delivery:
-        """Dispatch by an existing plan."""
+        """Dispatch by an existing plan.
+
+        With `combined`, `[R, ...]`, this is the backward of its combine: `rows` are the gradients
+        of the sums and `weights` those of the rows, `[R]`; what comes is weighed, and with it come
+        the gradients of the weights.
+        """
         session, args = self._session, self._args
+        kernel = self._dispatch if combined is None else self._weighing(combined.dtype)
+        args.combined = 0 if combined is None else combined.data_ptr()
         stream = session.order.begin()
         form = self._set_rows(rows, weights)
         num_rows = plan.num_rows
@@ -145,7 +155,7 @@ class Dispatcher:
         while True:
             place = self._reserve(call, form, num_rows)
             ticket = session.describe(call, place)
-            self._dispatch(stream, session.num_sms, form.threads, form.shared_bytes)
+            kernel(stream, session.num_sms, form.threads, form.shared_bytes)
             if session.world.max_recv_tokens is not None:
                 break
             report = session.await_report(ticket)
@@ -153,6 +163,13 @@ class Dispatcher:
                 break
             self._make_room(call, place, report)
         return self._wrap(place, form, num_rows, plan)
+
+    def _weighing(self, dtype: torch.dtype) -> Launcher:
+        found = self._weighing_kernels.get(dtype)
+        if found is None:
+            variant = Variant(name="dispatch", element=element_of(dtype))
+            found = self._weighing_kernels[dtype] = self._session.launcher(variant, self._args)
+        return found
 
     def _reserve(self, call: Call, form: _Format, num_rows: int | None) -> Place:
         """A block for what this rank will receive: of the size that is known, else the largest."""

@@ -90,6 +90,27 @@ class CudaEngine(Engine):
     def synchronize(self) -> None:
         self._open().synchronize()
 
+    def combine_backward(
+        self,
+        call: Call,
+        grads: tuple[Tensor, ...],
+        rows: tuple[Tensor, ...],
+        row_weights: Tensor | None,
+        plan: Plan,
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        if row_weights is None or len(grads) > 1:
+            return super().combine_backward(call, grads, rows, row_weights, plan)
+        self._open()
+        assert isinstance(plan, CompactPlan), "plans come from this engine"
+        got = self._dispatcher.dispatch_planned(
+            call,
+            (grads[0].contiguous(),),
+            row_weights.contiguous(),
+            plan,
+            combined=rows[0].contiguous(),
+        )
+        return got.rows, got.row_weights
+
     def exchange(
         self,
         call: Call,

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fusco import env
 from fusco.engines.cuda.kernels.structs import declarations
 
@@ -50,8 +52,17 @@ VARIANTS = (
     Variant(name="plan"),
     Variant(name="dispatch"),
     *(Variant(name="combine", element=element) for element in ELEMENTS),
+    *(Variant(name="dispatch", element=element) for element in ELEMENTS),
+    Variant(name="agree"),
 )
 """All kernels that a GPU may need, but for those without bulk copies on one that has them."""
+
+
+def element_of(dtype: torch.dtype) -> str:
+    """The entry of `ELEMENTS` for a dtype that can be summed."""
+    element = str(dtype).removeprefix("torch.")
+    assert element in ELEMENTS, "rows that cannot be summed are refused before"
+    return element
 
 
 def cubin(variant: Variant, arch: str) -> bytes:

@@ -1,10 +1,10 @@
 // Combine: the rank of an expert sums a token's rows there and sends one row, its partial, to the
 // token's rank, which adds the partials up in the order of the contract (engines/base.py).
 //
-// A block is a pipeline. Its first warp takes segments to return or tokens to sum, and fetches a
-// piece of each of their rows into shared memory; groups of warps sum these pieces there, in turn;
-// for each group another warp sends its sums on. Half of the blocks begin with returning, which
-// never waits for others, and go on with summing, which does.
+// A block is a pipeline. Its first warp takes segments to return or tokens to sum, items, and fetches
+// piece by piece of their rows into shared memory; most warps sum these pieces there; the last few
+// send the sums on, an item each in turn. Half of the blocks begin with returning, which never waits
+// for others, and go on with summing, which does.
 
 #include "agree.cuh"
 #include "element.cuh"
@@ -44,16 +44,15 @@ struct Sent {
 // What the warps of a block share.
 struct Shared {
   Barrier full[kPieces], empty[kPieces];
-  Barrier sum_full[kOutputs], sum_empty[kOutputs];
-  Sent sent[kOutputs];
+  Barrier sum_full[kSenders * kBuffers], sum_empty[kSenders * kBuffers];
+  Sent sent[kSenders * kBuffers];
   Piece pieces[kPieces];
 };
 
 static_assert(sizeof(Shared) <= kCombineSharedBytes, "see structs.py");
 
-constexpr int kGroupThreads = kGroupWarps * kWarp;
-constexpr int kCombineThreads = kWarp + kGroups * (kGroupThreads + kWarp);
-static_assert(kPieces % kGroups == 0 && kOutputs % kGroups == 0, "a group keeps to its own");
+constexpr int kSummingThreads = kSummingWarps * kWarp;
+constexpr int kCombineThreads = kWarp + kSummingThreads + kSenders * kWarp;
 
 struct Fetcher {
   const World& world;
@@ -137,9 +136,9 @@ struct Fetcher {
     }
   }
 
-  // One for each group.
+  // An item of one piece for each sender.
   __device__ __forceinline__ void fetch_end() {
-    for (int i = 0; i < kGroups; ++i) {
+    for (int i = 0; i < kSenders; ++i) {
       make_room(0);
       Piece& piece = shared.pieces[head % kPieces];
       if (lane_id() == 0) {
@@ -152,17 +151,31 @@ struct Fetcher {
     }
   }
 
-  // Segments `first` and following of those that arrived, as many as the warp looks at at once.
-  __device__ __forceinline__ void give_back(u32 first, u32 end) {
-    const int item = lane_id() / width, index = lane_id() % width;
-    const u32 number = first + item, num_others = world.num_ranks - 1;
-    const int to = (world.rank + 1 + number % num_others) % world.num_ranks;
+  // Which segment the lanes of an item look at, of those that arrived from other ranks.
+  struct Segment {
+    int rank;
+    i32 number;   // -1 for none
+  };
+
+  __device__ __forceinline__ Segment arrived(u32 first, u32 end) const {
+    const u32 item = lane_id() / width, number = first + item, num_others = world.num_ranks - 1;
+    const int rank = (world.rank + 1 + number % num_others) % world.num_ranks;
     const i32 segment = number / num_others;
-    const bool is_there = item < num_items && number < end && segment < links.arrivals[to];
-    i32 slot = -1;
-    if (is_there && index < world.top_k) slot = links.slots(world, to, segment)[index];
+    const bool is_there = item < num_items && number < end && segment < links.arrivals[rank];
+    return Segment{rank, is_there ? segment : -1};
+  }
+
+  __device__ __forceinline__ i32 slot_of(const Segment& segment) const {
+    const int index = lane_id() % width;
+    if (segment.number < 0 || index >= world.top_k) return -1;
+    return links.slots(world, segment.rank, segment.number)[index];
+  }
+
+  // Lane i of an item holds the slot of its i-th row.
+  __device__ __forceinline__ void give_back(const Segment& segment, i32 slot) {
+    const int index = lane_id() % width, to = segment.rank;
     const float weight = weight_of(slot);
-    const i64 return_row = is_there ? links.return_at[to] + segment : -1;
+    const i64 return_row = links.return_at[to] + segment.number;
     if (args.row_values && slot >= 0) {
       float* values = at_bytes<float>(window_of(world, to), world.values_at);
       values[return_row * world.top_k + index] = reinterpret_cast<const float*>(args.row_values)[slot];
@@ -181,42 +194,49 @@ struct Fetcher {
     }
   }
 
-  // Tokens `first` and following; false where a partial's sender is lost.
-  __device__ __forceinline__ bool sum(u32 first) {
-    const i32* order = reinterpret_cast<const i32*>(world.rank_order);
-    const i32* node_of_rank = reinterpret_cast<const i32*>(world.node_of_rank);
-    const u64 own_window = window_of(world, world.rank);
+  // Lane i of an item holds the i-th rank, in the order of the sum, and its segment of the token.
+  __device__ __forceinline__ Segment of_token(u32 first) const {
     const int item = lane_id() / width, index = lane_id() % width;
     const i64 token = static_cast<i64>(first) + item;
-    const bool is_there = item < num_items && token < args.num_tokens;
-    // Lane i of an item holds the i-th rank's segment. More ranks than lanes would need more turns.
-    const int rank = index < world.num_ranks ? order[index] : -1;
-    i32 segment = -1;
-    if (is_there && rank >= 0) segment = links.token_segment[token * world.num_ranks + rank];
-    const bool is_own = rank == world.rank && segment >= 0;
+    const int rank =
+        index < world.num_ranks ? reinterpret_cast<const i32*>(world.rank_order)[index] : -1;
+    const bool is_there = item < num_items && token < args.num_tokens && rank >= 0;
+    return Segment{rank, is_there ? links.token_segment[token * world.num_ranks + rank] : -1};
+  }
+
+  // The own rank's segment among those of an item's lanes, in all of them.
+  __device__ __forceinline__ Segment own_of(const Segment& segment) const {
+    const int item = min(lane_id() / width, num_items - 1);
+    const u32 own = __ballot_sync(kFullWarp, segment.rank == world.rank && segment.number >= 0);
+    const int lane = __ffs(own & lanes_of(item)) - 1;
+    const i32 number = __shfl_sync(kFullWarp, segment.number, max(lane, 0));
+    return Segment{world.rank, lane >= 0 && lane_id() / width < num_items ? number : -1};
+  }
+
+  // Tokens `first` and following; lane i of each also holds the slot of its i-th own row. False
+  // where a partial's sender is lost.
+  __device__ __forceinline__ bool sum(u32 first, const Segment& segment, i32 slot) {
+    const i64 token = static_cast<i64>(first) + lane_id() / width;
+    const int rank = segment.rank;
+    const bool is_there = segment.number >= 0, is_own = is_there && rank == world.rank;
+    const float weight = weight_of(slot);
     const u8* partial = nullptr;
     bool has_come = true;
-    if (segment >= 0 && !is_own) {
-      const i64 row = links.return_from[rank] + segment;
-      const u64* flag = return_flag(own_window, row);
+    if (is_there && !is_own) {
+      const u64 window = window_of(world, world.rank);
+      const i64 row = links.return_from[rank] + segment.number;
+      const u64* flag = return_flag(window, row);
       has_come = wait_for(world, call, rank, token, [&] { return load_acquire(flag) == epoch; });
-      partial = at_bytes<u8>(own_window, args.returns_at + row * args.row_bytes);
+      partial = at_bytes<u8>(window, args.returns_at + row * args.row_bytes);
     }
     if (!__all_sync(kFullWarp, has_come)) return false;
 #if FUSCO_BULK
     asm volatile("fence.proxy.async;" ::: "memory");
 #endif
-    const i32 node = rank >= 0 ? node_of_rank[rank] : 0;
-    const u32 terms = __ballot_sync(kFullWarp, segment >= 0), own_terms = __ballot_sync(kFullWarp, is_own);
-    const int own_lane = __ffs(own_terms & lanes_of(min(item, num_items - 1))) - 1;
-    const i32 own_segment = __shfl_sync(kFullWarp, segment, max(own_lane, 0));
-    i32 slot = -1;
-    if (is_there && own_lane >= 0 && index < world.top_k) {
-      slot = links.slots(world, world.rank, own_segment)[index];
-    }
-    const float weight = weight_of(slot);
-    const u8* own_row = row_at(slot);
+    const i32 node = rank >= 0 ? reinterpret_cast<const i32*>(world.node_of_rank)[rank] : 0;
+    const u32 terms = __ballot_sync(kFullWarp, is_there), own_terms = __ballot_sync(kFullWarp, is_own);
     const u32 filled = __ballot_sync(kFullWarp, slot >= 0);
+    const u8* own_row = row_at(slot);
     for (int i = 0; i < num_items && first + i < args.num_tokens; ++i) {
       const int base = i * width;
       const i32 num_own = __popc(filled & lanes_of(i));
@@ -280,16 +300,39 @@ struct Fetcher {
       if (rank != world.rank) most = max(most, links.arrivals[rank]);
     }
     const u32 end = num_others * most;
-    for (u32 first = claim(&state.queue[0], num_items); first < end;
-         first = claim(&state.queue[0], num_items)) {
-      give_back(first, end);
+    // What is known of the items that come next is read while those before them are fetched.
+    u32 first = claim(&state.queue[0], num_items), next = claim(&state.queue[0], num_items);
+    if (first >= end) return;
+    Segment segment = arrived(first, end);
+    i32 slot = slot_of(segment);
+    while (first < end) {
+      const u32 after = claim(&state.queue[0], num_items);
+      const Segment next_segment = arrived(next, end);
+      const i32 next_slot = slot_of(next_segment);
+      give_back(segment, slot);
+      first = next;
+      next = after;
+      segment = next_segment;
+      slot = next_slot;
     }
   }
 
   __device__ __forceinline__ void sum_all(State& state) {
-    for (u32 first = claim(&state.queue[1], num_items); first < args.num_tokens;
-         first = claim(&state.queue[1], num_items)) {
-      if (!sum(first)) return;
+    const u32 end = args.num_tokens;
+    u32 first = claim(&state.queue[1], num_items), next = claim(&state.queue[1], num_items);
+    if (first >= end) return;
+    Segment segment = of_token(first), next_segment = of_token(next);
+    i32 slot = slot_of(own_of(segment));
+    while (first < end) {
+      const u32 after = claim(&state.queue[1], num_items);
+      const i32 next_slot = slot_of(own_of(next_segment));
+      const Segment after_segment = of_token(after);
+      if (!sum(first, segment, slot)) return;
+      first = next;
+      next = after;
+      segment = next_segment;
+      next_segment = after_segment;
+      slot = next_slot;
     }
   }
 };
@@ -322,61 +365,66 @@ struct Sum {
   }
 };
 
-// Sums the pieces of one group.
-__device__ __forceinline__ void sum_pieces(Shared& shared, const CombineArgs& args, int group, int thread,
-                                           const u8* rows, u8* sums) {
-  constexpr int kStride = kGroupThreads * 16;
-  i32 size = 0;
-  for (u32 number = group; size >= 0; number += kGroups) {
-    const u32 place = number % kPieces, output = number % kOutputs;
+// Sums pieces as they come. An item's pieces go to one sender, which so knows when all are there.
+__device__ __forceinline__ void sum_pieces(Shared& shared, const CombineArgs& args, const u8* rows,
+                                           u8* sums) {
+  constexpr int kStride = kSummingThreads * 16;
+  const int thread = threadIdx.x - kWarp;
+  const int num_pieces = (args.row_bytes + args.piece_bytes - 1) / args.piece_bytes;
+  int num_ends = 0, sender = 0, piece_of_item = 0;
+  u32 turns = 0;   // items that every sender has had
+  for (u32 number = 0; num_ends < kSenders; ++number) {
+    const u32 place = number % kPieces;
+    const u32 given = turns * num_pieces + piece_of_item;   // to this sender before
+    const u32 buffer = sender * kBuffers + given % kBuffers;
     shared.full[place].wait(number / kPieces & 1);
     const Piece& piece = shared.pieces[place];
-    const i32 num_rows = piece.num_rows;
-    size = piece.size;
+    const i32 num_rows = piece.num_rows, size = piece.size;
     const u32 ops = piece.ops;
-    shared.sum_empty[output].wait(number / kOutputs & 1 ^ 1);
-    if (thread == 0) shared.sent[output] = Sent{piece.out, piece.flag, size};
-    u8* sum = sums + output * args.piece_bytes;
-    // Two vectors at once, so that a row's place and weight are read for both.
-    for (i32 at = thread * 16; at < size; at += 2 * kStride) {
-      const bool has_second = at + kStride < size;
+    shared.sum_empty[buffer].wait(given / kBuffers & 1 ^ 1);
+    if (thread == 0) shared.sent[buffer] = Sent{piece.out, piece.flag, size};
+    u8* sum = sums + buffer * args.piece_bytes;
+    for (i32 at = thread * 16; at < size; at += kStride) {
       const u8* here = rows + at;
-      Sum first, second;
-      first.clear();
-      second.clear();
+      Sum mine;
+      mine.clear();
 #pragma unroll 4
       for (int i = 0; i < num_rows; ++i) {
         const Row row = piece.rows[i];
-        const u8* vectors = here + row.at;
-        first.add(*reinterpret_cast<const Vector*>(vectors), row.op, row.weight);
-        if (has_second) {
-          second.add(*reinterpret_cast<const Vector*>(vectors + kStride), row.op, row.weight);
-        }
+        mine.add(*reinterpret_cast<const Vector*>(here + row.at), row.op, row.weight);
       }
-      *reinterpret_cast<Vector*>(sum + at) = first.rounded(ops);
-      if (has_second) *reinterpret_cast<Vector*>(sum + at + kStride) = second.rounded(ops);
+      *reinterpret_cast<Vector*>(sum + at) = mine.rounded(ops);
     }
     publish_to_copies();
     __syncwarp();
     if (lane_id() == 0) {
       shared.empty[place].arrive();
-      shared.sum_full[output].arrive();
+      shared.sum_full[buffer].arrive();
+    }
+    const bool is_end = size < 0;
+    num_ends += is_end;
+    if (++piece_of_item == num_pieces || is_end) {
+      piece_of_item = 0;
+      if (++sender == kSenders) {
+        sender = 0;
+        ++turns;
+      }
     }
   }
 }
 
-// Sends the sums of one group.
-__device__ __forceinline__ void send_sums(Shared& shared, const CombineArgs& args, int group, u32 epoch,
+// Sends the sums of every kSenders-th item.
+__device__ __forceinline__ void send_sums(Shared& shared, const CombineArgs& args, int sender, u32 epoch,
                                           const u8* sums) {
-  for (u32 number = group;; number += kGroups) {
-    const u32 output = number % kOutputs;
-    shared.sum_full[output].wait(number / kOutputs & 1);
-    const Sent sent = shared.sent[output];
+  for (u32 number = 0;; ++number) {
+    const u32 buffer = sender * kBuffers + number % kBuffers;
+    shared.sum_full[buffer].wait(number / kBuffers & 1);
+    const Sent sent = shared.sent[buffer];
     if (sent.size < 0) return;
-    drain(sent.out, sums + output * args.piece_bytes, sent.size, sent.flag != nullptr);
+    drain(sent.out, sums + buffer * args.piece_bytes, sent.size, sent.flag != nullptr);
     if (lane_id() == 0) {
       if (sent.flag) store_release(sent.flag, epoch);
-      shared.sum_empty[output].arrive();
+      shared.sum_empty[buffer].arrive();
     }
   }
 }
@@ -388,17 +436,17 @@ extern "C" __global__ void __launch_bounds__(kCombineThreads, 1)
   extern __shared__ __align__(128) u8 dynamic[];
   u8* rows = dynamic;
   u8* sums = rows + args.num_slots * args.piece_bytes;
-  Shared& shared = *reinterpret_cast<Shared*>(sums + kOutputs * args.piece_bytes);
+  Shared& shared = *reinterpret_cast<Shared*>(sums + kSenders * kBuffers * args.piece_bytes);
   State& state = state_of(world);
   const u32 epoch = state.epoch + 1;
   const Links links(world, args.num_tokens, args.links);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kPieces; ++i) {
       shared.full[i].init(kFillArrivals);
-      shared.empty[i].init(kGroupWarps);
+      shared.empty[i].init(kSummingWarps);
     }
-    for (int i = 0; i < kOutputs; ++i) {
-      shared.sum_full[i].init(kGroupWarps);
+    for (int i = 0; i < kSenders * kBuffers; ++i) {
+      shared.sum_full[i].init(kSummingWarps);
       shared.sum_empty[i].init(1);
     }
 #if FUSCO_BULK
@@ -419,11 +467,10 @@ extern "C" __global__ void __launch_bounds__(kCombineThreads, 1)
       fetcher.sum_all(state);
       fetcher.give_back_all(state);
       fetcher.fetch_end();
-    } else if (warp_id() <= kGroups * kGroupWarps) {
-      const int thread = threadIdx.x - kWarp;
-      sum_pieces(shared, args, thread / kGroupThreads, thread % kGroupThreads, rows, sums);
+    } else if (warp_id() <= kSummingWarps) {
+      sum_pieces(shared, args, rows, sums);
     } else {
-      send_sums(shared, args, warp_id() - 1 - kGroups * kGroupWarps, epoch, sums);
+      send_sums(shared, args, warp_id() - 1 - kSummingWarps, epoch, sums);
     }
   }
   if (finish(state, args.is_last ? epoch : epoch - 1)) state.verdict = verdict;

@@ -5,10 +5,20 @@
 // A warp takes tokens to send or segments to receive, one by one. Half of the warps begin with
 // sending and go on with receiving, which waits; since sending never waits and any warp may do it,
 // all is sent in the end, however few blocks run at once.
+//
+// Compiled with FUSCO_ELEMENT it is the backward of a combine: rows are gradients of sums, and what is
+// written to a slot is its weight times the gradient, and instead of the weight the dot product of
+// the gradient and the row that was combined, which is the gradient of the weight.
 
 #include "agree.cuh"
 #include "copy.cuh"
 #include "links.cuh"
+#ifdef FUSCO_ELEMENT
+#include "element.cuh"
+constexpr bool kWeighs = true;
+#else
+constexpr bool kWeighs = false;
+#endif
 
 // Where things lie on one rank.
 struct Place {
@@ -41,6 +51,50 @@ struct Dispatch {
     return at_bytes<Shipped>(window, world.shipments_at + index * world.top_k * 8);
   }
 
+  // Bytes `at` and following of a gradient are in the slot: for each lane with `wants`, writes its
+  // row's weight times them, and returns their product with the row that was combined.
+  __device__ __forceinline__ float weigh(i32 row, bool wants, i32 at, i32 size) const {
+    float mine = 0;
+#ifdef FUSCO_ELEMENT
+    constexpr int kInFlight = 7;
+    const i32 row_bytes = args.row_bytes[0];
+    for (u32 left = __ballot_sync(kFullWarp, wants); left; left &= left - 1) {
+      const int lane = __ffs(left) - 1;
+      const i64 its_row = __shfl_sync(kFullWarp, row, lane);
+      const Wide weight = reinterpret_cast<const float*>(args.weights)[its_row];
+      const u8* combined = reinterpret_cast<const u8*>(args.combined) + its_row * row_bytes + at;
+      u8* out = places[world.rank].part[0] + its_row * row_bytes + at;
+      Wide dot = 0;
+      for (i32 first = lane_id() * 16; first - lane_id() * 16 < size; first += kInFlight * kWarp * 16) {
+        Vector loaded[kInFlight];
+#pragma unroll
+        for (int i = 0; i < kInFlight; ++i) {
+          const i32 here = first + i * kWarp * 16;
+          if (here < size) loaded[i] = load_streamed(combined + here);
+        }
+#pragma unroll
+        for (int i = 0; i < kInFlight; ++i) {
+          const i32 here = first + i * kWarp * 16;
+          if (here >= size) break;
+          const Vector gradient = *reinterpret_cast<const Vector*>(slot.bytes + here);
+          Wide weighed[kPerVector];
+#pragma unroll
+          for (int j = 0; j < kPerVector; ++j) {
+            const Wide value = widen(gradient, j);
+            dot += value * widen(loaded[i], j);
+            weighed[j] = multiply_exact(value, weight);
+          }
+          store_vector(out + here, narrow(weighed));
+        }
+      }
+#pragma unroll
+      for (int step = kWarp / 2; step > 0; step /= 2) dot += __shfl_xor_sync(kFullWarp, dot, step);
+      if (lane_id() == lane) mine = static_cast<float>(dot);
+    }
+#endif
+    return mine;
+  }
+
   __device__ __forceinline__ void send(i32 token) const {
     const int top_k = world.top_k, lane = lane_id();
     const i64 pair = static_cast<i64>(token) * top_k + lane;
@@ -51,7 +105,7 @@ struct Dispatch {
     if (lane < top_k) {
       rank = pair_rank[pair];
       to_slot = pair_slot[pair];
-      if (args.weights) weight = reinterpret_cast<const float*>(args.weights)[pair];
+      if (!kWeighs && args.weights) weight = reinterpret_cast<const float*>(args.weights)[pair];
     }
     const bool is_there = rank >= 0;
     if (!__any_sync(kFullWarp, is_there)) return;
@@ -63,7 +117,7 @@ struct Dispatch {
     segment = __shfl_sync(kFullWarp, segment, __ffs(same) - 1);
     if (is_there) {
       if (is_own) {
-        places[rank].row_weights[to_slot] = weight;
+        if (!kWeighs) places[rank].row_weights[to_slot] = weight;
         i32* slots = links.slots(world, rank, segment);
         slots[index] = to_slot;
         if (is_first) {
@@ -73,6 +127,7 @@ struct Dispatch {
         shipment(places[rank].window, world.rank, segment)[index] = Shipped{to_slot, weight};
       }
     }
+    float dot = 0;
     for (int part = 0; part < args.num_parts; ++part) {
       const i32 row_bytes = args.row_bytes[part];
       const u8* row = reinterpret_cast<const u8*>(args.rows[part]) + static_cast<i64>(token) * row_bytes;
@@ -81,10 +136,12 @@ struct Dispatch {
       for (i32 at = 0; at < row_bytes; at += args.slot_bytes) {
         const i32 size = min(args.slot_bytes, row_bytes - at);
         slot.fill(row + at, size);
-        slot.send(to + at, wants, size);
+        slot.send(to + at, wants && !(kWeighs && is_own), size);
+        if (kWeighs) dot += weigh(to_slot, is_own, at, size);
         slot.wait_read();
       }
     }
+    if (kWeighs && is_own) places[rank].row_weights[to_slot] = dot;
     slot.wait_written();
     if (is_first && !is_own) {
       store_release(arrival_flag(places[rank].window, world.rank, segment),
@@ -112,8 +169,9 @@ struct Dispatch {
     Shipped shipped{-1, 0};
     if (lane < count) shipped = shipment(own.window, from, segment)[lane];
     if (lane < top_k) links.slots(world, from, segment)[lane] = shipped.slot;
-    if (lane < count) own.row_weights[shipped.slot] = shipped.weight;
-    if (count == 1) return true;
+    if (!kWeighs && lane < count) own.row_weights[shipped.slot] = shipped.weight;
+    if (!kWeighs && count == 1) return true;
+    float dot = 0;
     const i32 landing = __shfl_sync(kFullWarp, shipped.slot, 0);
     for (int part = 0; part < args.num_parts; ++part) {
       const i32 row_bytes = args.row_bytes[part];
@@ -122,10 +180,12 @@ struct Dispatch {
       for (i32 at = 0; at < row_bytes; at += args.slot_bytes) {
         const i32 size = min(args.slot_bytes, row_bytes - at);
         slot.fill(row + at, size, true);
-        slot.send(to + at, lane > 0 && lane < count, size);
+        slot.send(to + at, !kWeighs && lane > 0 && lane < count, size);
+        if (kWeighs) dot += weigh(shipped.slot, lane < count, at, size);
         slot.wait_read();
       }
     }
+    if (kWeighs && lane < count) own.row_weights[shipped.slot] = dot;
     return true;
   }
 

@@ -16,12 +16,12 @@ REPORTS = 8
 """Places in which kernels report to the host, taken in turn."""
 PIECES = 16
 """Pieces of work that a block of a combine has under way at the most."""
-GROUPS = 4
-"""Groups of warps of such a block that sum, each with a warp that sends its sums."""
-GROUP_WARPS = 4
-"""Summing warps of a group."""
-OUTPUTS = 8
-"""Sums of such a block that are under way."""
+SUMMING_WARPS = 14
+"""Warps of such a block that sum."""
+SENDERS = 3
+"""Warps of such a block that send sums."""
+BUFFERS = 2
+"""Sums that each of them has under way."""
 
 
 class Verdict(IntEnum):
@@ -111,6 +111,7 @@ class DispatchArgs(ctypes.Structure):
 
     _fields_ = (
         ("rows", c_uint64 * MAX_PARTS),
+        ("combined", c_uint64),
         ("weights", c_uint64),
         ("pairs", c_uint64),
         ("links", c_uint64),
@@ -215,9 +216,9 @@ def declarations() -> str:
         "kCapacity": Field.CAPACITY,
         "kBlockAlignment": BLOCK_ALIGNMENT,
         "kPieces": PIECES,
-        "kOutputs": OUTPUTS,
-        "kGroups": GROUPS,
-        "kGroupWarps": GROUP_WARPS,
+        "kSummingWarps": SUMMING_WARPS,
+        "kSenders": SENDERS,
+        "kBuffers": BUFFERS,
         "kCombineSharedBytes": COMBINE_SHARED_BYTES,
     }
     lines = [f"enum : int {{ {name} = {int(value)} }};" for name, value in constants.items()]
