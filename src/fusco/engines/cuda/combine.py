@@ -16,10 +16,10 @@ from fusco.layout.compact import round_up
 from fusco.layout.segments import bytes_per_row
 from fusco.types import CompactPlan
 
-_MAX_PIECE_BYTES = structs.SUMMING_WARPS * 32 * 16
-"""What a block sums in one step."""
+_MAX_PIECE_BYTES = 2 * structs.GROUP_WARPS * 32 * 16
+"""What a group of warps sums in one step."""
 _NUM_BUFFERS = structs.SENDERS * structs.BUFFERS
-_THREADS = (1 + structs.SUMMING_WARPS + structs.SENDERS) * 32
+_THREADS = (1 + structs.GROUPS * structs.GROUP_WARPS + structs.SENDERS) * 32
 _ITEMS_AT_ONCE = 4
 
 

@@ -24,9 +24,20 @@ from fusco.types import CompactPlan
 
 _PLAN_THREADS = 512
 _TOKENS_PER_PLAN_BLOCK = 64
-# Tuned on H100 at hidden 7168 in bfloat16: as many rows under way as fit beside each other.
-_MAX_WARPS = 14
-_MAX_SLOT_BYTES = 16384
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """How a block of the dispatch kernel is divided, at the most."""
+
+    max_warps: int
+    max_slot_bytes: int
+
+
+# Tuned on H100 at hidden 7168 in bfloat16, 8192 tokens: whole rows, as many as fit together;
+# and where warps weigh what they move, more of them.
+_MOVING = _Work(max_warps=14, max_slot_bytes=16384)
+_WEIGHING = _Work(max_warps=18, max_slot_bytes=7168)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +60,13 @@ class _Format:
     row_shapes: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, rows: tuple[Tensor, ...], session: Session) -> _Format:
+    def of(cls, rows: tuple[Tensor, ...], session: Session, work: _Work) -> _Format:
         row_bytes = tuple(bytes_per_row(each) for each in rows)
-        slot_bytes = min(_MAX_SLOT_BYTES, max(row_bytes))
+        slot_bytes = min(work.max_slot_bytes, max(row_bytes))
         # Beside a warp's slot lie its barrier and, once a block, the places of all ranks.
         places = session.num_ranks * (MAX_PARTS + 2) * 8
         room = session.max_shared_bytes - places
-        num_warps = min(_MAX_WARPS, room // (slot_bytes + 8)) // 2 * 2
+        num_warps = min(work.max_warps, room // (slot_bytes + 8)) // 2 * 2
         return cls(
             row_bytes=row_bytes,
             slot_bytes=slot_bytes,
@@ -90,7 +101,7 @@ class Dispatcher:
         where it is not there, all ranks add some and begin again."""
         session, device, args = self._session, self._session.device, self._args
         stream = session.order.begin()
-        form = self._set_rows(rows, weights)
+        form = self._set_rows(rows, weights, _MOVING)
         num_tokens, top_k = topk_idx.shape
         num_local = session.constants.num_local
         size = links_len(num_tokens, session.num_ranks, session.max_tokens, top_k)
@@ -146,7 +157,7 @@ class Dispatcher:
         kernel = self._dispatch if combined is None else self._weighing(combined.dtype)
         args.combined = 0 if combined is None else combined.data_ptr()
         stream = session.order.begin()
-        form = self._set_rows(rows, weights)
+        form = self._set_rows(rows, weights, _MOVING if combined is None else _WEIGHING)
         num_rows = plan.num_rows
         args.pairs, args.links = plan.pairs.data_ptr(), plan.links.data_ptr()
         args.tokens_per_expert = plan.tokens_per_expert.data_ptr()
@@ -199,12 +210,12 @@ class Dispatcher:
         self._session.raise_failure()
         self._session.grow(call.operation.text, report.need)
 
-    def _set_rows(self, rows: tuple[Tensor, ...], weights: Tensor | None) -> _Format:
+    def _set_rows(self, rows: tuple[Tensor, ...], weights: Tensor | None, work: _Work) -> _Format:
         args, plan_args = self._args, self._plan_args
-        key = tuple((each.dtype, each.shape[1:]) for each in rows)
+        key = (work.max_warps, *((each.dtype, each.shape[1:]) for each in rows))
         form = self._formats.get(key)
         if form is None:
-            form = self._formats[key] = _Format.of(rows, self._session)
+            form = self._formats[key] = _Format.of(rows, self._session, work)
         for part, each in enumerate(rows):
             args.rows[part] = each.data_ptr()
             args.row_bytes[part] = plan_args.row_bytes[part] = form.row_bytes[part]

@@ -2,9 +2,9 @@
 // token's rank, which adds the partials up in the order of the contract (engines/base.py).
 //
 // A block is a pipeline. Its first warp takes segments to return or tokens to sum, items, and fetches
-// piece by piece of their rows into shared memory; most warps sum these pieces there; the last few
-// send the sums on, an item each in turn. Half of the blocks begin with returning, which never waits
-// for others, and go on with summing, which does.
+// piece by piece of their rows into shared memory; two groups of warps sum these there, an item each
+// in turn; the last few warps send the sums on, likewise. Half of the blocks begin with returning,
+// which never waits for others, and go on with summing, which does.
 
 #include "agree.cuh"
 #include "element.cuh"
@@ -13,9 +13,8 @@
 
 // What becomes of a row of a piece.
 enum Op : u32 {
-  kWeigh = 1,     // it counts times its weight
-  kEndTerm = 2,   // the sum so far is one of several partials: it is rounded and added to its node's
-  kEndNode = 4,   // that of the node is one of several: it is rounded and added to the token's
+  kEndTerm = 1,   // the sum so far is one of several partials: it is rounded and added to its node's
+  kEndNode = 2,   // that of the node is one of several: it is rounded and added to the token's
 };
 
 struct alignas(16) Row {
@@ -51,8 +50,9 @@ struct Shared {
 
 static_assert(sizeof(Shared) <= kCombineSharedBytes, "see structs.py");
 
-constexpr int kSummingThreads = kSummingWarps * kWarp;
-constexpr int kCombineThreads = kWarp + kSummingThreads + kSenders * kWarp;
+constexpr int kGroupThreads = kGroupWarps * kWarp;
+constexpr int kCombineThreads = kWarp + kGroups * kGroupThreads + kSenders * kWarp;
+static_assert(kSenders % kGroups == 0, "a sender serves one group");
 
 struct Fetcher {
   const World& world;
@@ -136,9 +136,10 @@ struct Fetcher {
     }
   }
 
-  // An item of one piece for each sender.
+  // An item for each sender.
   __device__ __forceinline__ void fetch_end() {
-    for (int i = 0; i < kSenders; ++i) {
+    const int num_pieces = (args.row_bytes + args.piece_bytes - 1) / args.piece_bytes;
+    for (int i = 0; i < kSenders * num_pieces; ++i) {
       make_room(0);
       Piece& piece = shared.pieces[head % kPieces];
       if (lane_id() == 0) {
@@ -189,7 +190,7 @@ struct Fetcher {
       const float its_weight = __shfl_sync(kFullWarp, weight, source);
       const i64 row = __shfl_sync(kFullWarp, return_row, i * width);
       const u64 window = window_of(world, __shfl_sync(kFullWarp, to, i * width));
-      fetch(row_at(its_slot), args.row_weights ? kWeigh : 0, its_weight, count,
+      fetch(row_at(its_slot), 0, its_weight, count,
             at_bytes<u8>(window, args.returns_at + row * args.row_bytes), return_flag(window, row));
     }
   }
@@ -256,7 +257,6 @@ struct Fetcher {
           takes_own = owns;
           source = owns ? base + mine : lane;
           op = mine == count - 1 ? kEndTerm : 0;
-          if (owns && args.row_weights) op |= kWeigh;
         }
         num_rows += count;
       }
@@ -266,10 +266,10 @@ struct Fetcher {
       if (__popc(terms & lanes_of(i)) == 1) op &= ~kEndTerm;
       const u64 from_own = __shfl_sync(kFullWarp, reinterpret_cast<u64>(own_row), source);
       const u64 from_partial = __shfl_sync(kFullWarp, reinterpret_cast<u64>(partial), source);
-      const float its_weight = __shfl_sync(kFullWarp, weight, source);
+      const float own_weight = __shfl_sync(kFullWarp, weight, source);
       u8* out = reinterpret_cast<u8*>(args.out) + (static_cast<i64>(first) + i) * args.row_bytes;
-      fetch(reinterpret_cast<const u8*>(takes_own ? from_own : from_partial), op, its_weight, num_rows,
-            out, nullptr);
+      fetch(reinterpret_cast<const u8*>(takes_own ? from_own : from_partial), op,
+            takes_own ? own_weight : 1, num_rows, out, nullptr);
       if (args.pair_values) return_values(first + i);
     }
     return true;
@@ -346,15 +346,11 @@ struct Sum {
     for (int i = 0; i < kPerVector; ++i) term[i] = node[i] = total[i] = 0;
   }
 
+  // A weight of 1 changes no bit.
   __device__ __forceinline__ void add(const Vector& vector, u32 op, Wide weight) {
-    if (op & kWeigh) {
 #pragma unroll
-      for (int i = 0; i < kPerVector; ++i) {
-        term[i] = add_exact(term[i], multiply_exact(widen(vector, i), weight));
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kPerVector; ++i) term[i] = add_exact(term[i], widen(vector, i));
+    for (int i = 0; i < kPerVector; ++i) {
+      term[i] = add_exact(term[i], multiply_exact(widen(vector, i), weight));
     }
     if (op & kEndTerm) add_rounded(node, term);
     if (op & kEndNode) add_rounded(total, node);
@@ -365,51 +361,63 @@ struct Sum {
   }
 };
 
-// Sums pieces as they come. An item's pieces go to one sender, which so knows when all are there.
-__device__ __forceinline__ void sum_pieces(Shared& shared, const CombineArgs& args, const u8* rows,
-                                           u8* sums) {
-  constexpr int kStride = kSummingThreads * 16;
-  const int thread = threadIdx.x - kWarp;
-  const int num_pieces = (args.row_bytes + args.piece_bytes - 1) / args.piece_bytes;
-  int num_ends = 0, sender = 0, piece_of_item = 0;
-  u32 turns = 0;   // items that every sender has had
-  for (u32 number = 0; num_ends < kSenders; ++number) {
-    const u32 place = number % kPieces;
-    const u32 given = turns * num_pieces + piece_of_item;   // to this sender before
-    const u32 buffer = sender * kBuffers + given % kBuffers;
-    shared.full[place].wait(number / kPieces & 1);
-    const Piece& piece = shared.pieces[place];
-    const i32 num_rows = piece.num_rows, size = piece.size;
-    const u32 ops = piece.ops;
-    shared.sum_empty[buffer].wait(given / kBuffers & 1 ^ 1);
-    if (thread == 0) shared.sent[buffer] = Sent{piece.out, piece.flag, size};
-    u8* sum = sums + buffer * args.piece_bytes;
-    for (i32 at = thread * 16; at < size; at += kStride) {
-      const u8* here = rows + at;
-      Sum mine;
-      mine.clear();
-#pragma unroll 4
-      for (int i = 0; i < num_rows; ++i) {
-        const Row row = piece.rows[i];
-        mine.add(*reinterpret_cast<const Vector*>(here + row.at), row.op, row.weight);
+// Sums every kGroups-th item. Its pieces go to one sender, which so knows when all are there.
+__device__ __forceinline__ void sum_items(Shared& shared, const CombineArgs& args, int group, int thread,
+                                          const u8* rows, u8* sums) {
+  constexpr int kStride = kGroupThreads * 16, kAtOnce = 3;
+  const u32 num_pieces = (args.row_bytes + args.piece_bytes - 1) / args.piece_bytes;
+  int num_ends = 0;
+  for (u32 item = group; num_ends < kSenders / kGroups; item += kGroups) {
+    i32 size = 0;
+    for (u32 i = 0; i < num_pieces; ++i) {
+      const u32 number = item * num_pieces + i, place = number % kPieces;
+      const u32 given = item / kSenders * num_pieces + i;   // to this sender before
+      const u32 buffer = item % kSenders * kBuffers + given % kBuffers;
+      shared.full[place].wait(number / kPieces & 1);
+      const Piece& piece = shared.pieces[place];
+      const i32 num_rows = piece.num_rows;
+      const u32 ops = piece.ops;
+      size = piece.size;
+      if (size >= 0 || i == 0) {
+        shared.sum_empty[buffer].wait(given / kBuffers & 1 ^ 1);
+        if (thread == 0) shared.sent[buffer] = Sent{piece.out, piece.flag, size};
       }
-      *reinterpret_cast<Vector*>(sum + at) = mine.rounded(ops);
-    }
-    publish_to_copies();
-    __syncwarp();
-    if (lane_id() == 0) {
-      shared.empty[place].arrive();
-      shared.sum_full[buffer].arrive();
-    }
-    const bool is_end = size < 0;
-    num_ends += is_end;
-    if (++piece_of_item == num_pieces || is_end) {
-      piece_of_item = 0;
-      if (++sender == kSenders) {
-        sender = 0;
-        ++turns;
+      u8* sum = sums + buffer * args.piece_bytes;
+      for (i32 at = thread * 16; at < size; at += 2 * kStride) {
+        const bool has_second = at + kStride < size;
+        Sum first, second;
+        first.clear();
+        second.clear();
+        // Read before they are needed, since a row's addition waits for the one before.
+        for (int base = 0; base < num_rows; base += kAtOnce) {
+          Row row[kAtOnce];
+          Vector here[kAtOnce], there[kAtOnce];
+#pragma unroll
+          for (int j = 0; j < kAtOnce; ++j) row[j] = piece.rows[min(base + j, num_rows - 1)];
+#pragma unroll
+          for (int j = 0; j < kAtOnce; ++j) {
+            const u8* vectors = rows + row[j].at + at;
+            here[j] = *reinterpret_cast<const Vector*>(vectors);
+            if (has_second) there[j] = *reinterpret_cast<const Vector*>(vectors + kStride);
+          }
+#pragma unroll
+          for (int j = 0; j < kAtOnce; ++j) {
+            if (base + j >= num_rows) break;
+            first.add(here[j], row[j].op, row[j].weight);
+            if (has_second) second.add(there[j], row[j].op, row[j].weight);
+          }
+        }
+        *reinterpret_cast<Vector*>(sum + at) = first.rounded(ops);
+        if (has_second) *reinterpret_cast<Vector*>(sum + at + kStride) = second.rounded(ops);
+      }
+      publish_to_copies();
+      __syncwarp();
+      if (lane_id() == 0) {
+        shared.empty[place].arrive();
+        if (size >= 0 || i == 0) shared.sum_full[buffer].arrive();
       }
     }
+    num_ends += size < 0;
   }
 }
 
@@ -443,10 +451,10 @@ extern "C" __global__ void __launch_bounds__(kCombineThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < kPieces; ++i) {
       shared.full[i].init(kFillArrivals);
-      shared.empty[i].init(kSummingWarps);
+      shared.empty[i].init(kGroupWarps);
     }
     for (int i = 0; i < kSenders * kBuffers; ++i) {
-      shared.sum_full[i].init(kSummingWarps);
+      shared.sum_full[i].init(kGroupWarps);
       shared.sum_empty[i].init(1);
     }
 #if FUSCO_BULK
@@ -467,10 +475,11 @@ extern "C" __global__ void __launch_bounds__(kCombineThreads, 1)
       fetcher.sum_all(state);
       fetcher.give_back_all(state);
       fetcher.fetch_end();
-    } else if (warp_id() <= kSummingWarps) {
-      sum_pieces(shared, args, rows, sums);
+    } else if (warp_id() <= kGroups * kGroupWarps) {
+      const int thread = threadIdx.x - kWarp;
+      sum_items(shared, args, thread / kGroupThreads, thread % kGroupThreads, rows, sums);
     } else {
-      send_sums(shared, args, warp_id() - 1 - kSummingWarps, epoch, sums);
+      send_sums(shared, args, warp_id() - 1 - kGroups * kGroupWarps, epoch, sums);
     }
   }
   if (finish(state, args.is_last ? epoch : epoch - 1)) state.verdict = verdict;

@@ -67,7 +67,7 @@ __device__ __forceinline__ void count(const World& world, const PlanArgs& args, 
 // records of all ranks. `start` has room for E + 1 numbers. Leaves what the neediest rank needs, and
 // returns whether every rank has room.
 __device__ __forceinline__ bool lay_out(const World& world, const PlanArgs& args, u32 epoch, i32* start,
-                                        i64* need) {
+                                        i32* num_pairs, i64* need) {
   const i32* device_major = reinterpret_cast<const i32*>(world.device_major);
   const i32* first_place = reinterpret_cast<const i32*>(world.first_place);
   i32* slot_base = reinterpret_cast<i32*>(world.slot_base);
@@ -92,7 +92,10 @@ __device__ __forceinline__ bool lay_out(const World& world, const PlanArgs& args
       }
       padded = static_cast<i32>(round_up(total, world.alignment));
       slot_base[expert] = before - padded;
-      if (place >= first_local && place < end_local) tokens_per_expert[place - first_local] = total;
+      if (place >= first_local && place < end_local) {
+        tokens_per_expert[place - first_local] = total;
+        if (total) atomicAdd(num_pairs, total);
+      }
     }
     i32 sum = padded;
 #pragma unroll
@@ -161,8 +164,11 @@ __device__ __forceinline__ void lead(const World& world, const Call& call, const
   publish(world, call, epoch, status, totals, num_counts);
   i32 verdict = await_records(world, call, epoch);
   for (int i = threadIdx.x; i < num_counts; i += blockDim.x) totals[i] = 0;
+  __shared__ i32 num_pairs;
+  if (threadIdx.x == 0) num_pairs = 0;
+  __syncthreads();
   i64 need = 0;
-  if (verdict == kGo && !lay_out(world, args, epoch, scratch, &need)) verdict = kShort;
+  if (verdict == kGo && !lay_out(world, args, epoch, scratch, &num_pairs, &need)) verdict = kShort;
   __syncthreads();
   if (threadIdx.x != 0) return;
   if (is_bad) {
@@ -177,13 +183,8 @@ __device__ __forceinline__ void lead(const World& world, const Call& call, const
   const Links links(world, args.num_tokens, args.links);
   *links.is_valid = verdict == kGo;
   const bool is_laid_out = verdict == kGo || verdict == kShort;
-  i64 num_pairs = 0;
-  if (is_laid_out) {
-    const i64* tokens_per_expert = reinterpret_cast<const i64*>(args.tokens_per_expert);
-    for (int i = 0; i < world.num_local; ++i) num_pairs += tokens_per_expert[i];
-  }
-  report_to_host(world, call, verdict, is_laid_out ? links.rows[world.rank] : 0, num_pairs, need);
   store_release_gpu(&state.planned, epoch);
+  report_to_host(world, call, verdict, is_laid_out ? links.rows[world.rank] : 0, num_pairs, need);
 }
 
 // Gives the pairs of this block's tokens their slots, in order. One warp counts experts, another the

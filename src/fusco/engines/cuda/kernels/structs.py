@@ -16,9 +16,11 @@ REPORTS = 8
 """Places in which kernels report to the host, taken in turn."""
 PIECES = 16
 """Pieces of work that a block of a combine has under way at the most."""
-SUMMING_WARPS = 14
-"""Warps of such a block that sum."""
-SENDERS = 3
+GROUPS = 2
+"""Groups of warps of such a block that sum."""
+GROUP_WARPS = 7
+"""Warps of a group; 7 divide a row of 7168 elements."""
+SENDERS = 4
 """Warps of such a block that send sums."""
 BUFFERS = 2
 """Sums that each of them has under way."""
@@ -216,7 +218,8 @@ def declarations() -> str:
         "kCapacity": Field.CAPACITY,
         "kBlockAlignment": BLOCK_ALIGNMENT,
         "kPieces": PIECES,
-        "kSummingWarps": SUMMING_WARPS,
+        "kGroups": GROUPS,
+        "kGroupWarps": GROUP_WARPS,
         "kSenders": SENDERS,
         "kBuffers": BUFFERS,
         "kCombineSharedBytes": COMBINE_SHARED_BYTES,
