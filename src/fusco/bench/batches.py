@@ -37,10 +37,14 @@ class Outputs:
 
     def of(self, tokens: Tensor) -> Tensor:
         """Rows to combine. They differ between a token's experts, as those of a model do."""
-        if len(self._memory) < len(tokens):
-            self._memory = torch.zeros_like(tokens)
+        self.reserve(len(tokens))
         factors = (torch.arange(len(tokens), device=tokens.device) % 7 + 1) / 8
         return torch.mul(tokens, factors.to(tokens.dtype)[:, None], out=self.rows(len(tokens)))
+
+    def reserve(self, num_rows: int) -> None:
+        """Have room for so many; what is asked for up to that is always the same memory."""
+        if len(self._memory) < num_rows:
+            self._memory = self._memory.new_zeros((num_rows, self._memory.shape[1]))
 
     def rows(self, num_rows: int) -> Tensor:
         """So many of the rows that are there from an earlier `of`."""

@@ -49,6 +49,9 @@ class BenchConfig:
         warmup: iterations before them that are not counted.
         seed: of rows and routings.
         ablation: what is switched off; "none" is everything on.
+        num_sms: for each of these measure fusco with so many multiprocessors too.
+        graph: replay the pair in a CUDA graph too.
+        backward: measure forward and backward of the pair too.
         baselines: of the device's BASELINES, what to measure beside fusco; ratios are to the
             first. See `AllToAllBaseline`, whose second keeps its buffers, and `NcclBaseline`.
 
@@ -71,13 +74,16 @@ class BenchConfig:
     warmup: int = 3
     seed: int = 0
     ablation: str = "none"
+    num_sms: tuple[int, ...] = ()
+    graph: bool = False
+    backward: bool = False
     baselines: tuple[str, ...] = (PLAIN_BASELINE,)
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             lowest = 0 if field.name in ("warmup", "seed") else 1
-            if isinstance(value, int) and value < lowest:
+            if isinstance(value, int) and not isinstance(value, bool) and value < lowest:
                 raise input_error(
                     "bench",
                     field.name,
@@ -96,6 +102,15 @@ class BenchConfig:
                 expected=f"{self.engine!r}",
                 remedy="change one of the two",
             )
+        for name in ("num_sms", "graph", "backward"):
+            if getattr(self, name) and self.device != "cuda":
+                raise input_error(
+                    "bench",
+                    name,
+                    got=f"{getattr(self, name)} on {self.device!r}",
+                    expected="device 'cuda' with it",
+                    remedy="leave it out on CPUs",
+                )
         for baseline in self.baselines or ("",):
             _check_choice("baselines", baseline, BASELINES[self.device])
         if self.num_experts % self.num_ranks:

@@ -68,9 +68,11 @@ def open_lineup(config: BenchConfig, stack: ExitStack, *, has_nccl: bool) -> Lin
         stack: closes what was opened.
         has_nccl: whether NCCL can serve the group.
     """
-    shuffle = stack.enter_context(make_shuffle(config))
-    contenders: dict[Entrant, Contender] = {Entrant(engine=shuffle.engine_name): Fusco(shuffle)}
+    contenders: dict[Entrant, Contender] = {}
     left_out = {}
+    for num_sms in (None, *config.num_sms):
+        shuffle = stack.enter_context(make_shuffle(config, num_sms=num_sms))
+        contenders[Entrant(engine=shuffle.engine_name, num_sms=num_sms)] = Fusco(shuffle)
     for name in config.baselines:
         if name == NCCL_BASELINE and not has_nccl:
             left_out[name] = "it does not serve ranks that share a GPU"
@@ -80,8 +82,9 @@ def open_lineup(config: BenchConfig, stack: ExitStack, *, has_nccl: bool) -> Lin
     return Lineup(contenders=contenders, topology=shuffle.topology, left_out=left_out)
 
 
-def make_shuffle(config: BenchConfig) -> Shuffle:
-    """A Shuffle for one configuration."""
+def make_shuffle(config: BenchConfig, **settings: Any) -> Shuffle:
+    """A Shuffle for one configuration, with settings that are not None as `Shuffle` takes them."""
+    given = {name: value for name, value in settings.items() if value is not None}
     return Shuffle(
         num_experts=config.num_experts,
         hidden_size=config.hidden_size,
@@ -95,6 +98,7 @@ def make_shuffle(config: BenchConfig) -> Shuffle:
             deduplicate=config.ablation != "planner",
             balance=config.ablation != "balancer",
         ),
+        **given,
     )
 
 

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,8 +23,9 @@ from torch import Tensor
 from fusco.bench.batches import Batch, Outputs, make_batches
 from fusco.bench.clock import Clock, EventClock, HostClock, Span
 from fusco.bench.config import BenchConfig, check_pattern
-from fusco.bench.contenders import Contender, open_lineup
-from fusco.bench.floor import count_load
+from fusco.bench.contenders import Contender, Fusco, make_shuffle, open_lineup
+from fusco.bench.floor import Load, count_load
+from fusco.bench.graphs import GraphReplay
 from fusco.bench.machine import num_cores
 from fusco.bench.meters import CopyMeter, LinkMeter, Meter
 from fusco.bench.patterns import RoutingSet
@@ -81,8 +83,19 @@ def measure_rank(rank: int, config: BenchConfig, routing: RoutingSet | None) -> 
         topology = lineup.topology
         batches = make_batches(config, topology, routing, place.device)
         outputs = Outputs(config, place.device)
-        wire_bytes, num_rows = _compare(lineup.contenders, batches, outputs)
-        times = _measure(config, lineup.contenders, batches, outputs, place)
+        loads = [
+            count_load(each.routing.topk_idx, topology.rank_of_expert, topology.num_ranks)
+            for each in batches
+        ]
+        racers: dict[Entrant, Contender | GraphReplay] = {**lineup.contenders}
+        if config.graph:
+            room = _most_rows(loads)
+            outputs.reserve(room)
+            shuffle = stack.enter_context(make_shuffle(config, max_recv_tokens=room))
+            replay = GraphReplay(shuffle, batches[0], outputs.rows(room))
+            racers[Entrant(engine=shuffle.engine_name, mode="graph")] = replay
+        wire_bytes, num_rows = _compare(racers, batches, outputs)
+        times = _measure(config, racers, batches, outputs, place)
         return RankRun(
             host=host_id(),
             num_nodes=topology.num_nodes,
@@ -92,10 +105,7 @@ def measure_rank(rank: int, config: BenchConfig, routing: RoutingSet | None) -> 
             link_spans=times.copies.get("link", []),
             wire_bytes=wire_bytes,
             num_rows=num_rows,
-            loads=[
-                count_load(each.routing.topk_idx, topology.rank_of_expert, topology.num_ranks)
-                for each in batches
-            ],
+            loads=loads,
             left_out=lineup.left_out,
         )
 
@@ -127,19 +137,32 @@ def _find_place(config: BenchConfig) -> _Place:
     return _Place(device=device, clock=EventClock(device, has_nccl=has_nccl), has_nccl=has_nccl)
 
 
+def _most_rows(loads: Sequence[Load]) -> int:
+    """That any rank receives in any batch."""
+    everybody: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, [load.rows for load in loads])
+    return int(np.sum(everybody, axis=0).max())
+
+
 def _compare(
-    contenders: dict[Entrant, Contender], batches: Sequence[Batch], outputs: Outputs
+    racers: dict[Entrant, Contender | GraphReplay], batches: Sequence[Batch], outputs: Outputs
 ) -> tuple[dict[Entrant, dict[str, float]], float]:
     """Run every batch once on each, and raise unless they did the same work.
 
     Returns:
         mean bytes sent to other ranks in each operation, and mean rows received.
     """
-    wire_bytes = {entrant: {"dispatch": 0.0, "combine": 0.0} for entrant in contenders}
+    wire_bytes = {entrant: {"dispatch": 0.0, "combine": 0.0} for entrant in racers}
     num_rows = 0.0
     for batch in batches:
         first = None
-        for entrant, contender in contenders.items():
+        for entrant, contender in racers.items():
+            if isinstance(contender, GraphReplay):
+                assert first is not None, "an eager one comes first"
+                # The expert outputs of the one before are still there.
+                contender.load(batch)
+                _raise_unless({"sums": _agree(batch, first[1], contender.run())})
+                continue
             before = contender.wire_bytes
             d = contender.dispatch(*batch.arguments)
             between = contender.wire_bytes
@@ -159,12 +182,19 @@ def _expect_same(batch: Batch, fusco: tuple[Any, Tensor], baseline: tuple[Any, T
         name: torch.equal(getattr(fusco[0], name), getattr(baseline[0], name))
         for name in ("tokens", "row_weights", "tokens_per_expert")
     }
+    _raise_unless({**same, "sums": _agree(batch, fusco[1], baseline[1])})
+
+
+def _agree(batch: Batch, fusco: Tensor, baseline: Tensor) -> bool:
     # Each contender rounds a token's sum a few times; no term is larger than this.
     weight = batch.routing.topk_weights.abs().sum(dim=1, keepdim=True)
     largest = weight * batch.x.float().abs()
-    difference = (fusco[1].float() - baseline[1].float()).abs()
+    difference = (fusco.float() - baseline.float()).abs()
     bound = 4 * torch.finfo(batch.x.dtype).eps * largest + torch.finfo(batch.x.dtype).tiny
-    same["sums"] = bool((difference <= bound).all())
+    return bool((difference <= bound).all())
+
+
+def _raise_unless(same: dict[str, bool]) -> None:
     if not all(same.values()):
         wrong = ", ".join(name for name, is_same in same.items() if not is_same)
         raise FuscoError(
@@ -181,23 +211,30 @@ class _Times:
 
 def _measure(
     config: BenchConfig,
-    contenders: dict[Entrant, Contender],
+    racers: dict[Entrant, Contender | GraphReplay],
     batches: Sequence[Batch],
     outputs: Outputs,
     place: _Place,
 ) -> _Times:
-    spans: dict[Entrant, dict[str, list[Span]]] = {entrant: {} for entrant in contenders}
+    spans: dict[Entrant, dict[str, list[Span]]] = {entrant: {} for entrant in racers}
     meters = place.make_meters()
     copies: dict[str, list[Span]] = {name: [] for name in meters}
     for i in range(config.warmup + config.iterations):
         if i == config.warmup:
-            spans = {entrant: {} for entrant in contenders}
+            spans = {entrant: {} for entrant in racers}
             copies = {name: [] for name in meters}
         batch = batches[i % len(batches)]
         # Whoever comes second finds other caches than whoever comes first.
-        order = list(contenders) if i % 2 else list(reversed(contenders))
+        order = list(racers) if i % 2 else list(reversed(racers))
         for entrant in order:
-            timed = _time_operations(contenders[entrant], batch, outputs, place.clock)
+            racer = racers[entrant]
+            if isinstance(racer, GraphReplay):
+                racer.load(batch)
+                timed = {"total": place.clock.time(racer.run)[1]}
+            else:
+                timed = _time_operations(racer, batch, outputs, place.clock)
+                if config.backward and isinstance(racer, Fusco) and entrant.num_sms is None:
+                    timed["forward_backward"] = place.clock.time(_train, racer, batch)[1]
             for op, span in timed.items():
                 spans[entrant].setdefault(op, []).append(span)
         for name, meter in meters.items():
@@ -222,6 +259,14 @@ def _dispatch_and_combine(contender: Contender, batch: Batch, outputs: Outputs) 
     d = contender.dispatch(*batch.arguments)
     y: Tensor = contender.combine(outputs.rows(len(d.tokens)), d)
     return y
+
+
+def _train(contender: Contender, batch: Batch) -> None:
+    """Forward and backward of the pair alone: the experts change nothing."""
+    x, topk_idx, topk_weights = batch.arguments
+    x, topk_weights = x.detach().requires_grad_(), topk_weights.detach().requires_grad_()
+    d = contender.dispatch(x, topk_idx, topk_weights)
+    contender.combine(d.tokens, d).backward(batch.x)
 
 
 def _check(config: BenchConfig, routing: RoutingSet | None) -> None:

@@ -20,7 +20,8 @@ from fusco.bench.floor import Floor, Load, floor_ms, gpu_floors, mean_floors
 from fusco.bench.machine import gpu_software, hardware, source_commit
 from fusco.bench.meters import copy_gbps, link_gbps
 
-OPS = ("dispatch", "combine", "total")
+PAIR_OPS = ("dispatch", "combine", "total")
+OPS = (*PAIR_OPS, "forward_backward")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +30,14 @@ class Entrant:
 
     Attributes:
         engine: fusco's engine, or a baseline.
+        mode: eager, or graph: replayed in a CUDA graph.
+        num_sms: the most multiprocessors it may take; None: all.
         permutes: what a GPU baseline permutes with: triton or torch.
     """
 
     engine: str
+    mode: str = "eager"
+    num_sms: int | None = None
     permutes: str | None = None
 
 
@@ -71,7 +76,8 @@ class Measurement:
 
     Attributes:
         op: dispatch, combine, or total, which is both: on a GPU, where the host runs ahead of the
-            device, measured as one span; on a CPU their sum.
+            device, measured as one span; on a CPU their sum. forward_backward: total and its
+            gradients in x and the weights.
         engine: fusco's engine, or a baseline.
         num_tokens: tokens of each rank.
         p50_ms: median over iterations, until the slowest rank is done; p10_ms and p90_ms likewise.
@@ -119,6 +125,8 @@ class Measurement:
     fusco: str
     commit: str | None
     device: str = "cpu"
+    mode: str = "eager"
+    num_sms: int | None = None
     permutes: str | None = None
     link_gbps: float | None = None
     floor_link_ms: float | None = None
@@ -130,6 +138,16 @@ class Measurement:
     def is_baseline(self) -> bool:
         """Whether this is not fusco but what it is compared with."""
         return self.engine in BASELINES[self.device]
+
+    @property
+    def label(self) -> str:
+        """The engine, and how it differs from the engine alone."""
+        parts = [self.engine]
+        if self.num_sms is not None:
+            parts.append(f"{self.num_sms} SMs")
+        if self.mode != "eager":
+            parts.append(self.mode)
+        return ", ".join(parts)
 
     @property
     def floor_fraction(self) -> float:
@@ -183,6 +201,8 @@ def summarise(config: BenchConfig, runs: Sequence[RankRun]) -> list[Measurement]
             fusco=fusco.__version__,
             commit=source_commit(),
             device=config.device,
+            mode=entrant.mode,
+            num_sms=entrant.num_sms,
             permutes=entrant.permutes,
             left_out=first.left_out,
             **_gpu_facts(yardstick, floor),
@@ -269,7 +289,7 @@ def _group_ms(runs: Sequence[RankRun], entrant: Entrant) -> dict[str, NDArray[np
         op: 1e3 * _group_seconds(runs, [run.spans[entrant][op] for run in runs])
         for op in runs[0].spans[entrant]
     }
-    if "total" not in ms:
+    if "dispatch" in ms and "total" not in ms:
         ms["total"] = ms["dispatch"] + ms["combine"]
     return ms
 
@@ -289,7 +309,8 @@ def _group_seconds(runs: Sequence[RankRun], spans: Sequence[Sequence[Span]]) -> 
 
 def _wire_bytes(run: RankRun, entrant: Entrant, op: str) -> float:
     by_op = run.wire_bytes[entrant]
-    return sum(by_op.values()) if op == "total" else by_op[op]
+    both = by_op["dispatch"] + by_op["combine"]
+    return {**by_op, "total": both, "forward_backward": 2 * both}[op]
 
 
 def _rounded(value: float) -> float:

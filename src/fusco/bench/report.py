@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from fusco.bench.config import KEPT_BASELINE
 from fusco.bench.records import OPS, Measurement
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 FLOOR_TARGET = 2.0
 COMPARED_BY = (
@@ -25,12 +26,16 @@ COMPARED_BY = (
     "dtype",
     "ablation",
     "device",
+    "mode",
+    "num_sms",
     "permutes",
 )
 
 
 def print_report(measurements: Sequence[Measurement], console: Console | None = None) -> None:
     """Print the configuration, the table and the verdict of one `run_bench`."""
+    from rich.console import Console
+
     console = console or Console()
     console.print(_configuration(measurements[0]))
     console.print(_table(measurements))
@@ -44,6 +49,8 @@ def print_comparison(
     console: Console | None = None,
 ) -> None:
     """Print the measurements beside the last ones of the same configuration in a record."""
+    from rich.console import Console
+
     console = console or Console()
     recorded = {_key(old): old for old in record}
     table = _ruled("op", "engine")
@@ -53,17 +60,19 @@ def print_comparison(
     for new in measurements:
         old = recorded.get(_key(new))
         if old is None:
-            table.add_row(new.op, new.engine, _ms(new.p50_ms), "none", "")
+            table.add_row(new.op, new.label, _ms(new.p50_ms), "none", "")
             continue
         other_hardware |= old.hardware != new.hardware
         ratio = f"{old.p50_ms / new.p50_ms:.2f}x"
-        table.add_row(new.op, new.engine, _ms(new.p50_ms), _ms(old.p50_ms), ratio)
+        table.add_row(new.op, new.label, _ms(new.p50_ms), _ms(old.p50_ms), ratio)
     console.print(table)
     if other_hardware:
         console.print("The record is from other hardware: compare ratios, not times.")
 
 
 def _configuration(one: Measurement) -> Table:
+    from rich.table import Table
+
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim")
     grid.add_column()
@@ -98,7 +107,7 @@ def _table(measurements: Sequence[Measurement]) -> Table:
         for m in of_op:
             table.add_row(
                 m.op,
-                m.engine,
+                m.label,
                 _ms(m.p50_ms),
                 _ms(m.p10_ms),
                 _ms(m.p90_ms),
@@ -112,6 +121,9 @@ def _table(measurements: Sequence[Measurement]) -> Table:
 
 
 def _ruled(*headings: str) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in headings:
         table.add_column(heading, no_wrap=True)
@@ -133,7 +145,7 @@ def _verdict(measurements: Sequence[Measurement]) -> list[str]:
     if any(m.engine == KEPT_BASELINE for m in baselines):
         lines.append(f"{KEPT_BASELINE}: with buffers kept from call to call, results too.")
     slower = [
-        f"[red]{mine.engine} loses[/red]: its {mine.op} takes {mine.p50_ms / other.p50_ms:.2f} "
+        f"[red]{mine.label} loses[/red]: its {mine.op} takes {mine.p50_ms / other.p50_ms:.2f} "
         f"times as long as that of {other.engine}."
         for other in baselines
         for mine in ours
@@ -142,7 +154,7 @@ def _verdict(measurements: Sequence[Measurement]) -> list[str]:
     if baselines and not slower:
         slower.append(f"{total.engine} is faster than the baselines in every operation.")
     lines += slower
-    far = [m.op for m in ours if m.floor_ms * FLOOR_TARGET < m.p50_ms]
+    far = [m.op for m in ours if m.num_sms is None and m.floor_ms * FLOOR_TARGET < m.p50_ms]
     if far:
         lines.append(
             f"More than {FLOOR_TARGET:.0f} times the floor: {', '.join(far)} of {total.engine}."
