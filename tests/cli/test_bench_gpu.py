@@ -10,10 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fusco.bench import BenchConfig, read_jsonl, run_bench
+from fusco.bench import BenchConfig, measure, read_jsonl, run_bench
+from fusco.bench import records as summary
 from fusco.bench.baselines import AllToAllBaseline
+from fusco.bench.clock import HostClock
 from fusco.bench.floor import Load, count_load, gpu_floors, mean_floors
+from fusco.bench.meters import Meter
 from fusco.bench.nccl import NcclBaseline
+from fusco.bench.records import RankRun, summarise
 from fusco.bench.rows import TorchRows
 from fusco.errors import InputError
 from fusco.testing.ranks import RankPool
@@ -96,6 +100,52 @@ def same_as_gloo(rank: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_gpu_baseline_does_the_same_as_that_of_cpus(pool: RankPool, dtype: torch.dtype) -> None:
     pool.run(same_as_gloo, dtype)
+
+
+class Stopwatch(HostClock):
+    """Times CPU tensors the way GPU tensors are timed."""
+
+    host_overlaps = True
+
+
+def measure_on_cpu(rank: int, config: BenchConfig) -> RankRun:
+    """The GPU's part of the benchmark where there is no GPU."""
+    place = measure._Place(device=torch.device("cpu"), clock=Stopwatch(), has_nccl=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "_find_place", lambda config: place)
+        patch.setattr(measure._Place, "make_meters", lambda place: TWO_METERS)
+        return measure.measure_rank(rank, config, None)
+
+
+class NoMeter(Meter):
+    def copy(self) -> None:
+        pass
+
+
+TWO_METERS = {"memory": NoMeter(), "link": NoMeter()}
+
+
+def test_gpu_run_is_summarised(pool: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(
+        MODEL, num_ranks=8, num_tokens=16, hidden_size=32, iterations=4, warmup=1, backward=True
+    )
+    runs = pool.run(measure_on_cpu, config)
+    monkeypatch.setattr(summary, "hardware", lambda device: {"gpu": "none", "num_gpus": 0})
+    monkeypatch.setattr(summary, "gpu_software", lambda: {"driver": None})
+    found = {(m.engine, m.op): m for m in summarise(config, runs)}
+    ops = ("dispatch", "combine", "total")
+    assert list(found) == [
+        *(("cpu", op) for op in (*ops, "forward_backward")),
+        *(("nccl", op) for op in ops),
+    ]
+    total = found["cpu", "total"]
+    assert total.ratio_to_baseline == pytest.approx(
+        found["nccl", "total"].p50_ms / total.p50_ms, rel=1e-2
+    )
+    assert found["cpu", "forward_backward"].ratio_to_baseline is None
+    assert found["nccl", "total"].permutes == "torch"
+    assert found["nccl", "total"].is_baseline
+    assert total.floor_ms > 0
 
 
 def test_device_and_engine_must_fit() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -63,9 +61,7 @@ def _shape(rows: Tensor, num_rows: int, most: int) -> tuple[tuple[int, int], int
 
 
 @triton.jit
-def _spread(
-    x: Any, place: Any, out: Any, hidden: Any, TOP_K: tl.constexpr, BLOCK: tl.constexpr
-) -> None:
+def _spread(x, place, out, hidden, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < hidden
@@ -76,7 +72,7 @@ def _spread(
 
 
 @triton.jit
-def _gather(rows: Any, index: Any, out: Any, hidden: Any, BLOCK: tl.constexpr) -> None:
+def _gather(rows, index, out, hidden, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < hidden
@@ -87,14 +83,14 @@ def _gather(rows: Any, index: Any, out: Any, hidden: Any, BLOCK: tl.constexpr) -
 
 @triton.jit
 def _weighted_sum(
-    rows: Any,
-    place: Any,
-    weight: Any,
-    out: Any,
-    hidden: Any,
+    rows,
+    place,
+    weight,
+    out,
+    hidden,
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+):
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < hidden
