@@ -6,13 +6,14 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo test bench selftest lint format .venv clean
+.PHONY: help demo test bench gpu-bench selftest lint format .venv clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      train a small MoE model on four ranks, check it and measure it"
 	@echo "make test      run the tests"
 	@echo "make bench     measure dispatch and combine on this machine"
+	@echo "make gpu-bench measure the CUDA engine on all GPUs here, with python3's own torch"
 	@echo "make selftest  run the conformance checks on this machine"
 	@echo "make lint      formatting, lint, types and the import contract, as CI does"
 	@echo "make format    mend what can be mended of it"
@@ -27,6 +28,11 @@ test: .venv
 
 bench: .venv
 	$(BIN)/fusco bench $(ARGS)
+
+# Needs no environment of ours and no network, for machines that have torch and GPUs only.
+OUTPUT ?= gpu-bench
+gpu-bench:
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py $(OUTPUT) $(ARGS)
 
 selftest: .venv
 	$(BIN)/fusco selftest $(ARGS)

@@ -24,9 +24,10 @@ from fusco.bench import (
     run_bench,
     write_jsonl,
 )
-from fusco.bench.measure import _Batch, _expect_same
+from fusco.bench.batches import Batch
+from fusco.bench.measure import _expect_same
 from fusco.bench.patterns import TokenRouting
-from fusco.bench.records import RankRun, summarise
+from fusco.bench.records import Entrant, RankRun, summarise
 from fusco.errors import FuscoError, InputError
 from fusco.testing.ranks import RankPool
 
@@ -40,6 +41,7 @@ CONFIG = BenchConfig(
     warmup=1,
 )
 MADE = BenchConfig(num_ranks=2, num_tokens=16, top_k=3, hidden_size=512, num_experts=4)
+CPU, GLOO = Entrant(engine="cpu"), Entrant(engine="gloo-all_to_all")
 ISSUE_KEYS = {
     "op", "engine", "pattern", "num_ranks", "num_nodes", "num_tokens", "hidden_size", "top_k",
     "num_experts", "dtype", "p50_ms", "p10_ms", "p90_ms", "wire_bytes", "hardware", "torch",
@@ -52,7 +54,7 @@ def by_key(measurements: list[Measurement]) -> dict[tuple[str, str], Measurement
 
 
 def test_a_run_measures_fusco_and_the_baseline(pool: RankPool, engine: str) -> None:
-    found = by_key(run_bench(replace(CONFIG, engine=engine, baselines=BASELINES), pool))
+    found = by_key(run_bench(replace(CONFIG, engine=engine, baselines=BASELINES["cpu"]), pool))
     ops, names = ("dispatch", "combine", "total"), (engine, "gloo-all_to_all", "gloo-kept")
     assert list(found) == [(name, op) for name in names for op in ops]
     for (name, op), m in found.items():
@@ -122,7 +124,7 @@ def test_a_difference_is_not_measured() -> None:
     """If fusco's rows or sums were wrong, the run would say so instead of giving times."""
     x = torch.randn(4, 8).bfloat16()
     routing = TokenRouting(topk_idx=torch.zeros(4, 1), topk_weights=torch.ones(4, 1))
-    batch = _Batch(x=x, routing=routing)
+    batch = Batch(x=x, routing=routing)
     d = fusco.Dispatched(
         tokens=x,
         tokens_per_expert=torch.tensor([4]),
@@ -144,13 +146,12 @@ def rank_run(dispatch: list[float], combine: list[float], copy: list[float]) -> 
     slow = {op: [(0.0, 10 * s) for _, s in by_iteration] for op, by_iteration in spans.items()}
     wire = {"dispatch": 100.0, "combine": 50.0}
     return RankRun(
-        engine="cpu",
         host="here",
         num_nodes=1,
         num_threads=1,
-        spans={"cpu": spans, "gloo-all_to_all": slow},
+        spans={CPU: spans, GLOO: slow},
         copy_spans=[(0.0, s) for s in copy],
-        wire_bytes={"cpu": wire, "gloo-all_to_all": wire},
+        wire_bytes={CPU: wire, GLOO: wire},
         num_rows=48.0,
     )
 
@@ -182,7 +183,7 @@ def test_a_rank_that_begins_late_is_waited_for() -> None:
     first, second = made_runs()
     spans = {"dispatch": [(0.0, 0.003)], "combine": [(0.010, 0.013)]}
     late = {"dispatch": [(0.003, 0.006)], "combine": [(0.013, 0.016)]}
-    names = ("cpu", "gloo-all_to_all")
+    names = (CPU, GLOO)
     first = replace(first, spans=dict.fromkeys(names, spans), copy_spans=[(0.0, 0.002)])
     second = replace(second, spans=dict.fromkeys(names, late), copy_spans=[(0.002, 0.004)])
     found = by_key(summarise(MADE, [first, second]))["cpu", "total"]

@@ -85,14 +85,14 @@ class AllToAllBaseline:
         weights = topk_weights.new_empty(sum(received))
         self._all_to_all(weights, topk_weights.flatten()[choice_of_sent], received, sent)
 
-        arrival_of_slot = _expert_major(received_counts)
+        arrival_of_slot = expert_major(received_counts, sum(received))
         tokens = self._buffer("tokens", sum(received), x)
         torch.index_select(arrived, 0, arrival_of_slot, out=tokens)
         return BaselineDispatched(
             tokens=tokens,
             row_weights=weights[arrival_of_slot],
             tokens_per_expert=received_counts.sum(0),
-            slot_of_arrival=_inverse(arrival_of_slot, arrival_of_slot.numel()),
+            slot_of_arrival=inverse(arrival_of_slot, arrival_of_slot.numel()),
             choice_of_sent=choice_of_sent,
             topk_weights=topk_weights,
             sent=sent,
@@ -108,7 +108,7 @@ class AllToAllBaseline:
         returned = self._buffer("returned", sum(d.sent) + 1, expert_outputs)
         returned[-1] = 0
         self._all_to_all(returned[:-1], rows, d.sent, d.received)
-        return_of_choice = _inverse(d.choice_of_sent, d.topk_weights.numel())
+        return_of_choice = inverse(d.choice_of_sent, d.topk_weights.numel())
         return _weighted_sum(returned, return_of_choice.view_as(d.topk_weights), d.topk_weights)
 
     def _all_to_all(
@@ -131,23 +131,24 @@ class AllToAllBaseline:
         return buffer[:num_rows]
 
 
-def _expert_major(counts: Tensor) -> Tensor:
+def expert_major(counts: Tensor, num_rows: int) -> Tensor:
     """The arrival of each expert-major row `[R]`, from the counts `[ranks, local experts]`.
 
-    Rows arrive sorted by source rank, then expert.
+    Rows arrive sorted by source rank, then expert. The host knows R, `num_rows`, already.
     """
     ends = counts.flatten().cumsum(0).view_as(counts)
     lengths = counts.t().flatten()
     begins_in_order = lengths.cumsum(0) - lengths
     shift = (ends - counts).t().flatten() - begins_in_order
-    return torch.repeat_interleave(shift, lengths) + torch.arange(int(lengths.sum()))
+    arrivals = torch.repeat_interleave(shift, lengths, output_size=num_rows)
+    return arrivals + torch.arange(num_rows, device=counts.device)
 
 
-def _inverse(permutation: Tensor, size: int) -> Tensor:
+def inverse(permutation: Tensor, size: int) -> Tensor:
     """Where each of `size` things went; what went nowhere gets the number of those that did."""
-    inverse = permutation.new_full((size,), permutation.numel())
-    inverse[permutation] = torch.arange(permutation.numel())
-    return inverse
+    places = permutation.new_full((size,), permutation.numel())
+    places[permutation] = torch.arange(permutation.numel(), device=permutation.device)
+    return places
 
 
 def _weighted_sum(rows: Tensor, row_TK: Tensor, weight_TK: Tensor) -> Tensor:

@@ -13,13 +13,20 @@ from fusco.errors import InputError, input_error
 Pattern = Literal["uniform", "zipf", "single-node", "imbalanced", "trace"]
 Dtype = Literal["bfloat16", "float16", "float32", "float64"]
 Switch = Literal["none", "fusion", "planner", "balancer"]
+Device = Literal["cpu", "cuda"]
 
 PLAIN_BASELINE, KEPT_BASELINE = "gloo-all_to_all", "gloo-kept"
-BASELINES = (PLAIN_BASELINE, KEPT_BASELINE)
+NCCL_BASELINE = "nccl"
+BASELINES: dict[str, tuple[str, ...]] = {
+    "cpu": (PLAIN_BASELINE, KEPT_BASELINE),
+    "cuda": (NCCL_BASELINE,),
+}
+"""What there is to compare with, by device."""
 
 PATTERNS: tuple[str, ...] = get_args(Pattern)
 DTYPES: tuple[str, ...] = get_args(Dtype)
 SWITCHES: tuple[str, ...] = get_args(Switch)
+DEVICES: tuple[str, ...] = get_args(Device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +41,7 @@ class BenchConfig:
         num_experts: experts of the whole group, in equal contiguous blocks.
         dtype: of the rows, a floating type of torch by name.
         engine: as `Shuffle` takes it; "auto" is the best one here.
+        device: where all tensors are, "cpu" or "cuda".
         pattern: one of PATTERNS, or any label where a routing is given to `run_bench`.
         trace: the recorded routing that pattern "trace" reads.
         ranks_per_node: as `Shuffle` takes it; None is the nodes that are there.
@@ -41,8 +49,11 @@ class BenchConfig:
         warmup: iterations before them that are not counted.
         seed: of rows and routings.
         ablation: what is switched off; "none" is everything on.
-        baselines: of BASELINES, what to measure beside fusco; ratios are to the first. See
-            `AllToAllBaseline`: the second keeps its buffers.
+        num_sms: for each of these measure fusco with so many multiprocessors too.
+        graph: replay the pair in a CUDA graph too.
+        backward: measure forward and backward of the pair too.
+        baselines: of the device's BASELINES, what to measure beside fusco; ratios are to the
+            first. See `AllToAllBaseline`, whose second keeps its buffers, and `NcclBaseline`.
 
     Raises:
         InputError: a value that cannot be measured.
@@ -55,6 +66,7 @@ class BenchConfig:
     num_experts: int = 64
     dtype: str = "bfloat16"
     engine: str = "auto"
+    device: str = "cpu"
     pattern: str = "uniform"
     trace: Path | None = None
     ranks_per_node: int | None = None
@@ -62,13 +74,16 @@ class BenchConfig:
     warmup: int = 3
     seed: int = 0
     ablation: str = "none"
+    num_sms: tuple[int, ...] = ()
+    graph: bool = False
+    backward: bool = False
     baselines: tuple[str, ...] = (PLAIN_BASELINE,)
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             lowest = 0 if field.name in ("warmup", "seed") else 1
-            if isinstance(value, int) and value < lowest:
+            if isinstance(value, int) and not isinstance(value, bool) and value < lowest:
                 raise input_error(
                     "bench",
                     field.name,
@@ -78,8 +93,26 @@ class BenchConfig:
                 )
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("ablation", self.ablation, SWITCHES)
+        _check_choice("device", self.device, DEVICES)
+        if self.engine in DEVICES and self.engine != self.device:
+            raise input_error(
+                "bench",
+                "device",
+                got=f"{self.device!r} with engine {self.engine!r}",
+                expected=f"{self.engine!r}",
+                remedy="change one of the two",
+            )
+        for name in ("num_sms", "graph", "backward"):
+            if getattr(self, name) and self.device != "cuda":
+                raise input_error(
+                    "bench",
+                    name,
+                    got=f"{getattr(self, name)} on {self.device!r}",
+                    expected="device 'cuda' with it",
+                    remedy="leave it out on CPUs",
+                )
         for baseline in self.baselines or ("",):
-            _check_choice("baselines", baseline, BASELINES)
+            _check_choice("baselines", baseline, BASELINES[self.device])
         if self.num_experts % self.num_ranks:
             raise input_error(
                 "bench",

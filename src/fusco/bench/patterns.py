@@ -27,6 +27,12 @@ class TokenRouting:
     topk_idx: Tensor
     topk_weights: Tensor
 
+    def to(self, device: torch.device) -> TokenRouting:
+        """The same on a device."""
+        return TokenRouting(
+            topk_idx=self.topk_idx.to(device), topk_weights=self.topk_weights.to(device)
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingSet:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fusco.bench.records import OPS, Measurement
+from fusco.bench.records import PAIR_OPS, Measurement
 from fusco.errors import FuscoError
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ def plot_measurements(measurements: Sequence[Measurement], path: Path) -> None:
     """Draw the times of each pattern as bars and write them to `path` (png, svg or pdf).
 
     A bar is the p50 of dispatch with the p50 of combine on top; its whisker goes from the p10 to
-    the p90 of both together. All measurements are of one configuration but for the pattern.
+    the p90 of both together. All measurements are of one configuration but for the pattern; those
+    that bound the multiprocessors or run in a graph are left out.
 
     Raises:
         FuscoError: matplotlib is not installed.
@@ -35,6 +36,7 @@ def plot_measurements(measurements: Sequence[Measurement], path: Path) -> None:
             "plot: matplotlib is not installed; install it: pip install 'fusco[plot]'"
         ) from error
 
+    measurements = [m for m in measurements if m.mode == "eager" and m.num_sms is None]
     patterns = list(dict.fromkeys(m.pattern for m in measurements))
     engines = list(dict.fromkeys(m.engine for m in measurements))
     by_key = {(m.pattern, m.engine, m.op): m for m in measurements}
@@ -47,7 +49,7 @@ def plot_measurements(measurements: Sequence[Measurement], path: Path) -> None:
         ticks.append(first + (num_bars - 1) / 2)
         _draw_floor(axes, first, by_key[pattern, engines[0], "total"])
         for bar, (engine, colour) in enumerate(zip(engines, ENGINE_COLOURS, strict=False), 1):
-            by_op = {op: by_key[pattern, engine, op] for op in OPS}
+            by_op = {op: by_key[pattern, engine, op] for op in PAIR_OPS}
             _draw_bar(axes, first + bar, by_op, colour)
     one = measurements[0]
     axes.set_title(
@@ -62,7 +64,7 @@ def plot_measurements(measurements: Sequence[Measurement], path: Path) -> None:
     axes.margins(y=0.12)
     axes.spines[["top", "right"]].set_visible(False)
     handles = [
-        Patch(color=FLOOR_COLOUR, label="floor: each row read and written once"),
+        Patch(color=FLOOR_COLOUR, label="floor: what merely moving the bytes takes"),
         Patch(color="#666666", alpha=COMBINE_ALPHA, label="lighter part: combine"),
     ]
     for engine, colour in zip(engines, ENGINE_COLOURS, strict=False):
@@ -92,7 +94,8 @@ def _draw_bar(axes: Axes, x: float, by_op: dict[str, Measurement], colour: str) 
     )
     top = dispatch.p50_ms + combine.p50_ms
     axes.vlines(x, total.p10_ms, total.p90_ms, color="#333333", linewidth=1)
-    speed_up = "" if total.is_baseline else f"{total.ratio_to_baseline:.1f}x\n"
+    ratio = None if total.is_baseline else total.ratio_to_baseline
+    speed_up = "" if ratio is None else f"{ratio:.1f}x\n"
     _label(axes, x, max(top, total.p90_ms), f"{speed_up}{total.p50_ms:.3g}")
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from fusco.bench.config import KEPT_BASELINE
 from fusco.bench.records import OPS, Measurement
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 FLOOR_TARGET = 2.0
 COMPARED_BY = (
@@ -24,11 +25,17 @@ COMPARED_BY = (
     "num_experts",
     "dtype",
     "ablation",
+    "device",
+    "mode",
+    "num_sms",
+    "permutes",
 )
 
 
 def print_report(measurements: Sequence[Measurement], console: Console | None = None) -> None:
     """Print the configuration, the table and the verdict of one `run_bench`."""
+    from rich.console import Console
+
     console = console or Console()
     console.print(_configuration(measurements[0]))
     console.print(_table(measurements))
@@ -42,6 +49,8 @@ def print_comparison(
     console: Console | None = None,
 ) -> None:
     """Print the measurements beside the last ones of the same configuration in a record."""
+    from rich.console import Console
+
     console = console or Console()
     recorded = {_key(old): old for old in record}
     table = _ruled("op", "engine")
@@ -51,21 +60,24 @@ def print_comparison(
     for new in measurements:
         old = recorded.get(_key(new))
         if old is None:
-            table.add_row(new.op, new.engine, _ms(new.p50_ms), "none", "")
+            table.add_row(new.op, new.label, _ms(new.p50_ms), "none", "")
             continue
         other_hardware |= old.hardware != new.hardware
         ratio = f"{old.p50_ms / new.p50_ms:.2f}x"
-        table.add_row(new.op, new.engine, _ms(new.p50_ms), _ms(old.p50_ms), ratio)
+        table.add_row(new.op, new.label, _ms(new.p50_ms), _ms(old.p50_ms), ratio)
     console.print(table)
     if other_hardware:
         console.print("The record is from other hardware: compare ratios, not times.")
 
 
 def _configuration(one: Measurement) -> Table:
+    from rich.table import Table
+
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim")
     grid.add_column()
     seen = one.hardware
+    gpus = f"{seen['num_gpus']} x {seen['gpu']}, " if "gpu" in seen else ""
     for name, value in (
         ("ranks", f"{one.num_ranks} on {one.num_nodes} node{'s' * (one.num_nodes > 1)}"),
         ("tokens", f"{one.num_tokens} a rank, hidden {one.hidden_size}, {one.dtype}"),
@@ -73,12 +85,17 @@ def _configuration(one: Measurement) -> Table:
         ("pattern", f"{one.pattern}, busiest rank {one.load_imbalance:.2f} times the mean"),
         ("switched off", one.ablation),
         ("iterations", f"{one.iterations}, seed {one.seed}"),
-        ("machine", f"{seen['cpu']}, {seen['cores']} cores, {seen['memory_gib']} GiB"),
+        ("machine", f"{gpus}{seen['cpu']}, {seen['cores']} cores, {seen['memory_gib']} GiB"),
         ("threads", f"{one.num_threads} a rank"),
-        ("software", f"fusco {one.fusco}, torch {one.torch}, Python {one.python}"),
+        ("software", _software(one)),
     ):
         grid.add_row(name, value)
     return grid
+
+
+def _software(one: Measurement) -> str:
+    versions = {"fusco": one.fusco, "torch": one.torch, "Python": one.python, **one.software}
+    return ", ".join(f"{name} {version}" for name, version in versions.items() if version)
 
 
 def _table(measurements: Sequence[Measurement]) -> Table:
@@ -90,13 +107,13 @@ def _table(measurements: Sequence[Measurement]) -> Table:
         for m in of_op:
             table.add_row(
                 m.op,
-                m.engine,
+                m.label,
                 _ms(m.p50_ms),
                 _ms(m.p10_ms),
                 _ms(m.p90_ms),
                 f"{m.wire_bytes / 1e6:.1f}",
                 f"{m.floor_fraction:.1%}",
-                f"{m.ratio_to_baseline:.2f}x",
+                "" if m.ratio_to_baseline is None else f"{m.ratio_to_baseline:.2f}x",
                 style="dim" if m.is_baseline else "bold" if op == "total" else None,
                 end_section=m is of_op[-1],
             )
@@ -104,6 +121,9 @@ def _table(measurements: Sequence[Measurement]) -> Table:
 
 
 def _ruled(*headings: str) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in headings:
         table.add_column(heading, no_wrap=True)
@@ -111,34 +131,49 @@ def _ruled(*headings: str) -> Table:
 
 
 def _ms(value: float) -> str:
-    return f"{value:.2f}" if value < 100 else f"{value:.0f}"
+    return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
 def _verdict(measurements: Sequence[Measurement]) -> list[str]:
     total = next(m for m in measurements if m.op == "total")
     ours = [m for m in measurements if not m.is_baseline]
     baselines = [m for m in measurements if m.is_baseline]
-    lines = [
-        f"ratio: the p50 of {baselines[0].engine} over this one. floor: the least time over this "
-        f"one; for total that is {_ms(total.floor_ms)} ms, to read and write each row once at the "
-        f"{total.copy_gbps:.1f} GB/s which all ranks copying at once reached in this run."
-    ]
+    lines = [_floor_text(total)]
+    if baselines:
+        lines.append(f"ratio: the p50 of {baselines[0].engine} over this one.")
+    lines += [f"{name}: left out, {reason}." for name, reason in total.left_out.items()]
     if any(m.engine == KEPT_BASELINE for m in baselines):
         lines.append(f"{KEPT_BASELINE}: with buffers kept from call to call, results too.")
     slower = [
-        f"[red]{mine.engine} loses[/red]: its {mine.op} takes {mine.p50_ms / other.p50_ms:.2f} "
+        f"[red]{mine.label} loses[/red]: its {mine.op} takes {mine.p50_ms / other.p50_ms:.2f} "
         f"times as long as that of {other.engine}."
         for other in baselines
         for mine in ours
         if mine.op == other.op and mine.p50_ms > other.p50_ms
     ]
-    lines += slower or [f"{total.engine} is faster than the baselines in every operation."]
-    far = [m.op for m in ours if m.floor_ms * FLOOR_TARGET < m.p50_ms]
+    if baselines and not slower:
+        slower.append(f"{total.engine} is faster than the baselines in every operation.")
+    lines += slower
+    far = [m.op for m in ours if m.num_sms is None and m.floor_ms * FLOOR_TARGET < m.p50_ms]
     if far:
         lines.append(
             f"More than {FLOOR_TARGET:.0f} times the floor: {', '.join(far)} of {total.engine}."
         )
     return lines
+
+
+def _floor_text(total: Measurement) -> str:
+    least = f"floor: the least time over this one; for total that is {_ms(total.floor_ms)} ms, "
+    if total.link_gbps is None:
+        return (
+            f"{least}to read and write each row once at the {total.copy_gbps:.1f} GB/s which all "
+            "ranks copying at once reached in this run."
+        )
+    return (
+        f"{least}where the links need {_ms(total.floor_link_ms or 0)} ms at {total.link_gbps:.0f} "
+        f"GB/s each way, and each GPU's memory {_ms(total.floor_memory_ms or 0)} ms at "
+        f"{total.copy_gbps:.0f} GB/s, both as measured in this run."
+    )
 
 
 def _key(measurement: Measurement) -> tuple[object, ...]:

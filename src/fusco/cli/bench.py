@@ -103,7 +103,7 @@ def bench(
             warmup=warmup,
             seed=seed,
             ablation=ablation,
-            baselines=BASELINES,
+            baselines=BASELINES["cpu"],
         )
         _measure_and_report(config, output, compare)
 

@@ -36,7 +36,7 @@ def doctor(
 def examine() -> dict[str, Any]:
     """All that doctor shows, as it stands in its JSON."""
     import fusco
-    from fusco.bench.records import hardware, source_commit
+    from fusco.bench.machine import hardware, source_commit
     from fusco.engines import probe
 
     engines = [

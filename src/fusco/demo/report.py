@@ -94,6 +94,7 @@ def print_summary(console: Console, result: DemoResult, files: Files, elapsed_s:
     """The whole demo in a few sentences, and where to look next."""
     ranks, agreement = result.ranks, result.agreement
     total = next(m for m in result.measurements if m.op == "total" and not m.is_baseline)
+    assert total.ratio_to_baseline is not None, "the demo measures a baseline"
     faster = total.ratio_to_baseline >= 1
     ratio = total.ratio_to_baseline if faster else 1 / total.ratio_to_baseline
     sentences = Text.assemble(

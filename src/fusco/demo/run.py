@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fusco.bench.records import num_cores
+from fusco.bench.machine import num_cores
 from fusco.demo import ranks, report
 from fusco.demo.compare import compare
 from fusco.demo.data import load_corpus

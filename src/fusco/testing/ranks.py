@@ -1,4 +1,4 @@
-"""Ranks on one machine: persistent worker processes in one gloo group, each wait bounded.
+"""Ranks on one machine: persistent worker processes in one group, each wait bounded.
 
     with RankPool(4) as pool:
         results = pool.run(train, config)      # train(rank, config) on every rank, by rank
@@ -36,6 +36,9 @@ _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 _FINISH = b""
 _FINISH_S = 10.0
 
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+"""What a group of ranks is made with, by device."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RankError:
@@ -68,11 +71,13 @@ class RankFailure(RuntimeError):
 
 
 class RankPool:
-    """A context manager of `num_ranks` processes that share a default gloo group on loopback.
+    """A context manager of `num_ranks` processes that share a default group on loopback.
 
     Args:
         num_ranks: how many workers.
-        timeout_s: longest a `run` takes, and the timeout of the gloo group, in seconds.
+        device: "cpu": the group is gloo's. "cuda": CUDA tensors go through NCCL, which refuses
+            ranks that share a GPU, but only once it is used.
+        timeout_s: longest a `run` takes, and the timeout of the group, in seconds.
         threads_per_rank: threads of torch, OpenMP and numba in each worker.
         grace_s: how long the other ranks may go on, in seconds, once one has failed.
     """
@@ -81,11 +86,13 @@ class RankPool:
         self,
         num_ranks: int,
         *,
+        device: str = "cpu",
         timeout_s: float = 180.0,
         threads_per_rank: int = 1,
         grace_s: float = 10.0,
     ) -> None:
         self.num_ranks = num_ranks
+        self.device = device
         self.timeout_s = timeout_s
         self.threads_per_rank = threads_per_rank
         self.grace_s = grace_s
@@ -147,6 +154,7 @@ class RankPool:
                     settings = _Settings(
                         rank=rank,
                         num_ranks=self.num_ranks,
+                        backend=BACKENDS[self.device],
                         folder=self._folder,
                         timeout_s=self.timeout_s,
                         num_threads=self.threads_per_rank,
@@ -221,6 +229,7 @@ def _subgroup(ranks: tuple[int, ...], timeout_s: float) -> dist.ProcessGroup | N
 class _Settings:
     rank: int
     num_ranks: int
+    backend: str
     folder: Path
     timeout_s: float
     num_threads: int
@@ -286,7 +295,7 @@ def _join_group(settings: _Settings) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(settings.rank % torch.cuda.device_count())
     dist.init_process_group(
-        "gloo",
+        settings.backend,
         store=dist.FileStore(  # type: ignore[attr-defined]
             str(settings.folder / "store"), settings.num_ranks
         ),
