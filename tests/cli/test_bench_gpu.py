@@ -10,15 +10,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fusco.bench import BenchConfig, measure, read_jsonl, run_bench
-from fusco.bench import records as summary
+from fusco.bench import BenchConfig, Measurement, measure, read_jsonl, run_bench, summary
 from fusco.bench.baselines import AllToAllBaseline
 from fusco.bench.clock import HostClock
 from fusco.bench.floor import Load, count_load, gpu_floors, mean_floors
 from fusco.bench.meters import Meter
 from fusco.bench.nccl import NcclBaseline
-from fusco.bench.records import RankRun, summarise
+from fusco.bench.place import Place
+from fusco.bench.records import RankRun
 from fusco.bench.rows import TorchRows
+from fusco.bench.summary import summarise
 from fusco.errors import InputError
 from fusco.testing.ranks import RankPool
 
@@ -102,18 +103,13 @@ def test_gpu_baseline_does_the_same_as_that_of_cpus(pool: RankPool, dtype: torch
     pool.run(same_as_gloo, dtype)
 
 
-class Stopwatch(HostClock):
-    """Times CPU tensors the way GPU tensors are timed."""
-
-    host_overlaps = True
-
-
 def measure_on_cpu(rank: int, config: BenchConfig) -> RankRun:
     """The GPU's part of the benchmark where there is no GPU."""
-    place = measure._Place(device=torch.device("cpu"), clock=Stopwatch(), has_nccl=True)
+    clocks = dict.fromkeys(("eager", "queued"), HostClock())
+    place = Place(device=torch.device("cpu"), clocks=clocks, has_nccl=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "_find_place", lambda config: place)
-        patch.setattr(measure._Place, "make_meters", lambda place: TWO_METERS)
+        patch.setattr(measure, "find_place", lambda config: place)
+        patch.setattr(Place, "make_meters", lambda place: TWO_METERS)
         return measure.measure_rank(rank, config, None)
 
 
@@ -125,27 +121,43 @@ class NoMeter(Meter):
 TWO_METERS = {"memory": NoMeter(), "link": NoMeter()}
 
 
-def test_gpu_run_is_summarised(pool: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = replace(
-        MODEL, num_ranks=8, num_tokens=16, hidden_size=32, iterations=4, warmup=1, backward=True
-    )
+def summarised(
+    pool: RankPool, monkeypatch: pytest.MonkeyPatch, config: BenchConfig
+) -> dict[tuple[str, str, str], Measurement]:
     runs = pool.run(measure_on_cpu, config)
     monkeypatch.setattr(summary, "hardware", lambda device: {"gpu": "none", "num_gpus": 0})
     monkeypatch.setattr(summary, "gpu_software", lambda: {"driver": None})
-    found = {(m.engine, m.op): m for m in summarise(config, runs)}
-    ops = ("dispatch", "combine", "total")
+    return {(m.engine, m.mode, m.op): m for m in summarise(config, runs)}
+
+
+SMALL = replace(MODEL, num_ranks=8, num_tokens=16, hidden_size=32, iterations=4, warmup=1)
+PAIR = ("dispatch", "combine", "total")
+
+
+def test_small_run_is_measured_in_both_modes(
+    pool: RankPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = summarised(pool, monkeypatch, replace(SMALL, backward=True))
     assert list(found) == [
-        *(("cpu", op) for op in (*ops, "forward_backward")),
-        *(("nccl", op) for op in ops),
+        *(("cpu", "eager", op) for op in (*PAIR, "forward_backward")),
+        *(("cpu", "queued", op) for op in PAIR),
+        *(("nccl", mode, op) for mode in ("eager", "queued") for op in PAIR),
     ]
-    total = found["cpu", "total"]
-    assert total.ratio_to_baseline == pytest.approx(
-        found["nccl", "total"].p50_ms / total.p50_ms, rel=1e-2
-    )
-    assert found["cpu", "forward_backward"].ratio_to_baseline is None
-    assert found["nccl", "total"].permutes == "torch"
-    assert found["nccl", "total"].is_baseline
-    assert total.floor_ms > 0
+    for mode in ("eager", "queued"):
+        total, baseline = found["cpu", mode, "total"], found["nccl", mode, "total"]
+        ratio = baseline.p50_ms / total.p50_ms
+        assert total.ratio_to_baseline == pytest.approx(ratio, rel=1e-2)
+        assert total.floor_ms > 0
+        assert baseline.permutes == "torch"
+        assert baseline.is_baseline
+    assert found["cpu", "eager", "forward_backward"].ratio_to_baseline is None
+
+
+def test_large_run_is_measured_queued(pool: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = summarised(pool, monkeypatch, replace(SMALL, num_tokens=1024, iterations=2))
+    for engine in ("cpu", "nccl"):
+        ops = [key[1:] for key in found if key[0] == engine]
+        assert ops == [*(("queued", op) for op in PAIR), ("eager", "total")]
 
 
 def test_device_and_engine_must_fit() -> None:

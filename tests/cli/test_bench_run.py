@@ -25,9 +25,10 @@ from fusco.bench import (
     write_jsonl,
 )
 from fusco.bench.batches import Batch
-from fusco.bench.measure import _expect_same
 from fusco.bench.patterns import TokenRouting
-from fusco.bench.records import Entrant, RankRun, summarise
+from fusco.bench.records import Entrant, RankRun
+from fusco.bench.same import expect_same
+from fusco.bench.summary import summarise
 from fusco.errors import FuscoError, InputError
 from fusco.testing.ranks import RankPool
 
@@ -132,12 +133,12 @@ def test_a_difference_is_not_measured() -> None:
         row_weights=torch.ones(4),
         plan=None,  # type: ignore[arg-type]
     )
-    _expect_same(batch, (d, x), (d, x * (1 + 2**-8)))
+    expect_same(batch, (d, x), (d, x * (1 + 2**-8)))
     with pytest.raises(FuscoError, match="bench: sums: "):
-        _expect_same(batch, (d, x), (d, x * 1.125))
+        expect_same(batch, (d, x), (d, x * 1.125))
     other = replace(d, tokens=x.flip(0), row_weights=torch.zeros(4))
     with pytest.raises(FuscoError, match="bench: tokens, row_weights: "):
-        _expect_same(batch, (d, x), (other, x))
+        expect_same(batch, (d, x), (other, x))
 
 
 def rank_run(dispatch: list[float], combine: list[float], copy: list[float]) -> RankRun:

@@ -10,23 +10,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fusco.groups import group_timeout_s
+
 Span = tuple[float, float]
 """When one rank began something and when it was done, in seconds of its host's clock; a time that
 events measured begins at 0."""
 
-# NOTE: about 0.3 ms on an H100 or H200, more than the host needs to launch a dispatch.
-HOST_LEAD_CYCLES = 600_000
+# NOTE: 1.0 ms at the 1.98 GHz of an H100 or H200: a dispatch and a combine are launched in less
+# than 0.3 ms, and the rest is for a host that is late.
+HEAD_START_CYCLES = 2_000_000
 
 
 class Clock(ABC):
-    """Ranks leave a barrier together, then the time runs. Both clocks are collective.
+    """Ranks leave a barrier together, then the time runs. All clocks are collective.
 
     Attributes:
-        host_overlaps: a call may return before its work is done, so that two calls in a row take
-            less than each alone.
+        head_start_ms: how long before its device the host begins.
     """
 
-    host_overlaps: bool
+    head_start_ms: float = 0.0
 
     @abstractmethod
     def time(self, call: Callable[..., Any], *arguments: Any) -> tuple[Any, Span]:
@@ -35,8 +37,6 @@ class Clock(ABC):
 
 class HostClock(Clock):
     """For CPU tensors."""
-
-    host_overlaps = False
 
     def time(self, call: Callable[..., Any], *arguments: Any) -> tuple[Any, Span]:
         dist.barrier()
@@ -48,30 +48,65 @@ class HostClock(Clock):
 class EventClock(Clock):
     """For CUDA tensors: the time between two events on the current stream.
 
-    The barrier is on the devices, so that their queues begin together. As in a model, where it
-    still works on what came before, the device is kept busy while the host launches ahead.
+    Without a head start the device is idle when the host begins, so that launching is inside. With
+    one the device is busy first, as in a model, where it still works on what came before; what the
+    host has launched by then costs nothing, and only what it does after a wait for the device is
+    inside.
 
     Args:
-        device: of this rank.
-        has_nccl: False where ranks share a GPU, which NCCL refuses: then the hosts meet, and times
-            are only good to see that nothing is far off.
+        barrier: of the devices; None where there is none: then hosts meet, and times are only good
+            to see that nothing is far off.
+        has_head_start: see above.
     """
 
-    host_overlaps = True
-
-    def __init__(self, device: torch.device, *, has_nccl: bool) -> None:
-        self._token = torch.zeros(1, device=device if has_nccl else "cpu")
+    def __init__(self, barrier: DeviceBarrier | None, *, has_head_start: bool) -> None:
+        self._barrier = barrier
+        self._has_head_start = has_head_start
         self._begin = torch.cuda.Event(enable_timing=True)
         self._end = torch.cuda.Event(enable_timing=True)
+        if has_head_start:
+            self._measure_head_start()  # this one wakes the device
+            self.head_start_ms = self._measure_head_start()
 
     def time(self, call: Callable[..., Any], *arguments: Any) -> tuple[Any, Span]:
-        if self._token.is_cuda:
-            torch.cuda._sleep(HOST_LEAD_CYCLES)
-        else:
+        if self._barrier is None:
             torch.cuda.synchronize()
-        dist.all_reduce(self._token)
+            dist.all_reduce(torch.zeros(1))
+        if self._has_head_start:
+            torch.cuda._sleep(HEAD_START_CYCLES)
+        # Behind the head start, whose length is in cycles of each device's own clock.
+        if self._barrier is not None:
+            self._barrier.enqueue()
+        if not self._has_head_start:
+            torch.cuda.synchronize()
         self._begin.record()
         result = call(*arguments)
         self._end.record()
         self._end.synchronize()
         return result, (0.0, self._begin.elapsed_time(self._end) / 1e3)
+
+    def _measure_head_start(self) -> float:
+        self._begin.record()
+        torch.cuda._sleep(HEAD_START_CYCLES)
+        self._end.record()
+        self._end.synchronize()
+        elapsed_ms: float = self._begin.elapsed_time(self._end)
+        return elapsed_ms
+
+
+class DeviceBarrier:
+    """A barrier of the devices, by flags in each other's memory: one kernel, which ends on all of
+    them within microseconds. Making one is collective; it needs a device a rank."""
+
+    def __init__(self, device: torch.device) -> None:
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        world = dist.group.WORLD
+        assert world is not None
+        self._memory = symmetric_memory.empty(1, device=device)
+        self._handle = symmetric_memory.rendezvous(self._memory, world)
+        self._timeout_ms = int(1e3 * group_timeout_s(world))
+
+    def enqueue(self) -> None:
+        """On the current stream; the host goes on."""
+        self._handle.barrier(timeout_ms=self._timeout_ms)

@@ -23,6 +23,12 @@ BASELINES: dict[str, tuple[str, ...]] = {
 }
 """What there is to compare with, by device."""
 
+MODES = ("eager", "queued", "graph")
+"""See `Entrant`."""
+
+LARGE_TOKENS = 1024
+"""From so many tokens on a GPU works longer than its host."""
+
 PATTERNS: tuple[str, ...] = get_args(Pattern)
 DTYPES: tuple[str, ...] = get_args(Dtype)
 SWITCHES: tuple[str, ...] = get_args(Switch)
@@ -134,6 +140,12 @@ class BenchConfig:
                 f"bench: pattern: got {self.pattern!r} and trace {self.trace}, expected a trace "
                 'file with pattern "trace" and with no other; give both or neither'
             )
+
+    @property
+    def main_mode(self) -> str:
+        """The mode of the figures that count: that of a running model, but where a small batch
+        takes the host longer than the device."""
+        return "queued" if self.device == "cuda" and self.num_tokens >= LARGE_TOKENS else "eager"
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch.distributed as dist
@@ -12,8 +12,9 @@ from torch import Tensor
 from fusco.api import Shuffle
 from fusco.bench.baselines import AllToAllBaseline
 from fusco.bench.config import KEPT_BASELINE, NCCL_BASELINE, BenchConfig
+from fusco.bench.graphs import GraphReplay
 from fusco.bench.nccl import NcclBaseline
-from fusco.bench.records import Entrant
+from fusco.bench.records import PAIR_OPS, Entrant
 from fusco.bench.rows import fastest_rows
 from fusco.topology import Topology
 from fusco.types import Ablation
@@ -46,16 +47,53 @@ class Fusco:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Racer:
+    """A contender, and what of it is timed.
+
+    Attributes:
+        entrant: in its main mode.
+        contender: whose calls are timed, or the replay of a graph.
+        ops_by_entrant: the operations to time, in each mode.
+    """
+
+    entrant: Entrant
+    contender: Contender | GraphReplay
+    ops_by_entrant: dict[Entrant, tuple[str, ...]]
+
+    @classmethod
+    def of(cls, config: BenchConfig, entrant: Entrant, contender: Contender) -> Racer:
+        """All in the main mode. In the other one that GPUs have only the whole pair; of a small
+        batch, where the two tell different things, all as well."""
+        # Where the host does all, the pair is its parts.
+        pair = PAIR_OPS if config.device == "cuda" else ("dispatch", "combine")
+        is_unbounded_fusco = isinstance(contender, Fusco) and entrant.num_sms is None
+        more = ("forward_backward",) if config.backward and is_unbounded_fusco else ()
+        entrant = replace(entrant, mode=config.main_mode)
+        ops_by_entrant = {entrant: (*pair, *more)}
+        if config.main_mode == "queued" and entrant.num_sms is None:
+            ops_by_entrant[replace(entrant, mode="eager")] = ("total",)
+        elif config.device == "cuda" and entrant.num_sms is None:
+            ops_by_entrant[replace(entrant, mode="queued")] = pair
+        return cls(entrant=entrant, contender=contender, ops_by_entrant=ops_by_entrant)
+
+    @classmethod
+    def replay(cls, engine: str, graph: GraphReplay) -> Racer:
+        """Of a graph."""
+        entrant = Entrant(engine=engine, mode="graph")
+        return cls(entrant=entrant, contender=graph, ops_by_entrant={entrant: ("total",)})
+
+
+@dataclass(frozen=True, kw_only=True)
 class Lineup:
     """All that one run measures.
 
     Attributes:
-        contenders: fusco first.
+        racers: fusco first.
         topology: of the Shuffles.
         left_out: by baseline, why it is not measured.
     """
 
-    contenders: dict[Entrant, Contender]
+    racers: list[Racer]
     topology: Topology
     left_out: dict[str, str]
 
@@ -68,18 +106,19 @@ def open_lineup(config: BenchConfig, stack: ExitStack, *, has_nccl: bool) -> Lin
         stack: closes what was opened.
         has_nccl: whether NCCL can serve the group.
     """
-    contenders: dict[Entrant, Contender] = {}
+    racers = []
     left_out = {}
     for num_sms in (None, *config.num_sms):
         shuffle = stack.enter_context(make_shuffle(config, num_sms=num_sms))
-        contenders[Entrant(engine=shuffle.engine_name, num_sms=num_sms)] = Fusco(shuffle)
+        entrant = Entrant(engine=shuffle.engine_name, num_sms=num_sms)
+        racers.append(Racer.of(config, entrant, Fusco(shuffle)))
     for name in config.baselines:
         if name == NCCL_BASELINE and not has_nccl:
             left_out[name] = "it does not serve ranks that share a GPU"
             continue
         entrant, contender = _make_baseline(name, config)
-        contenders[entrant] = contender
-    return Lineup(contenders=contenders, topology=shuffle.topology, left_out=left_out)
+        racers.append(Racer.of(config, entrant, contender))
+    return Lineup(racers=racers, topology=shuffle.topology, left_out=left_out)
 
 
 def make_shuffle(config: BenchConfig, **settings: Any) -> Shuffle:

@@ -12,26 +12,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from fusco.bench.batches import Batch, Outputs, make_batches
-from fusco.bench.clock import Clock, EventClock, HostClock, Span
+from fusco.bench.batches import Outputs, make_batches
 from fusco.bench.config import BenchConfig, check_pattern
-from fusco.bench.contenders import Contender, Fusco, make_shuffle, open_lineup
+from fusco.bench.contenders import Racer, make_shuffle, open_lineup
 from fusco.bench.floor import Load, count_load
 from fusco.bench.graphs import GraphReplay
 from fusco.bench.machine import num_cores
-from fusco.bench.meters import CopyMeter, LinkMeter, Meter
 from fusco.bench.patterns import RoutingSet
-from fusco.bench.records import Entrant, Measurement, RankRun, summarise
+from fusco.bench.place import find_place
+from fusco.bench.race import race
+from fusco.bench.records import Measurement, RankRun
+from fusco.bench.same import compare
+from fusco.bench.summary import summarise
 from fusco.bench.trace import check_trace, load_trace
-from fusco.errors import FuscoError, input_error
+from fusco.errors import input_error
 from fusco.meeting import host_id
 from fusco.testing.ranks import RankPool
 
@@ -77,7 +77,7 @@ def run_bench(
 
 def measure_rank(rank: int, config: BenchConfig, routing: RoutingSet | None) -> RankRun:
     """One rank's part, called by every rank of the default group."""
-    place = _find_place(config)
+    place = find_place(config)
     with ExitStack() as stack:
         lineup = open_lineup(config, stack, has_nccl=place.has_nccl)
         topology = lineup.topology
@@ -87,15 +87,15 @@ def measure_rank(rank: int, config: BenchConfig, routing: RoutingSet | None) -> 
             count_load(each.routing.topk_idx, topology.rank_of_expert, topology.num_ranks)
             for each in batches
         ]
-        racers: dict[Entrant, Contender | GraphReplay] = {**lineup.contenders}
+        racers = list(lineup.racers)
         if config.graph:
             room = _most_rows(loads)
             outputs.reserve(room)
             shuffle = stack.enter_context(make_shuffle(config, max_recv_tokens=room))
             replay = GraphReplay(shuffle, batches[0], outputs.rows(room))
-            racers[Entrant(engine=shuffle.engine_name, mode="graph")] = replay
-        wire_bytes, num_rows = _compare(racers, batches, outputs)
-        times = _measure(config, racers, batches, outputs, place)
+            racers.append(Racer.replay(shuffle.engine_name, replay))
+        wire_bytes, num_rows = compare(racers, batches, outputs)
+        times = race(config, racers, batches, outputs, place)
         return RankRun(
             host=host_id(),
             num_nodes=topology.num_nodes,
@@ -103,38 +103,16 @@ def measure_rank(rank: int, config: BenchConfig, routing: RoutingSet | None) -> 
             spans=times.spans,
             copy_spans=times.copies["memory"],
             link_spans=times.copies.get("link", []),
-            wire_bytes=wire_bytes,
+            wire_bytes={
+                entrant: wire_bytes[racer.entrant]
+                for racer in racers
+                for entrant in racer.ops_by_entrant
+            },
             num_rows=num_rows,
             loads=loads,
+            head_start_ms={mode: clock.head_start_ms for mode, clock in place.clocks.items()},
             left_out=lineup.left_out,
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Place:
-    """Where this rank's tensors are, and how its time is taken."""
-
-    device: torch.device
-    clock: Clock
-    has_nccl: bool
-
-    def make_meters(self) -> dict[str, Meter]:
-        meters: dict[str, Meter] = {"memory": CopyMeter(self.device)}
-        if self.device.type == "cuda":
-            meters["link"] = LinkMeter(self.device)
-        return meters
-
-
-def _find_place(config: BenchConfig) -> _Place:
-    if config.device == "cpu":
-        return _Place(device=torch.device("cpu"), clock=HostClock(), has_nccl=False)
-    device = torch.device("cuda", torch.cuda.current_device())
-    # By its own name: a rank that is shown one GPU only calls it number 0.
-    mine = str(torch.cuda.get_device_properties(device).uuid)
-    gpus: list[Any] = [None] * config.num_ranks
-    dist.all_gather_object(gpus, mine)
-    has_nccl = len(set(gpus)) == len(gpus)
-    return _Place(device=device, clock=EventClock(device, has_nccl=has_nccl), has_nccl=has_nccl)
 
 
 def _most_rows(loads: Sequence[Load]) -> int:
@@ -142,131 +120,6 @@ def _most_rows(loads: Sequence[Load]) -> int:
     everybody: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everybody, [load.rows for load in loads])
     return int(np.sum(everybody, axis=0).max())
-
-
-def _compare(
-    racers: dict[Entrant, Contender | GraphReplay], batches: Sequence[Batch], outputs: Outputs
-) -> tuple[dict[Entrant, dict[str, float]], float]:
-    """Run every batch once on each, and raise unless they did the same work.
-
-    Returns:
-        mean bytes sent to other ranks in each operation, and mean rows received.
-    """
-    wire_bytes = {entrant: {"dispatch": 0.0, "combine": 0.0} for entrant in racers}
-    num_rows = 0.0
-    for batch in batches:
-        first = None
-        for entrant, contender in racers.items():
-            if isinstance(contender, GraphReplay):
-                assert first is not None, "an eager one comes first"
-                # The expert outputs of the one before are still there.
-                contender.load(batch)
-                _raise_unless({"sums": _agree(batch, first[1], contender.run())})
-                continue
-            before = contender.wire_bytes
-            d = contender.dispatch(*batch.arguments)
-            between = contender.wire_bytes
-            y = contender.combine(outputs.of(d.tokens), d)
-            wire_bytes[entrant]["dispatch"] += (between - before) / len(batches)
-            wire_bytes[entrant]["combine"] += (contender.wire_bytes - between) / len(batches)
-            if first is None:
-                first = (d, y)
-                num_rows += len(d.tokens) / len(batches)
-            else:
-                _expect_same(batch, first, (d, y))
-    return wire_bytes, num_rows
-
-
-def _expect_same(batch: Batch, fusco: tuple[Any, Tensor], baseline: tuple[Any, Tensor]) -> None:
-    same = {
-        name: torch.equal(getattr(fusco[0], name), getattr(baseline[0], name))
-        for name in ("tokens", "row_weights", "tokens_per_expert")
-    }
-    _raise_unless({**same, "sums": _agree(batch, fusco[1], baseline[1])})
-
-
-def _agree(batch: Batch, fusco: Tensor, baseline: Tensor) -> bool:
-    # Each contender rounds a token's sum a few times; no term is larger than this.
-    weight = batch.routing.topk_weights.abs().sum(dim=1, keepdim=True)
-    largest = weight * batch.x.float().abs()
-    difference = (fusco.float() - baseline.float()).abs()
-    bound = 4 * torch.finfo(batch.x.dtype).eps * largest + torch.finfo(batch.x.dtype).tiny
-    return bool((difference <= bound).all())
-
-
-def _raise_unless(same: dict[str, bool]) -> None:
-    if not all(same.values()):
-        wrong = ", ".join(name for name, is_same in same.items() if not is_same)
-        raise FuscoError(
-            f"bench: {wrong}: fusco and the baseline differ, expected the same result; "
-            "this is a bug of fusco, please report it with this configuration"
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Times:
-    spans: dict[Entrant, dict[str, list[Span]]]
-    copies: dict[str, list[Span]]
-
-
-def _measure(
-    config: BenchConfig,
-    racers: dict[Entrant, Contender | GraphReplay],
-    batches: Sequence[Batch],
-    outputs: Outputs,
-    place: _Place,
-) -> _Times:
-    spans: dict[Entrant, dict[str, list[Span]]] = {entrant: {} for entrant in racers}
-    meters = place.make_meters()
-    copies: dict[str, list[Span]] = {name: [] for name in meters}
-    for i in range(config.warmup + config.iterations):
-        if i == config.warmup:
-            spans = {entrant: {} for entrant in racers}
-            copies = {name: [] for name in meters}
-        batch = batches[i % len(batches)]
-        # Whoever comes second finds other caches than whoever comes first.
-        order = list(racers) if i % 2 else list(reversed(racers))
-        for entrant in order:
-            racer = racers[entrant]
-            if isinstance(racer, GraphReplay):
-                racer.load(batch)
-                timed = {"total": place.clock.time(racer.run)[1]}
-            else:
-                timed = _time_operations(racer, batch, outputs, place.clock)
-                if config.backward and isinstance(racer, Fusco) and entrant.num_sms is None:
-                    timed["forward_backward"] = place.clock.time(_train, racer, batch)[1]
-            for op, span in timed.items():
-                spans[entrant].setdefault(op, []).append(span)
-        for name, meter in meters.items():
-            copies[name].append(place.clock.time(meter.copy)[1])
-    return _Times(spans=spans, copies=copies)
-
-
-def _time_operations(
-    contender: Contender, batch: Batch, outputs: Outputs, clock: Clock
-) -> dict[str, Span]:
-    d, dispatch_span = clock.time(contender.dispatch, *batch.arguments)
-    rows = outputs.of(d.tokens)
-    _, combine_span = clock.time(contender.combine, rows, d)
-    spans = {"dispatch": dispatch_span, "combine": combine_span}
-    del d
-    if clock.host_overlaps:
-        spans["total"] = clock.time(_dispatch_and_combine, contender, batch, outputs)[1]
-    return spans
-
-
-def _dispatch_and_combine(contender: Contender, batch: Batch, outputs: Outputs) -> Tensor:
-    d = contender.dispatch(*batch.arguments)
-    y: Tensor = contender.combine(outputs.rows(len(d.tokens)), d)
-    return y
-
-
-def _train(contender: Contender, batch: Batch) -> None:
-    """Forward and backward of the pair alone: the experts change nothing."""
-    x, topk_idx, topk_weights = batch.arguments
-    x, topk_weights = x.detach().requires_grad_(), topk_weights.detach().requires_grad_()
-    d = contender.dispatch(x, topk_idx, topk_weights)
-    contender.combine(d.tokens, d).backward(batch.x)
 
 
 def _check(config: BenchConfig, routing: RoutingSet | None) -> None:

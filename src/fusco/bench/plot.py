@@ -23,7 +23,7 @@ def plot_measurements(measurements: Sequence[Measurement], path: Path) -> None:
 
     A bar is the p50 of dispatch with the p50 of combine on top; its whisker goes from the p10 to
     the p90 of both together. All measurements are of one configuration but for the pattern; those
-    that bound the multiprocessors or run in a graph are left out.
+    that bound the multiprocessors or are in another mode than the first are left out.
 
     Raises:
         FuscoError: matplotlib is not installed.
@@ -36,7 +36,7 @@ def plot_measurements(measurements: Sequence[Measurement], path: Path) -> None:
             "plot: matplotlib is not installed; install it: pip install 'fusco[plot]'"
         ) from error
 
-    measurements = [m for m in measurements if m.mode == "eager" and m.num_sms is None]
+    measurements = [m for m in measurements if m.mode == measurements[0].mode and m.num_sms is None]
     patterns = list(dict.fromkeys(m.pattern for m in measurements))
     engines = list(dict.fromkeys(m.engine for m in measurements))
     by_key = {(m.pattern, m.engine, m.op): m for m in measurements}

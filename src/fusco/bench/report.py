@@ -149,12 +149,18 @@ def _verdict(measurements: Sequence[Measurement]) -> list[str]:
         f"times as long as that of {other.engine}."
         for other in baselines
         for mine in ours
-        if mine.op == other.op and mine.p50_ms > other.p50_ms
+        if (mine.op, mine.mode) == (other.op, other.mode) and mine.p50_ms > other.p50_ms
     ]
     if baselines and not slower:
         slower.append(f"{total.engine} is faster than the baselines in every operation.")
     lines += slower
-    far = [m.op for m in ours if m.num_sms is None and m.floor_ms * FLOOR_TARGET < m.p50_ms]
+    if total.device == "cuda":
+        lines.append(
+            "eager: the GPU is idle when the host begins. queued: the host has a head start of "
+            f"{max(m.head_start_ms for m in measurements):.1f} ms, as in a running model."
+        )
+    main = [m for m in ours if m.num_sms is None and m.mode == total.mode]
+    far = [m.op for m in main if m.floor_ms * FLOOR_TARGET < m.p50_ms]
     if far:
         lines.append(
             f"More than {FLOOR_TARGET:.0f} times the floor: {', '.join(far)} of {total.engine}."
