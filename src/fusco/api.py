@@ -49,7 +49,8 @@ class Shuffle:
         max_tokens: the most tokens a rank dispatches at once.
         group: None (the default group), a ProcessGroup or a one-dimensional DeviceMesh.
         dtype: see `hidden_size`. Rows of any dtype may be moved whose bytes fit.
-        engine: "cuda", "cpu", "reference", or "auto": the fastest that can run.
+        engine: "cuda", "cpu", "reference", or "auto": the fastest that can run, on GPUs where the
+            group sends CUDA tensors by NCCL.
         ranks_per_node: ranks that share a node, in blocks; None: found by host.
         placement: `[E]`, the rank of each expert; None: equal contiguous blocks. A rank's local
             experts are in ascending order of id.

@@ -51,6 +51,12 @@ def group_device_types(group: dist.ProcessGroup) -> tuple[str, ...]:
     return tuple(device.type for device in group._device_types)
 
 
+def is_of_gpus(group: dist.ProcessGroup) -> bool:
+    """Whether the group sends CUDA tensors by NCCL: its ranks work on GPUs. Gloo takes them too,
+    and says nothing."""
+    return "cuda:nccl" in dist.get_backend_config(group)
+
+
 def group_timeout_s(group: dist.ProcessGroup) -> float:
     """The timeout that the group was made with, seconds."""
     # NOTE: torch has a public setter for it and no getter.

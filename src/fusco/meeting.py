@@ -16,7 +16,7 @@ import torch.distributed as dist
 from fusco import env
 from fusco.engines import probe
 from fusco.errors import DisagreementError, EngineUnavailableError, InputError, input_error
-from fusco.groups import group_timeout_s, resolve_timeout_s
+from fusco.groups import group_timeout_s, is_of_gpus, resolve_timeout_s
 from fusco.transports.mailbox import Mailbox
 
 
@@ -90,7 +90,12 @@ def meet(
         labels = [rank // ranks_per_node for rank in range(group.size())]
     return Meeting(
         node_of_rank=_number(labels),
-        engine=_choose(operation, greetings[0]["settings"]["engine"], len(set(hosts)) == 1),
+        engine=_choose(
+            operation,
+            greetings[0]["settings"]["engine"],
+            shares_memory=len(set(hosts)) == 1,
+            is_on_gpus=is_of_gpus(group),
+        ),
         timeout_s=bound_s,
     )
 
@@ -132,7 +137,7 @@ def _compare(operation: str, greetings: Sequence[Mapping[str, Any]]) -> None:
                 )
 
 
-def _choose(operation: str, asked: str, shares_memory: bool) -> str:
+def _choose(operation: str, asked: str, *, shares_memory: bool, is_on_gpus: bool) -> str:
     if asked in ("cpu", "cuda") and not shares_memory:
         raise EngineUnavailableError(
             f"{operation}: engine {asked!r} needs all ranks on one host, where they can open each "
@@ -141,7 +146,8 @@ def _choose(operation: str, asked: str, shares_memory: bool) -> str:
     if asked != "auto":
         return asked
     can_run = [each.name for each in probe() if each.available]
-    return "cpu" if shares_memory and "cpu" in can_run else "reference"
+    fastest = "cuda" if is_on_gpus else "cpu"
+    return fastest if shares_memory and fastest in can_run else "reference"
 
 
 def _number(labels: Sequence[object]) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import fusco
@@ -89,6 +90,10 @@ def test_bench_runs_under_torchrun() -> None:
         ("--ablation some", "ablation: got 'some'"),
         ("--output /proc/none/records.jsonl", "--output: "),
         ("--compare none.jsonl", "--compare: "),
+        ("--num-sms 24,many", "num_sms: got '24,many'"),
+        ("--num-sms 24", "num_sms: got (24,) on 'cpu', expected device 'cuda'"),
+        ("--backward", "backward: got True on 'cpu'"),
+        ("--device tpu", "device: got 'tpu', expected one of cpu, cuda"),
         ("--num-tokens many", "Invalid value for '--num-tokens'"),
     ],
 )
@@ -98,6 +103,15 @@ def test_a_users_error_is_short_and_exits_with_2(arguments: str, message: str) -
     assert message in result.output
     assert "Traceback" not in result.output
     assert len(result.output.splitlines()) <= 8
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("arguments", ["--device cuda", "--engine cuda", "--engine cuda --graph"])
+def test_without_a_gpu_the_error_says_so(arguments: str) -> None:
+    result = CliRunner().invoke(app, ["bench", *arguments.split()])
+    assert result.exit_code == 2
+    assert "device: got 'cuda', expected 'cpu', as torch finds no CUDA device" in result.output
+    assert len(result.output.splitlines()) == 1
 
 
 def test_an_error_on_the_ranks_is_as_short() -> None:

@@ -108,6 +108,14 @@ class BenchConfig:
                 expected=f"{self.engine!r}",
                 remedy="change one of the two",
             )
+        if any(number < 1 for number in self.num_sms):
+            raise input_error(
+                "bench",
+                "num_sms",
+                got=str(min(self.num_sms)),
+                expected="at least 1 each",
+                remedy="give larger ones",
+            )
         for name in ("num_sms", "graph", "backward"):
             if getattr(self, name) and self.device != "cuda":
                 raise input_error(
@@ -152,6 +160,19 @@ class BenchConfig:
         """`dtype` as torch knows it."""
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
+
+
+def check_device(device: str) -> None:
+    """Raises InputError unless there is such a device here."""
+    _check_choice("device", device, DEVICES)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise input_error(
+            "bench",
+            "device",
+            got="'cuda'",
+            expected="'cpu', as torch finds no CUDA device",
+            remedy="run it on a machine with GPUs, with a torch that is built for them",
+        )
 
 
 def check_pattern(pattern: str) -> None:

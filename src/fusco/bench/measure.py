@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from fusco.bench.batches import Outputs, make_batches
-from fusco.bench.config import BenchConfig, check_pattern
+from fusco.bench.config import BenchConfig, check_device, check_pattern
 from fusco.bench.contenders import Racer, make_shuffle, open_lineup
 from fusco.bench.floor import Load, count_load
 from fusco.bench.graphs import GraphReplay
@@ -123,14 +123,7 @@ def _most_rows(loads: Sequence[Load]) -> int:
 
 
 def _check(config: BenchConfig, routing: RoutingSet | None) -> None:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise input_error(
-            "bench",
-            "device",
-            got="'cuda'",
-            expected="'cpu', as torch finds no CUDA device",
-            remedy="run it on a machine with GPUs, with a torch that is built for them",
-        )
+    check_device(config.device)
     if routing is not None:
         routing.check(config)
         return

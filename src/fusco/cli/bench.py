@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fusco.cli.failures import USER_ERROR, fail, short_failures
-from fusco.cli.launch import choose_num_ranks, is_speaker, launched_group, launched_ranks
+from fusco.cli.launch import (
+    choose_num_ranks,
+    default_num_ranks,
+    is_speaker,
+    launched_group,
+    launched_ranks,
+)
 
 if TYPE_CHECKING:
     from fusco.bench import BenchConfig, Measurement
@@ -20,7 +26,10 @@ NODE_PATTERNS = ("single-node", "imbalanced")
 def bench(
     num_ranks: Annotated[
         int | None,
-        typer.Option(help="Ranks to start.", show_default="4, or as many as torchrun started"),
+        typer.Option(
+            help="Ranks to start.",
+            show_default="4, or one a GPU; under torchrun, those it started",
+        ),
     ] = None,
     num_tokens: Annotated[int, typer.Option(help="Tokens of each rank.")] = 1024,
     hidden_size: Annotated[int, typer.Option(help="Elements of a row.")] = 2048,
@@ -38,6 +47,12 @@ def bench(
     engine: Annotated[
         str, typer.Option(metavar="NAME", help="fusco's engine, of those that fusco doctor lists.")
     ] = "auto",
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="cpu|cuda", help="Where all tensors are.", show_default="cpu, or the engine's"
+        ),
+    ] = None,
     pattern: Annotated[
         str,
         typer.Option(
@@ -63,6 +78,20 @@ def bench(
         str,
         typer.Option(metavar="none|fusion|planner|balancer", help="Mechanism to switch off."),
     ] = "none",
+    num_sms: Annotated[
+        str,
+        typer.Option(
+            metavar="24,48,...",
+            help="Measure also with so many multiprocessors of each GPU.",
+            show_default=False,
+        ),
+    ] = "",
+    graph: Annotated[
+        bool, typer.Option("--graph", help="Replay the pair in a CUDA graph too.")
+    ] = False,
+    backward: Annotated[
+        bool, typer.Option("--backward", help="Measure forward and backward on GPUs too.")
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option(metavar="FILE.jsonl", help="Append one JSON object a measurement."),
@@ -74,18 +103,23 @@ def bench(
 ) -> None:
     """Measure dispatch and combine beside all_to_all with permutes, and the floor.
 
+    On CPUs, or with --device cuda on this machine's GPUs.
+
     The time goes from (x, topk_idx, topk_weights) to expert-major rows, and from expert outputs to
     token-major sums, planning included. Starts its own ranks, or runs under torchrun.
     """
     with short_failures():
         from fusco.bench import BASELINES, BenchConfig
+        from fusco.bench.config import check_device
         from fusco.bench.trace import load_trace
 
+        device = device or ("cuda" if engine == "cuda" else "cpu")
+        check_device(device)
         default_experts, default_top_k = DEFAULT_EXPERTS, DEFAULT_TOP_K
         if trace is not None:
             recorded = load_trace(trace)
             default_experts, default_top_k = recorded.num_experts, recorded.top_k
-        total = choose_num_ranks("bench", num_ranks)
+        total = choose_num_ranks("bench", num_ranks, default_num_ranks(device))
         if ranks_per_node is None and pattern in NODE_PATTERNS and launched_ranks() is None:
             ranks_per_node = 1 if total % 2 else total // 2
         config = BenchConfig(
@@ -96,6 +130,7 @@ def bench(
             num_experts=default_experts if num_experts is None else num_experts,
             dtype=dtype,
             engine=engine,
+            device=device,
             pattern=pattern,
             trace=trace,
             ranks_per_node=ranks_per_node,
@@ -103,7 +138,10 @@ def bench(
             warmup=warmup,
             seed=seed,
             ablation=ablation,
-            baselines=BASELINES["cpu"],
+            num_sms=_numbers("num_sms", num_sms),
+            graph=graph,
+            backward=backward,
+            baselines=BASELINES[device],
         )
         _measure_and_report(config, output, compare)
 
@@ -117,7 +155,7 @@ def _measure_and_report(config: BenchConfig, output: Path | None, compare: Path 
     if output is not None and is_speaker():
         _check_writable(output)
     console = Console()
-    with launched_group():
+    with launched_group(config.device):
         if not is_speaker():
             run_bench(config)
             return
@@ -129,6 +167,21 @@ def _measure_and_report(config: BenchConfig, output: Path | None, compare: Path 
     if output is not None:
         write_jsonl(measurements, output)
         console.print(f"Wrote {len(measurements)} measurements to {output}")
+
+
+def _numbers(argument: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        from fusco.errors import input_error
+
+        raise input_error(
+            "bench",
+            argument,
+            got=repr(text),
+            expected="whole numbers with commas between them",
+            remedy="give for example 24,48",
+        ) from None
 
 
 def _read_record(path: Path) -> list[Measurement]:

@@ -16,7 +16,16 @@ def launched_ranks() -> int | None:
     return int(os.environ["WORLD_SIZE"])
 
 
-def choose_num_ranks(operation: str, asked: int | None) -> int:
+def default_num_ranks(device: str) -> int:
+    """How many ranks a command starts unless told."""
+    if device == "cpu":
+        return DEFAULT_RANKS
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def choose_num_ranks(operation: str, asked: int | None, default: int = DEFAULT_RANKS) -> int:
     """As many ranks as were launched; else as many as asked for, or the default.
 
     Raises:
@@ -24,7 +33,7 @@ def choose_num_ranks(operation: str, asked: int | None) -> int:
     """
     launched = launched_ranks()
     if launched is None:
-        return DEFAULT_RANKS if asked is None else asked
+        return default if asked is None else asked
     if asked not in (None, launched):
         from fusco.errors import input_error
 
@@ -44,14 +53,20 @@ def is_speaker() -> bool:
 
 
 @contextlib.contextmanager
-def launched_group() -> Iterator[None]:
-    """Join the default gloo group of the launched ranks; nothing where none were launched."""
+def launched_group(device: str = "cpu") -> Iterator[None]:
+    """Join the default group of the launched ranks; nothing where none were launched."""
     if launched_ranks() is None:
         yield
         return
+    import torch
     import torch.distributed as dist
 
-    dist.init_process_group("gloo")
+    from fusco.testing.ranks import BACKENDS
+
+    if device == "cuda":
+        # NOTE: launchers that show each rank one GPU only give it no other number either.
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    dist.init_process_group(BACKENDS[device])
     try:
         yield
     finally:
