@@ -9,11 +9,22 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from rich.console import Console
 
-from fusco.bench import BenchConfig, Measurement, measure, read_jsonl, run_bench, summary
+from fusco.bench import (
+    BASELINES,
+    BenchConfig,
+    Measurement,
+    measure,
+    print_report,
+    read_jsonl,
+    run_bench,
+    summary,
+)
 from fusco.bench.baselines import AllToAllBaseline
 from fusco.bench.clock import HostClock
 from fusco.bench.floor import Load, count_load, gpu_floors, mean_floors
+from fusco.bench.machine import hardware
 from fusco.bench.meters import Meter
 from fusco.bench.nccl import NcclBaseline
 from fusco.bench.place import Place
@@ -125,7 +136,9 @@ def summarised(
     pool: RankPool, monkeypatch: pytest.MonkeyPatch, config: BenchConfig
 ) -> dict[tuple[str, str, str], Measurement]:
     runs = pool.run(measure_on_cpu, config)
-    monkeypatch.setattr(summary, "hardware", lambda device: {"gpu": "none", "num_gpus": 0})
+    monkeypatch.setattr(
+        summary, "hardware", lambda device: {**hardware("cpu"), "gpu": "none", "num_gpus": 0}
+    )
     monkeypatch.setattr(summary, "gpu_software", lambda: {"driver": None})
     return {(m.engine, m.mode, m.op): m for m in summarise(config, runs)}
 
@@ -158,6 +171,19 @@ def test_large_run_is_measured_queued(pool: RankPool, monkeypatch: pytest.Monkey
     for engine in ("cpu", "nccl"):
         ops = [key[1:] for key in found if key[0] == engine]
         assert ops == [*(("queued", op) for op in PAIR), ("eager", "total")]
+
+
+def test_deepep_that_is_not_there_is_named(pool: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(SMALL, baselines=BASELINES["cuda"], iterations=1)
+    found = summarised(pool, monkeypatch, config)
+    assert {engine for engine, _, _ in found} == {"cpu", "nccl"}
+    total = found["cpu", "eager", "total"]
+    assert total.left_out == {"deepep": "not installed"}
+    console = Console(width=80, record=True, quiet=False, force_terminal=False)
+    with console.capture() as capture:
+        print_report(list(found.values()), console)
+    assert "deepep: not installed." in capture.get()
+    assert "…" not in capture.get()
 
 
 def test_device_and_engine_must_fit() -> None:

@@ -17,9 +17,10 @@ Device = Literal["cpu", "cuda"]
 
 PLAIN_BASELINE, KEPT_BASELINE = "gloo-all_to_all", "gloo-kept"
 NCCL_BASELINE = "nccl"
+DEEPEP_V1_BASELINE, DEEPEP_V2_BASELINE = "deepep-v1", "deepep-v2"
 BASELINES: dict[str, tuple[str, ...]] = {
     "cpu": (PLAIN_BASELINE, KEPT_BASELINE),
-    "cuda": (NCCL_BASELINE,),
+    "cuda": (NCCL_BASELINE, DEEPEP_V1_BASELINE, DEEPEP_V2_BASELINE),
 }
 """What there is to compare with, by device."""
 
@@ -59,7 +60,8 @@ class BenchConfig:
         graph: replay the pair in a CUDA graph too.
         backward: measure forward and backward of the pair too.
         baselines: of the device's BASELINES, what to measure beside fusco; ratios are to the
-            first. See `AllToAllBaseline`, whose second keeps its buffers, and `NcclBaseline`.
+            first. See `AllToAllBaseline`, whose second keeps its buffers, `NcclBaseline` and
+            `DeepEpBaseline`.
 
     Raises:
         InputError: a value that cannot be measured.

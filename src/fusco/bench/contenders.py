@@ -6,18 +6,28 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fusco.api import Shuffle
 from fusco.bench.baselines import AllToAllBaseline
-from fusco.bench.config import KEPT_BASELINE, NCCL_BASELINE, BenchConfig
+from fusco.bench.config import (
+    DEEPEP_V1_BASELINE,
+    DEEPEP_V2_BASELINE,
+    KEPT_BASELINE,
+    NCCL_BASELINE,
+    BenchConfig,
+)
+from fusco.bench.deepep import BufferBaseline, ElasticBufferBaseline, why_no_deepep
 from fusco.bench.graphs import GraphReplay
 from fusco.bench.nccl import NcclBaseline
 from fusco.bench.records import PAIR_OPS, Entrant
 from fusco.bench.rows import fastest_rows
 from fusco.topology import Topology
 from fusco.types import Ablation
+
+DEEPEP = {DEEPEP_V1_BASELINE: BufferBaseline, DEEPEP_V2_BASELINE: ElasticBufferBaseline}
 
 
 class Contender(Protocol):
@@ -66,13 +76,14 @@ class Racer:
         batch, where the two tell different things, all as well."""
         # Where the host does all, the pair is its parts.
         pair = PAIR_OPS if config.device == "cuda" else ("dispatch", "combine")
-        is_unbounded_fusco = isinstance(contender, Fusco) and entrant.num_sms is None
-        more = ("forward_backward",) if config.backward and is_unbounded_fusco else ()
+        is_fusco = isinstance(contender, Fusco)
+        is_bounded = is_fusco and entrant.num_sms is not None
+        more = ("forward_backward",) if config.backward and is_fusco and not is_bounded else ()
         entrant = replace(entrant, mode=config.main_mode)
         ops_by_entrant = {entrant: (*pair, *more)}
-        if config.main_mode == "queued" and entrant.num_sms is None:
+        if config.main_mode == "queued" and not is_bounded:
             ops_by_entrant[replace(entrant, mode="eager")] = ("total",)
-        elif config.device == "cuda" and entrant.num_sms is None:
+        elif config.device == "cuda" and not is_bounded:
             ops_by_entrant[replace(entrant, mode="queued")] = pair
         return cls(entrant=entrant, contender=contender, ops_by_entrant=ops_by_entrant)
 
@@ -113,11 +124,13 @@ def open_lineup(config: BenchConfig, stack: ExitStack, *, has_nccl: bool) -> Lin
         entrant = Entrant(engine=shuffle.engine_name, num_sms=num_sms)
         racers.append(Racer.of(config, entrant, Fusco(shuffle)))
     for name in config.baselines:
-        if name == NCCL_BASELINE and not has_nccl:
-            left_out[name] = "it does not serve ranks that share a GPU"
-            continue
-        entrant, contender = _make_baseline(name, config)
-        racers.append(Racer.of(config, entrant, contender))
+        family = name.partition("-")[0]
+        if config.device == "cuda" and not has_nccl:
+            left_out[family] = "does not serve ranks that share a GPU"
+        elif family == "deepep" and (reason := why_no_deepep(config, name)):
+            left_out[family if reason == "not installed" else name] = reason
+        else:
+            racers.append(Racer.of(config, *_make_baseline(name, config)))
     return Lineup(racers=racers, topology=shuffle.topology, left_out=left_out)
 
 
@@ -148,6 +161,11 @@ def _make_baseline(name: str, config: BenchConfig) -> tuple[Entrant, Contender]:
         rows = fastest_rows(config.torch_dtype)
         nccl = NcclBaseline(num_experts=config.num_experts, group=world, rows=rows)
         return Entrant(engine=name, permutes=rows.name), nccl
+    if name in DEEPEP:
+        rows = fastest_rows(config.torch_dtype)
+        deepep = DEEPEP[name](config, world, rows)
+        deepep.tune(torch.device("cuda", torch.cuda.current_device()))
+        return Entrant(engine=name, num_sms=deepep.num_sms, permutes=rows.name), deepep
     gloo = AllToAllBaseline(
         num_experts=config.num_experts, group=world, keep_buffers=name == KEPT_BASELINE
     )

@@ -141,7 +141,7 @@ def _verdict(measurements: Sequence[Measurement]) -> list[str]:
     lines = [_floor_text(total)]
     if baselines:
         lines.append(f"ratio: the p50 of {baselines[0].engine} over this one.")
-    lines += [f"{name}: left out, {reason}." for name, reason in total.left_out.items()]
+    lines += [f"{name}: {reason}." for name, reason in total.left_out.items()]
     if any(m.engine == KEPT_BASELINE for m in baselines):
         lines.append(f"{KEPT_BASELINE}: with buffers kept from call to call, results too.")
     slower = [

@@ -20,12 +20,12 @@ class RowMover(ABC):
 
     @abstractmethod
     def spread(self, x: Tensor, choice_of_place: Tensor, place_TK: Tensor) -> Tensor:
-        """Every token of `x` once a choice, `[T * K, H]`, each at the choice's place.
+        """Every token of `x` once a choice, `[P, H]`, each at the choice's place.
 
         Args:
             x: `[T, H]`.
-            choice_of_place: int64 `[T * K]`, the choice, as t * K + k, that goes to each place.
-            place_TK: its inverse.
+            choice_of_place: int64 `[P]`, the choice, as t * K + k, that goes to each place.
+            place_TK: its inverse; below 0 where a choice goes nowhere.
         """
 
     @abstractmethod

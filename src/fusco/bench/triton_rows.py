@@ -68,7 +68,7 @@ def _spread(x, place, out, hidden, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.load(x + token * hidden + at, mask=inside)
     for k in tl.static_range(TOP_K):
         target = tl.load(place + token * TOP_K + k)
-        tl.store(out + target * hidden + at, row, mask=inside)
+        tl.store(out + target * hidden + at, row, mask=inside & (target >= 0))
 
 
 @triton.jit
