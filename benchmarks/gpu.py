@@ -3,7 +3,7 @@
     PYTHONPATH=src python3 benchmarks/gpu.py OUTPUT_FOLDER [--trace FILE.npz]
 
 Needs torch with CUDA, cuda-core and numpy; no network, and nothing of the command line. Writes
-gpu.jsonl and, where matplotlib is installed, plots. A measurement that fails is reported and the
+gpu.jsonl and, where matplotlib is installed, gpu.png. A measurement that fails is reported and the
 next one goes on; what does not fit in the time is left out and named.
 """
 
@@ -78,9 +78,9 @@ def steps(num_ranks: int, trace: Path | None) -> Iterator[Step]:
 
 
 def main() -> int:
-    """Measure, write, print; 1 if something failed or was left out."""
+    """Measure, write, print, draw; 1 if something failed or was left out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("output", type=Path, help="folder for gpu.jsonl and the plots")
+    parser.add_argument("output", type=Path, help="folder for gpu.jsonl and gpu.png")
     parser.add_argument("--trace", type=Path, help="recorded routing to measure with")
     parser.add_argument("--num-ranks", type=int, default=torch.cuda.device_count())
     parser.add_argument("--seconds", type=float, default=220.0, help="for all measurements")
@@ -125,7 +125,7 @@ def main() -> int:
 def table(measured: Sequence[Measurement]) -> list[str]:
     """A line a measurement, in plain text."""
     return [
-        f"  {m.op:<17} {m.label:<14} p50 {m.p50_ms:7.3f} ms  p10 {m.p10_ms:7.3f}  "
+        f"  {m.op:<17} {m.label:<22} p50 {m.p50_ms:7.3f} ms  p10 {m.p10_ms:7.3f}  "
         f"p90 {m.p90_ms:7.3f}  floor {m.floor_ms:6.3f} ({m.floor_fraction:4.0%})"
         + ("" if m.ratio_to_baseline is None else f"  {m.ratio_to_baseline:5.2f}x")
         for m in measured
@@ -144,17 +144,17 @@ def machine(found: Sequence[Measurement]) -> str:
             f"{one.hardware}, {one.software}, torch {one.torch}, commit {one.commit}",
             f"memory {one.copy_gbps:.0f} GB/s, link {one.link_gbps or 0:.0f} GB/s each way, "
             f"permutes of the baselines: {', '.join(sorted(permutes)) or 'none'}",
+            f"head start in queued and graph modes {max(m.head_start_ms for m in found):.2f} ms",
             *left_out,
         ]
     )
 
 
 def draw(found: Sequence[Measurement], folder: Path) -> None:
-    """The patterns as bars."""
-    patterns = [m for m in found if (m.num_tokens, m.top_k) == (8192, 8)]
+    """All of it in one picture."""
     try:
-        if patterns:
-            plot_measurements(patterns, folder / "gpu.png")
+        if found:
+            plot_measurements(found, folder / "gpu.png")
     except FuscoError as error:
         print(error)
 

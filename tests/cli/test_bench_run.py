@@ -267,3 +267,15 @@ def test_plot_is_written(tmp_path: Path) -> None:
     path = tmp_path / "new" / "plot.svg"
     plot_measurements([*made(), *zipf], path)
     assert path.read_text().count("<path") > 20
+
+
+def test_plot_shows_small_batches_and_the_curve_of_gpus(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    gpu = [replace(m, device="cuda", engine="cuda") for m in made() if m.engine == "cpu"]
+    small = [replace(m, num_tokens=128, mode=mode) for m in gpu for mode in ("eager", "graph")]
+    large = [replace(m, num_tokens=8192, mode="queued") for m in gpu]
+    curve = [replace(m, num_sms=num_sms) for m in large for num_sms in (24, 48)]
+    both, curve_only = tmp_path / "both.svg", tmp_path / "curve.svg"
+    plot_measurements([*small, *large, *curve], both)
+    plot_measurements(curve, curve_only)
+    assert both.stat().st_size > curve_only.stat().st_size
