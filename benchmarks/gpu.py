@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from fusco.bench import BASELINES, BenchConfig, Measurement, run_bench, write_jsonl
+from fusco.bench.config import NCCL_BASELINE
 from fusco.bench.machine import num_cores
 from fusco.bench.plot import plot_measurements
 from fusco.bench.trace import load_trace
@@ -52,14 +53,13 @@ def steps(num_ranks: int, trace: Path | None) -> Iterator[Step]:
         baselines=BASELINES["cuda"],
     )
     two_nodes: dict[str, Any] = {"ranks_per_node": max(1, num_ranks // 2)}
-    yield Step(name="uniform", config=model)
+    yield Step(name="uniform, backward", config=replace(model, backward=True))
     yield Step(name="4,096 tokens", config=replace(model, num_tokens=4096))
     yield Step(name="16,384 tokens", config=replace(model, num_tokens=16384))
     small = replace(model, num_tokens=128, iterations=300)
-    yield Step(name="128 tokens", config=small)
-    yield Step(name="backward", config=replace(model, backward=True))
-    yield Step(name="num_sms", config=replace(model, num_sms=(16, 24, 32, 48, 64, 96)))
     yield Step(name="128 tokens, graph", config=replace(small, graph=True))
+    bounded = replace(model, num_sms=(16, 24, 32, 48, 64, 96), baselines=(NCCL_BASELINE,))
+    yield Step(name="num_sms", config=bounded)
     yield Step(name="zipf", config=replace(model, pattern="zipf"))
     yield Step(name="imbalanced", config=replace(model, pattern="imbalanced", **two_nodes))
     yield Step(name="single-node", config=replace(model, pattern="single-node", **two_nodes))
