@@ -203,7 +203,7 @@ __device__ __forceinline__ void find_places(const World& world, const DispatchAr
   __syncthreads();
 }
 
-extern "C" __global__ void __launch_bounds__(512)
+extern "C" __global__ void __launch_bounds__(512, 1)
     dispatch(const __grid_constant__ World world, const __grid_constant__ Call call,
              const __grid_constant__ DispatchArgs args) {
   extern __shared__ __align__(128) u8 shared[];
