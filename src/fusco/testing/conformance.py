@@ -13,20 +13,19 @@ import torch
 import torch.distributed as dist
 
 import fusco
-from fusco.testing import dense
 from fusco.testing.cases import (
     Case,
     Routing,
     device_of,
     draw,
     expect,
-    expect_close,
     expect_dispatched,
     expect_round_trip,
     expect_same,
     sizes,
     two_nodes,
 )
+from fusco.testing.gradients import expect_gradients
 
 Group = dist.ProcessGroup | None
 
@@ -138,30 +137,7 @@ def _growth(group: Group, engine: str) -> None:
 
 
 def _gradients(group: Group, engine: str) -> None:
-    case, rank = _case(group, engine, dtype=torch.float64), dist.get_rank(group)
-    inputs = draw(case)
-    assert inputs.topk_weights is not None
-    x = [t.clone().requires_grad_() for t in inputs.x]  # type: ignore[union-attr]
-    weights = [t.clone().requires_grad_() for t in inputs.topk_weights]
-
-    with case.shuffle(group, engine) as shuffle:
-        d = shuffle.dispatch(x[rank], inputs.topk_idx[rank], weights[rank])
-        assert isinstance(d.tokens, torch.Tensor)
-        y = shuffle.combine(d.tokens.sin(), d)
-        got = torch.autograd.grad(y.square().sum(), (x[rank], weights[rank]))
-
-    host = inputs.host or inputs
-    assert host.topk_weights is not None
-    x = [t.clone().requires_grad_() for t in host.x]  # type: ignore[union-attr]
-    weights = [t.clone().requires_grad_() for t in host.topk_weights]
-    everyone = range(case.num_ranks)
-    outputs = [dense.dispatch(inputs.layout, x, r).sin() for r in everyone]
-    sums = [dense.combine(inputs.layout, outputs, r, weights[r]) for r in everyone]
-    loss = torch.stack([y.square().sum() for y in sums]).sum()
-    want = torch.autograd.grad(loss, (x[rank], weights[rank]), materialize_grads=True)
-    for name, one, other in zip(("x", "topk_weights"), got, want, strict=True):
-        tolerance = 1e-9 if one.dtype == torch.float64 else 1e-5
-        expect_close(one, other, tolerance, f"gradient of {name}")
+    expect_gradients(_case(group, engine, dtype=torch.float64), group, engine)
 
 
 def _repeatable(group: Group, engine: str) -> None:

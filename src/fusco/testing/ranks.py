@@ -73,6 +73,8 @@ class RankFailure(RuntimeError):
 class RankPool:
     """A context manager of `num_ranks` processes that share a default group on loopback.
 
+    Where there are GPUs, rank r has GPU r, modulo their number, as its current device.
+
     Args:
         num_ranks: how many workers.
         device: "cpu": the group is gloo's. "cuda": CUDA tensors go through NCCL, which refuses
@@ -147,6 +149,8 @@ class RankPool:
             "NUMBA_NUM_THREADS": threads,
             "GLOO_SOCKET_IFNAME": _LOOPBACK,
         }
+        if self.num_ranks > torch.cuda.device_count() > 0:
+            environment["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
         try:
             with _environment(environment):
                 for rank in range(self.num_ranks):

@@ -263,7 +263,7 @@ __device__ __forceinline__ void find_places(const World& world, const DispatchAr
   __syncthreads();
 }
 
-extern "C" __global__ void __launch_bounds__(kWeighs ? 576 : 448)
+extern "C" __global__ void __launch_bounds__(kWeighs ? 576 : 448, 1)
     dispatch(const __grid_constant__ World world, const __grid_constant__ Call call,
              const __grid_constant__ DispatchArgs args) {
   extern __shared__ __align__(128) u8 shared[];
