@@ -72,7 +72,7 @@ class Session:
             max_parts=structs.MAX_PARTS,
         )
         self.bulletin = Bulletin(world.group, world.timeout_s)
-        self._allocator = TorchAllocator(world.group, self.device)
+        self._allocator = TorchAllocator(self.bulletin, topology, self.device)
         self.heap = SymmetricHeap(self.num_ranks, self.device)
         offsets = self.layout.offsets()
         memory = self._allocator.allocate(offsets["end"])

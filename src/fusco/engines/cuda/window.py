@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fusco.layout.compact import round_up
 from fusco.layout.heap import Block, Heap
+from fusco.topology import Topology
+from fusco.transports.bulletin import Bulletin
+from fusco.transports.renumbered import RenumberedStore
 
 _CHUNK_UNIT = 2 << 20
 _GROWTH = 1.25
@@ -52,11 +54,22 @@ class Allocator(ABC):
 
 
 class TorchAllocator(Allocator):
-    """torch symmetric memory."""
+    """torch symmetric memory.
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        self._group = group
+    Args:
+        bulletin: of the ranks.
+        topology: of the ranks.
+        device: where to allocate.
+    """
+
+    def __init__(self, bulletin: Bulletin, topology: Topology, device: torch.device) -> None:
+        from torch._C._distributed_c10d import PrefixStore, _SymmetricMemory
+
         self._device = device
+        # Names of groups are unique in a process, and so is a bulletin's in its group.
+        self._name = f"{bulletin.name} of {bulletin.group_name}"
+        self._store = RenumberedStore(PrefixStore(f"{bulletin.name}/memory", bulletin.store))
+        _SymmetricMemory.set_group_info(self._name, topology.rank, topology.num_ranks, self._store)
 
     def allocate(self, num_bytes: int) -> Tensor:
         import torch.distributed._symmetric_memory as symmetric_memory
@@ -66,7 +79,7 @@ class TorchAllocator(Allocator):
     def connect(self, memory: Tensor) -> Allocation:
         import torch.distributed._symmetric_memory as symmetric_memory
 
-        handle = symmetric_memory.rendezvous(memory, self._group)
+        handle = symmetric_memory.rendezvous(memory, self._name)
         assert handle is not None, "every rank of the group takes part"
         return Allocation(memory=memory, address=tuple(handle.buffer_ptrs))
 
