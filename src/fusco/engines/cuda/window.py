@@ -77,9 +77,9 @@ class TorchAllocator(Allocator):
         return symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=self._device)
 
     def connect(self, memory: Tensor) -> Allocation:
-        import torch.distributed._symmetric_memory as symmetric_memory
+        from torch._C._distributed_c10d import _SymmetricMemory
 
-        handle = symmetric_memory.rendezvous(memory, self._name)
+        handle = _SymmetricMemory.rendezvous(memory, self._name)
         assert handle is not None, "every rank of the group takes part"
         return Allocation(memory=memory, address=tuple(handle.buffer_ptrs))
 

@@ -11,14 +11,15 @@ import torch.distributed as dist
 from fusco.transports.renumbered import RenumberedStore
 
 
-def view(path: Path) -> dist.PrefixStore:
-    """What C++ code sees of one rank's store."""
-    store = dist.FileStore(str(path), 2)  # type: ignore[attr-defined]
-    return dist.PrefixStore("", RenumberedStore(store))  # type: ignore[attr-defined]
+def renumbered(path: Path) -> RenumberedStore:
+    """One rank's store."""
+    return RenumberedStore(dist.FileStore(str(path), 2))
 
 
 def test_numbers_of_processes_do_not_matter(tmp_path: Path) -> None:
-    one, other = view(tmp_path / "store"), view(tmp_path / "store")
+    stores = [renumbered(tmp_path / "store") for _ in range(2)]
+    # As C++ code sees them.
+    one, other = (dist.PrefixStore("", store) for store in stores)
     for turn in range(3):
         one.set(f"memory/{100 + 2 * turn}/0", f"one {turn}")
         other.set(f"memory/{turn}/1", f"other {turn}")
@@ -28,6 +29,7 @@ def test_numbers_of_processes_do_not_matter(tmp_path: Path) -> None:
 
 
 def test_a_wait_is_bounded(tmp_path: Path) -> None:
-    one = view(tmp_path / "store")
+    store = renumbered(tmp_path / "store")
+    one = dist.PrefixStore("", store)
     with pytest.raises(RuntimeError):
         one.wait(["memory/5/1"], timedelta(milliseconds=200))
