@@ -37,7 +37,7 @@ class _Work:
 # Tuned on H100 at hidden 7168 in bfloat16, 8192 tokens: whole rows, as many as fit together;
 # and where warps weigh what they move, more of them.
 _MOVING = _Work(max_warps=14, max_slot_bytes=16384)
-_WEIGHING = _Work(max_warps=18, max_slot_bytes=7168)
+_WEIGHING = _Work(max_warps=16, max_slot_bytes=7168)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fusco.layout.compact import round_up
@@ -63,13 +64,16 @@ class TorchAllocator(Allocator):
     """
 
     def __init__(self, bulletin: Bulletin, topology: Topology, device: torch.device) -> None:
-        from torch._C._distributed_c10d import PrefixStore, _SymmetricMemory
+        from torch._C._distributed_c10d import PrefixStore, _register_process_group
 
         self._device = device
         # Names of groups are unique in a process, and so is a bulletin's in its group.
-        self._name = f"{bulletin.name} of {bulletin.group_name}"
+        self._name: Any = f"{bulletin.name} of {bulletin.group_name}"
         self._store = RenumberedStore(PrefixStore(f"{bulletin.name}/memory", bulletin.store))
-        _SymmetricMemory.set_group_info(self._name, topology.rank, topology.num_ranks, self._store)
+        # No communicator, only the ranks and their store under a name, which is all that torch
+        # looks for.
+        self._group = dist.ProcessGroup(self._store, topology.rank, topology.num_ranks)
+        _register_process_group(self._name, self._group)
 
     def allocate(self, num_bytes: int) -> Tensor:
         import torch.distributed._symmetric_memory as symmetric_memory

@@ -364,7 +364,7 @@ struct Sum {
 // Sums every kGroups-th item. Its pieces go to one sender, which so knows when all are there.
 __device__ __forceinline__ void sum_items(Shared& shared, const CombineArgs& args, int group, int thread,
                                           const u8* rows, u8* sums) {
-  constexpr int kStride = kGroupThreads * 16, kAtOnce = 2;
+  constexpr int kStride = kGroupThreads * 16, kAtOnce = FUSCO_BULK ? 2 : 1;
   const u32 num_pieces = (args.row_bytes + args.piece_bytes - 1) / args.piece_bytes;
   int num_ends = 0;
   for (u32 item = group; num_ends < kSenders / kGroups; item += kGroups) {

@@ -56,7 +56,7 @@ struct Dispatch {
   __device__ __forceinline__ float weigh(i32 row, bool wants, i32 at, i32 size) const {
     float mine = 0;
 #ifdef FUSCO_ELEMENT
-    constexpr int kInFlight = 7;
+    constexpr int kInFlight = FUSCO_BULK ? 7 : 4;
     const i32 row_bytes = args.row_bytes[0];
     for (u32 left = __ballot_sync(kFullWarp, wants); left; left &= left - 1) {
       const int lane = __ffs(left) - 1;
@@ -263,7 +263,7 @@ __device__ __forceinline__ void find_places(const World& world, const DispatchAr
   __syncthreads();
 }
 
-extern "C" __global__ void __launch_bounds__(kWeighs ? 576 : 448, 1)
+extern "C" __global__ void __launch_bounds__(kWeighs ? 512 : 448, 1)
     dispatch(const __grid_constant__ World world, const __grid_constant__ Call call,
              const __grid_constant__ DispatchArgs args) {
   extern __shared__ __align__(128) u8 shared[];
