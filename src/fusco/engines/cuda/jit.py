@@ -57,7 +57,6 @@ VARIANTS = (
     Variant(name="dispatch"),
     *(Variant(name="combine", element=element) for element in ELEMENTS),
     *(Variant(name="dispatch", element=element) for element in ELEMENTS),
-    Variant(name="agree"),
 )
 """All kernels that a GPU may need, but for those without bulk copies on one that has them."""
 

@@ -6,7 +6,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -68,7 +68,7 @@ class TorchAllocator(Allocator):
 
         self._device = device
         # Names of groups are unique in a process, and so is a bulletin's in its group.
-        self._name: Any = f"{bulletin.name} of {bulletin.group_name}"
+        self._name = cast(Any, f"{bulletin.name} of {bulletin.group_name}")
         self._store = RenumberedStore(PrefixStore(f"{bulletin.name}/memory", bulletin.store))
         # No communicator, only the ranks and their store under a name, which is all that torch
         # looks for.
