@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -11,9 +12,13 @@ from fusco.engines.cuda import jit
 pytest.importorskip("cuda.core")
 
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
-PLAIN_COPIES = jit.Variant(name="dispatch", bulk=False)
+PLAIN_COPIES = [
+    replace(variant, bulk=False)
+    for variant in jit.VARIANTS
+    if variant.name in ("dispatch", "combine") and variant.element in ("", "bfloat16")
+]
 CASES = [(variant, arch) for variant in jit.VARIANTS for arch in ARCHITECTURES]
-CASES += [(PLAIN_COPIES, arch) for arch in ARCHITECTURES[1:]]
+CASES += [(variant, arch) for variant in PLAIN_COPIES for arch in ARCHITECTURES[1:]]
 PROPERTIES = re.compile(
     r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
 )
@@ -42,6 +47,7 @@ def test_every_kernel_has_a_variant() -> None:
 
 
 def test_bulk_copies_are_used_where_they_are() -> None:
-    with_bulk, _ = jit.compile_variant(jit.Variant(name="dispatch"), "sm_90a")
-    without, _ = jit.compile_variant(PLAIN_COPIES, "sm_90a")
-    assert with_bulk != without
+    for plain in PLAIN_COPIES:
+        without, _ = jit.compile_variant(plain, "sm_90a")
+        with_bulk, _ = jit.compile_variant(replace(plain, bulk=True), "sm_90a")
+        assert with_bulk != without, plain

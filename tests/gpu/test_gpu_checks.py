@@ -24,7 +24,7 @@ def test_names_are_unique() -> None:
     assert len(set(NAMES)) == len(NAMES)
 
 
-@pytest.mark.parametrize("name", ["random-0", "wide-rows", "tuple-of-four", "held"])
+@pytest.mark.parametrize("name", ["random-0", "plans-0", "wide-rows", "tuple-of-four", "held"])
 def test_the_checks_are_sound(pool: RankPool, name: str) -> None:
     """They hold for an engine that needs no GPU."""
     assert pool.run(run_check, name, 3, "cpu") == [None] * pool.num_ranks

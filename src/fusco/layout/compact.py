@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 
 BLOCK_ALIGNMENT = 128
@@ -59,6 +60,10 @@ class Links:
             token_segment=token_segment,
             arrival_slot=arrival_slot,
         )
+
+    def join(self) -> Tensor:
+        """The inverse of `split`."""
+        return torch.cat([getattr(self, field.name).flatten() for field in fields(self)])
 
 
 def links_len(num_tokens: int, num_ranks: int, max_tokens: int, top_k: int) -> int:

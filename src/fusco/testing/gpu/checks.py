@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from fusco.testing.cases import Case, device_of, expect, sizes
 from fusco.testing.conformance import Check
+from fusco.testing.gpu.plans import random_plans
 from fusco.testing.gpu.trips import held_for_many_layers, random_trips, trips, tuple_of_four
 from fusco.testing.gradients import expect_gradients
 from fusco.testing.mistakes import (
@@ -67,6 +68,14 @@ GPU_CHECKS: tuple[Check, ...] = (
             name=f"random-{seed}",
             description="random shapes, payloads, routings and placements",
             fn=random_trips(seed, 6),
+        )
+        for seed in range(_NUM_SEEDS)
+    ),
+    *(
+        Check(
+            name=f"plans-{seed}",
+            description="plans equal the planner's, bit for bit",
+            fn=random_plans(100 + seed, 10),
         )
         for seed in range(_NUM_SEEDS)
     ),
