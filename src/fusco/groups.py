@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -49,6 +50,13 @@ def group_device_types(group: dist.ProcessGroup) -> tuple[str, ...]:
     """Kinds of device whose tensors the group can send."""
     # NOTE: torch offers no public way to ask.
     return tuple(device.type for device in group._device_types)
+
+
+def cuda_backend(group: dist.ProcessGroup) -> str:
+    """What sends the group's CUDA tensors, such as "nccl"; empty where nothing does."""
+    if "cuda" not in group_device_types(group):
+        return ""
+    return str(group._get_backend(torch.device("cuda")).name())
 
 
 def group_timeout_s(group: dist.ProcessGroup) -> float:
