@@ -89,6 +89,11 @@ def _why_no_cpu_engine() -> str:
 def _why_no_cuda_engine() -> str:
     if not torch.cuda.is_available():
         return "needs a CUDA device, and torch finds none"
+    return missing_cuda_package()
+
+
+def missing_cuda_package() -> str:
+    """Which of the packages that compile kernels is not installed; empty: all are."""
     for package in ("cuda.core", "cuda.bindings.nvrtc"):
         if not _is_installed(package):
             return f"needs {package}: pip install 'fusco[cuda]'"

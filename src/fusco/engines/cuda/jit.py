@@ -24,6 +24,7 @@ from fusco.engines.cuda.kernels.structs import declarations
 ELEMENTS = ("bfloat16", "float16", "float32", "float64")
 """Dtypes that rows can be summed in; kernels know them by their index."""
 
+_OLDEST = 80
 _HASH_BYTES = hashlib.sha256().digest_size
 
 
@@ -52,6 +53,7 @@ class Variant:
 
 
 VARIANTS = (
+    Variant(name="reach"),
     Variant(name="agree"),
     Variant(name="plan"),
     Variant(name="dispatch"),
@@ -109,6 +111,15 @@ def cache_folder() -> Path:
 def source_folder() -> Path:
     """Where the sources of all kernels are."""
     return Path(__file__).parent / "kernels"
+
+
+def known_architectures() -> list[str]:
+    """What the compiler can compile for; from Hopper on with the instructions that only one has."""
+    from cuda.bindings import nvrtc
+
+    _, numbers = nvrtc.nvrtcGetSupportedArchs()
+    names = [f"sm_{number}" for number in numbers if number >= _OLDEST]
+    return names + [f"{name}a" for name in names if int(name[3:]) >= 90]
 
 
 def _publish(path: Path, content: bytes) -> None:
