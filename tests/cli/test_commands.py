@@ -155,7 +155,7 @@ def test_selftest_runs_under_torchrun() -> None:
 def test_selftest_refuses_an_engine_that_is_not_there() -> None:
     result = CliRunner().invoke(app, ["selftest", "--engine", "other"])
     assert result.exit_code == 2
-    assert "selftest: engine: got 'other', expected all, cpu, reference" in result.output
+    assert "selftest: engine: got 'other', expected all, cuda, cpu, reference" in result.output
 
 
 def test_doctor_shows_the_same_in_both_forms() -> None:
@@ -177,7 +177,7 @@ def test_doctor_shows_links(monkeypatch: pytest.MonkeyPatch) -> None:
         {"source": 0, "target": 1, "problem": "", "write_gbps": 391.6, "read_gbps": 300.0},
         {"source": 1, "target": 0, "problem": "no [peer] access", "write_gbps": 0, "read_gbps": 0},
     ]
-    monkeypatch.setattr("fusco.cli.doctor._links", lambda: links)
+    monkeypatch.setattr(sys.modules["fusco.cli.doctor"], "_links", lambda: links)
     table = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200"}).output
     assert "cuda:0 > cuda:1" in table
     assert "writes 392, reads 300 GB/s" in table
