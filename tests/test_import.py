@@ -44,6 +44,7 @@ def test_exports() -> None:
     for name in (
         "Shuffle",
         "exchange",
+        "buffer_size_hint",
         "Dispatched",
         "Plan",
         "Ablation",

@@ -11,6 +11,7 @@ from fusco.errors import (
     WindowMemoryError,
 )
 from fusco.exchange import exchange
+from fusco.sizing import BufferSizes, buffer_size_hint
 from fusco.topology import Topology
 from fusco.types import Ablation, Dispatched, Plan, Segments, Stats
 
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Ablation",
+    "BufferSizes",
     "ClosedError",
     "DisagreementError",
     "Dispatched",
@@ -32,5 +34,6 @@ __all__ = [
     "Topology",
     "WindowMemoryError",
     "__version__",
+    "buffer_size_hint",
     "exchange",
 ]

@@ -14,6 +14,7 @@ from fusco.layout.compact import (
     RECORD_HEAD,
     Links,
     WindowLayout,
+    chunk_bytes,
     links_len,
     part_starts,
     round_up,
@@ -91,3 +92,8 @@ def test_every_token_has_room_for_its_partials(layout: WindowLayout) -> None:
 def test_round_up(size: int, unit: int) -> None:
     assert round_up(size, unit) % unit == 0
     assert size <= round_up(size, unit) < size + unit
+
+
+@given(need=st.integers(1, 10**9))
+def test_a_new_chunk_has_room(need: int) -> None:
+    assert need <= chunk_bytes(need) <= 1.25 * need + (2 << 20)

@@ -16,6 +16,10 @@ BLOCK_ALIGNMENT = 128
 RECORD_HEAD = 8
 """int64 before the counts of a record: `records.Field`, and the chunk of the block."""
 
+# The driver maps memory in such pieces; and the next load will be a little larger.
+_CHUNK_UNIT = 2 << 20
+_GROWTH = 1.25
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Links:
@@ -74,6 +78,11 @@ def links_len(num_tokens: int, num_ranks: int, max_tokens: int, top_k: int) -> i
 def round_up(size: int, unit: int = BLOCK_ALIGNMENT) -> int:
     """The next multiple of `unit`."""
     return -(-size // unit) * unit
+
+
+def chunk_bytes(need: int) -> int:
+    """How large a piece is by which a heap grows so that a block of `need` bytes fits."""
+    return round_up(int(need * _GROWTH), _CHUNK_UNIT)
 
 
 def part_starts(row_bytes: Sequence[int], num_rows: int) -> list[int]:

@@ -22,7 +22,7 @@ from fusco.engines.cuda.streams import Order
 from fusco.engines.cuda.window import NOWHERE, Place, SymmetricHeap, TorchAllocator
 from fusco.engines.ids import bad_ids
 from fusco.errors import FuscoError, PeerError, WindowMemoryError, input_error
-from fusco.layout.compact import WindowLayout
+from fusco.layout.compact import WindowLayout, chunk_bytes
 from fusco.layout.records import HEADER, Field, Operation
 from fusco.transports.bulletin import Bulletin
 
@@ -252,7 +252,7 @@ class Session:
 
     def grow(self, operation: str, need: int) -> None:
         """Add a chunk where a block of `need` bytes fits; all ranks call it with the same need."""
-        size = self.heap.chunk_bytes(need)
+        size = chunk_bytes(need)
         problem = ""
         try:
             memory = self._allocator.allocate(size)

@@ -18,8 +18,6 @@ from fusco.topology import Topology
 from fusco.transports.bulletin import Bulletin
 from fusco.transports.renumbered import RenumberedStore
 
-_CHUNK_UNIT = 2 << 20
-_GROWTH = 1.25
 # The interface knows neither bfloat16 nor fp8: such tensors are views of integers.
 _TYPES_OF_SIZE = {1: "|u1", 2: "<i2", 4: "<i4", 8: "<i8", 16: "<c16"}
 
@@ -123,11 +121,6 @@ class SymmetricHeap:
         self._chunks.append((allocation, Heap(allocation.memory.numel())))
         table = [allocation.address for allocation, _ in self._chunks]
         self.addresses = torch.tensor(table, dtype=torch.int64, device=self._device)
-
-    @staticmethod
-    def chunk_bytes(need: int) -> int:
-        """How large a chunk should be in which `need` bytes must fit."""
-        return round_up(int(need * _GROWTH), _CHUNK_UNIT)
 
     def reserve_largest(self) -> Place:
         """The largest free block of all chunks, whole."""

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fusco.testing.cases import Case, device_of, expect, sizes
+import fusco
+from fusco.testing.cases import Case, device_of, draw, expect, sizes
 from fusco.testing.conformance import Check
 from fusco.testing.gpu.plans import random_plans
 from fusco.testing.gpu.trips import held_for_many_layers, random_trips, trips, tuple_of_four
@@ -62,6 +63,40 @@ def _mistakes(mistakes: Mapping[str, Mistake]) -> Callable[[Group, str], None]:
     return check
 
 
+def _size_hint(group: Group, engine: str) -> None:
+    """What one rank takes that receives everything is what was predicted."""
+    rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
+    case = Case(
+        num_tokens=(200,) * num_ranks,
+        hidden_size=1024,
+        top_k=4,
+        num_experts=2 * num_ranks,
+        routing="one-expert",
+        expert_alignment=16,
+        device=device_of(engine),
+    )
+    hint = fusco.buffer_size_hint(
+        num_ranks=num_ranks,
+        num_experts=case.num_experts,
+        hidden_size=case.hidden_size,
+        top_k=case.top_k,
+        max_tokens=200,
+        dtype=case.dtype,
+        num_alive=3,
+        imbalance=num_ranks,
+        expert_alignment=16,
+    )
+    inputs = draw(case)
+    with case.shuffle(group, engine) as shuffle:
+        held = [shuffle.dispatch(inputs.x[rank], inputs.topk_idx[rank]) for _ in range(3)]
+        used = shuffle.stats().window_bytes
+        shuffle.combine(held[0].tokens, held[0])
+        shuffle.synchronize()
+    if engine == "cuda":
+        told = f"{used} bytes are used, {hint} was predicted"
+        expect(hint.total_bytes // 2 <= used <= hint.total_bytes, told)
+
+
 GPU_CHECKS: tuple[Check, ...] = (
     *(
         Check(
@@ -107,6 +142,7 @@ GPU_CHECKS: tuple[Check, ...] = (
         description="every rank a node of its own in the order of sums",
         fn=trips(ranks_per_node=1, dtype=torch.bfloat16, top_k=7),
     ),
+    Check(name="size-hint", description="windows are as large as predicted", fn=_size_hint),
     Check(name="tuple-of-four", description="four tensors at once", fn=tuple_of_four),
     Check(
         name="held", description="rows of many dispatches stay as they are", fn=held_for_many_layers
