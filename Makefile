@@ -46,6 +46,7 @@ lint: .venv
 format: .venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i src/fusco/engines/cuda/kernels/*.cu*
 
 # Machines with GPUs often have torch in a Python of their own, and no network: nothing is installed.
 gpu-test:
