@@ -58,22 +58,6 @@ def _stream(typing_context: Any, target: Any, source: Any, size: Any) -> Any:
 
 
 @intrinsic
-def _prefetch(typing_context: Any, address: Any) -> Any:
-    """Ask for the cache line at an address, to be read soon."""
-    signature = types.void(types.int64)
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = _I8.as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        at = builder.inttoptr(args[0], pointer)
-        builder.call(function, [at, _I32(0), _I32(3), _I32(1)])
-        return context.get_dummy_value()
-
-    return signature, generate
-
-
-@intrinsic
 def _fence(typing_context: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.fence("seq_cst")
@@ -105,6 +89,17 @@ def _store(typing_context: Any, address: Any, value: Any) -> Any:
     return signature, generate
 
 
+@intrinsic
+def load_float(typing_context: Any, address: Any) -> Any:
+    """The float32 at an address."""
+    signature = types.float32(types.int64)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load(builder.inttoptr(args[0], ir.FloatType().as_pointer()))
+
+    return signature, generate
+
+
 @kernel
 def copy(target: int, source: int, num_bytes: int) -> None:
     """Copy between addresses that do not overlap, through the cache."""
@@ -121,14 +116,6 @@ def copy_row(target: int, source: int, num_bytes: int) -> None:
             _copy(target + streamed, source + streamed, num_bytes - streamed)
     else:
         _copy(target, source, num_bytes)
-
-
-@inner
-def prefetch(address: int, num_bytes: int) -> None:
-    """Ask for memory that is read soon: rows lie on pages of their own, at which the processor's
-    own guess of what comes next ends."""
-    for at in range(address, address + num_bytes, 64):
-        _prefetch(at)
 
 
 @kernel

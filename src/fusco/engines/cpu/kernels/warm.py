@@ -7,7 +7,6 @@ import numpy as np
 from fusco.engines.cpu.kernels import memory, plan, reduce, scatter
 
 _ELEMENTS = (
-    (np.uint32, np.float32),
     (np.uint16, np.float32),
     (np.int16, np.float32),
     (np.float32, np.float32),
@@ -33,7 +32,6 @@ def warm_up() -> None:
     values = np.empty(0, dtype=np.float32)
     reduce.send_values(values, one, none, one, none, values)
     for element, wide in _ELEMENTS:
-        rows, sums = np.empty(0, dtype=element), np.empty(0, dtype=wide)
-        reduce.send_partials(rows, 1, sums, one, none, one, 0, none, sums, rows)
-        own = (one, none, 0, 0, 0)
-        reduce.sum_tokens(rows, 1, sums, *own, rows, table, table, sums, sums, *[rows] * 4)
+        rows, terms = np.empty(0, dtype=element), reduce.new_terms(1, wide)
+        reduce.send_partials(rows, 1, 0, one, none, one, none, terms)
+        reduce.sum_tokens(rows, 1, none, none, 0, one, none, none, table, table, 0, terms)
