@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 
 from fusco.engines.cpu.kernels.elements import OF_TYPE, Elements, Values
 
-_BLOCK = 256
+_BLOCK = 128
 """Bytes of each row at a time; a multiple of the cache line."""
 _LINE = 64
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
