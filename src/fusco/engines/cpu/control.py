@@ -13,7 +13,13 @@ import numpy.typing as npt
 
 from fusco.engines.base import TEXT_BYTES
 from fusco.engines.cpu import futex
-from fusco.engines.cpu.kernels.memory import publish, spin, wrapped_difference
+from fusco.engines.cpu.kernels.memory import (
+    collect,
+    first_behind,
+    publish,
+    spin,
+    wrapped_difference,
+)
 from fusco.engines.cpu.window import Mapping
 from fusco.errors import PeerError
 from fusco.layout.heap import ALIGNMENT, align
@@ -76,6 +82,8 @@ class Control:
             _Peer(mapping, process, self._layout)
             for mapping, process in zip(mappings, processes, strict=True)
         ]
+        here = np.array([mapping.address for mapping in mappings])
+        self._flags, self._records = here + self._layout.progress, here + self._layout.record
         cores = len(os.sched_getaffinity(0))
         # A rank that spins keeps a core from the rank it waits for, where there are too few.
         self._spins = _SPINS if len(mappings) <= cores else 1
@@ -89,10 +97,8 @@ class Control:
         """Publish this rank's record; everybody's, int64 `[P, record_len]`."""
         self._peers[self._rank].record[:] = record
         self.reach(Stage.PUBLISHED)
-        records = np.empty((len(self._peers), record.size), dtype=np.int64)
-        for rank, peer in enumerate(self._peers):
-            self._wait(rank, Stage.PUBLISHED, operation)
-            records[rank] = peer.record
+        self.wait_all(Stage.PUBLISHED, operation)
+        records: npt.NDArray[np.int64] = collect(self._records, record.size)
         return records
 
     def tell_growth(self, base: int, capacity: int, status: Status) -> None:
@@ -127,7 +133,8 @@ class Control:
         Raises:
             PeerError: a rank died, closed, or did not come in time.
         """
-        for rank in range(len(self._peers)):
+        value = self._value(stage)
+        while (rank := first_behind(self._flags, value, self._spins)) >= 0:
             self._wait(rank, stage, operation)
 
     def close(self, lost: int | None) -> None:

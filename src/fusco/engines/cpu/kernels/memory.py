@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fusco.engines.cpu.kernels.compiling import inner, kernel
+from fusco.layout.blocks import Ints
 
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _VECTOR = ir.VectorType(_I32, 8)
@@ -144,3 +146,22 @@ def spin(flag: int, value: int, num_tries: int) -> int:
 def wrapped_difference(left: int, right: int) -> int:
     """`left - right` in int32, where counters wrap around."""
     return (left - right + 2**31) % 2**32 - 2**31
+
+
+@kernel
+def first_behind(flags: Ints, value: int, num_tries: int) -> int:
+    """The first of several flags that has not come to `value` when each was looked at until it
+    had or `num_tries` times; -1: all have."""
+    for i in range(flags.size):
+        if wrapped_difference(spin(flags[i], value, num_tries), value) < 0:
+            return i
+    return -1
+
+
+@kernel
+def collect(addresses: Ints, length: int) -> Ints:
+    """The int64 `[length]` at each address, `[addresses, length]`."""
+    found = np.empty((addresses.size, length), dtype=np.int64)
+    for i in range(addresses.size):
+        _copy(found[i].ctypes.data, addresses[i], length * 8)
+    return found
