@@ -1,4 +1,4 @@
-"""Combine on the CPU: partial sums straight into their token's rank, which adds them up."""
+"""Combine on the CPU: a token's rank adds up partial sums, or the rows themselves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fusco.engines.agreement import Call
-from fusco.engines.base import Returned
+from fusco.engines.base import COMBINE_FIELDS, Returned
 from fusco.engines.cpu.kernels.reduce import new_terms, send_partials, send_values, sum_tokens
 from fusco.engines.cpu.session import Session
 from fusco.engines.cpu.unfused import in_order_of_arrival
@@ -25,41 +25,71 @@ def combine(
     plan: SegmentPlan,
     row_values: Tensor | None,
 ) -> Returned:
-    """See `Engine.combine`."""
-    rank, leg, arrival = session.rank, plan.send, plan.arrival
+    """See `Engine.combine`.
+
+    Rows that lie in a window are read where they are by whoever sums them. Of others a rank sums
+    what belongs to one token itself, and writes the partial into the window of the token's rank.
+    """
+    rank, leg, window = session.rank, plan.send, session.window
     row_bytes = [bytes_per_row(each) for each in rows]
-    sent = np.array([[leg.row.shape[0], leg.slot.shape[0] if row_values is not None else 0]])
+    num_values = leg.slot.shape[0] if row_values is not None else 0
+    sent = np.array([[leg.row.shape[0], num_values, *_found_at(session, rows, row_weights)]])
     need = combine_sections(sent[:, 0], row_bytes, sent[:, 1])
     with stage("agree"):
         call, block = session.reserve(call, int(need.total[0]))
         agreement = session.agree(call, block, sent[0])
-    sizes = agreement.payload
-    sections = combine_sections(sizes[:, 0], row_bytes, sizes[:, 1])
-    at = sections.start + session.addresses(agreement, agreement.base + sections.total)
+    num_segments, num_values_of, rows_at, weights_at = agreement.payload[:, :COMBINE_FIELDS].T
+    sections = combine_sections(num_segments, row_bytes, num_values_of)
+    is_open = rows_at >= 0
+    windows = session.addresses(np.maximum(agreement.base + sections.total, rows_at + 1))
+    at = sections.start + windows + agreement.base
     found = plan
     if not session.world.ablation.fusion:
         rows, row_weights, found = in_order_of_arrival(rows, row_weights, plan, rank)
     lines = [_Line(each, row_weights, plan.top_k) for each in rows]
-    with stage("write"):
-        for line, base in zip(lines, at, strict=False):
-            line.send(found.arrival, rank, base)
-        if row_values is not None:
-            _send_values(row_values, arrival, at[-1])
-    with stage("wait"):
-        session.finish(agreement)
+    if not is_open[rank]:
+        with stage("write"):
+            for line, base in zip(lines, at, strict=False):
+                line.send(found.arrival, rank, base)
+    if row_values is not None:
+        _send_values(row_values, plan.arrival, at[-1])
+    if row_values is not None or not is_open.all():
+        with stage("wait"):
+            session.finish(agreement)
+    sources = np.where(is_open, (windows + rows_at, windows + weights_at), 0)
+    sources[1] *= row_weights is not None
     starts = sections.start[:, rank].tolist()
     with stage("sum"):
-        sums = []
-        for line, start in zip(lines, starts, strict=False):
-            sums.append(line.sum(found.send, rank, session.window.address_of(block) + start))
+        sums = [
+            line.sum(found.send, rank, sources, window.address_of(block) + start)
+            for line, start in zip(lines, starts, strict=False)
+        ]
         values = None
         if row_values is not None:
-            view = session.window.view(block, starts[-1], leg.slot.shape[0], np.float32)
+            view = window.view(block, starts[-1], leg.slot.shape[0], np.float32)
             values = row_values.new_zeros(plan.num_tokens * plan.top_k)
             values[leg.pair] = torch.from_numpy(view)
             values = values.view(plan.num_tokens, plan.top_k)
-    session.window.heap.release(block)
+    window.heap.release(block)
+    if is_open.any():
+        with stage("wait"):
+            session.leave(agreement)
     return Returned(sums=tuple(sums), pair_values=values)
+
+
+def _found_at(
+    session: Session, rows: tuple[Tensor, ...], row_weights: Tensor | None
+) -> tuple[int, int]:
+    """Where in this rank's window rows and weights lie; -1 unless peers can read both there."""
+    if len(rows) > 1 or not rows[0].is_contiguous() or not session.world.ablation.fusion:
+        return -1, -1
+    if not rows[0].numel():
+        return 0, 0
+    window = session.window
+    rows_at, weights_at = window.find(rows[0]), 0
+    if row_weights is not None:
+        weights_at = window.find(row_weights)
+    return (-1, -1) if min(rows_at, weights_at) < 0 else (rows_at, weights_at)
 
 
 class _Line:
@@ -89,16 +119,23 @@ class _Line:
             self.terms,
         )
 
-    def sum(self, leg: Leg, own: int, partials_at: int) -> Tensor:
-        """`[T, ...]`, from the partials of other ranks and the own rank's rows."""
+    def sum(self, leg: Leg, own: int, sources: Ints, partials_at: int) -> Tensor:
+        """`[T, ...]`, from partials of other ranks and from rows that can be read where they are.
+
+        Args:
+            leg: of the plan.
+            own: this rank.
+            sources: `[2, P]`, addresses of the rows and weights of each rank; 0: it sends partials.
+            partials_at: address of the partials.
+        """
         out = self.like.new_empty(leg.sum_segment.shape[0], *self.like.shape[1:])
-        rows_at = np.zeros((2, leg.peer_ptr.shape[0]), dtype=np.int64)
-        rows_at[:, own] = self.rows.data_ptr(), self.weights_at
+        rows_at, weights_at = sources
+        rows_at[own], weights_at[own] = self.rows.data_ptr(), self.weights_at
         sum_tokens(
             self.elements,
             self.row_bytes,
-            rows_at[0],
-            rows_at[1],
+            rows_at,
+            weights_at,
             partials_at,
             leg.slot_ptr.numpy(),
             leg.slot.numpy(),

@@ -36,6 +36,7 @@ class Stage(IntEnum):
     GROWN = 2
     TOLD = 3
     DONE = 4
+    READ = 5
 
 
 _STAGES = 8

@@ -96,7 +96,8 @@ def dispatch_planned(
 
 def _addresses(session: Session, agreement: Agreement, sections: Sections) -> Ints:
     """int64 `[sections, P]`: where each section of each rank's block is mapped here."""
-    return sections.start + session.addresses(agreement, agreement.base + sections.total)
+    base = agreement.base
+    return sections.start + session.addresses(base + sections.total) + base
 
 
 def _write(
@@ -148,19 +149,18 @@ def _wrap(
     """Rows become tensors where they lie; the rest of the block is free again."""
     window, block, start = session.window, agreement.block, sections.start[:, session.rank]
     padding = plan.row_segment < 0 if session.world.alignment > 1 else None
-    if weights is None:
-        row_weights = torch.ones(plan.num_rows)
-    else:
-        view = window.view(block, int(start[len(rows)]), plan.num_rows, np.float32)
-        row_weights = torch.from_numpy(view.copy())
-    if padding is not None:
-        row_weights[padding] = 0
     end = block.base
+
+    def lying(begin: int, row_bytes: int) -> Tensor:
+        nonlocal end
+        part = Block(base=block.base + begin, size=align(plan.num_rows * row_bytes))
+        end = part.base + part.size
+        segments = window.as_tensor(part, plan.num_rows * row_bytes)
+        return segments.view(plan.num_rows, row_bytes)
+
     got = []
     for like, begin in zip(rows, start.tolist(), strict=False):
-        row_bytes = bytes_per_row(like)
-        part = Block(base=block.base + begin, size=align(plan.num_rows * row_bytes))
-        segments = window.as_tensor(part, plan.num_rows * row_bytes).view(plan.num_rows, row_bytes)
+        segments = lying(begin, bytes_per_row(like))
         if not session.world.ablation.fusion:
             segments = expert_major(
                 segments[: plan.arrival.slot.shape[0]], plan.arrival, plan.num_rows
@@ -168,6 +168,11 @@ def _wrap(
         elif padding is not None:
             segments[padding] = 0
         got.append(from_segments(segments, like))
-        end = part.base + part.size
+    # Weights stay in the window too, beside rows that peers may read there in combine.
+    row_weights = lying(int(start[len(rows)]), 4).view(torch.float32)[:, 0]
+    if weights is None:
+        row_weights.fill_(1)
+    if padding is not None:
+        row_weights[padding] = 0
     window.heap.release(Block(base=end, size=block.base + block.size - end))
     return Delivery(rows=tuple(got), row_weights=row_weights, plan=plan)

@@ -16,7 +16,7 @@ from fusco.engines.cpu.dispatch import dispatch_new, dispatch_planned
 from fusco.engines.cpu.exchange import exchange
 from fusco.engines.cpu.session import Session
 from fusco.layout.blocks import Ints
-from fusco.layout.segments import bytes_per_row
+from fusco.layout.segments import bytes_per_row, from_segments
 from fusco.types import Plan, SegmentPlan, Segments, Stats
 
 
@@ -85,6 +85,15 @@ class CpuEngine(Engine):
         self._count_bytes(plan.arrival.peer_ptr.numpy(), row_bytes)
         self.meter.combined()
         return returned
+
+    def empty_like(self, rows: Tensor) -> Tensor:
+        window = self._open().window
+        shape = rows.shape[0], bytes_per_row(rows)
+        try:
+            block = window.reserve(shape[0] * shape[1])
+        except MemoryError:
+            return torch.empty_like(rows)
+        return from_segments(window.as_tensor(block, shape[0] * shape[1]).view(shape), rows)
 
     def exchange(
         self,
