@@ -24,8 +24,8 @@ def combine(
     row_weights: Tensor | None,
     plan: SegmentPlan,
     row_values: Tensor | None,
-) -> Returned:
-    """See `Engine.combine`.
+) -> tuple[Returned, Ints]:
+    """See `Engine.combine`; also where each rank's rows begin among those that move, `[P + 1]`.
 
     Rows that lie in a window are read where they are by whoever sums them. Of others a rank sums
     what belongs to one token itself, and writes the partial into the window of the token's rank.
@@ -74,7 +74,10 @@ def combine(
     if is_open.any():
         with stage("wait"):
             session.leave(agreement)
-    return Returned(sums=tuple(sums), pair_values=values)
+    moved = found.arrival.peer_ptr.numpy()
+    if is_open[rank]:
+        moved = found.arrival.slot_ptr.numpy()[moved]
+    return Returned(sums=tuple(sums), pair_values=values), moved
 
 
 def _found_at(

@@ -23,7 +23,7 @@ from fusco.engines.cpu.kernels.memory import (
 from fusco.engines.cpu.window import Mapping
 from fusco.errors import PeerError
 from fusco.layout.heap import ALIGNMENT, align
-from fusco.layout.records import Status
+from fusco.layout.records import ALIKE, HEADER, Field, Status
 
 _LOOK_EVERY_S = 0.05
 _SPINS = 2000
@@ -94,13 +94,18 @@ class Control:
         self._epoch += 1
         return self._epoch
 
-    def share(self, record: npt.NDArray[np.int64], operation: str) -> npt.NDArray[np.int64]:
-        """Publish this rank's record; everybody's, int64 `[P, record_len]`."""
-        self._peers[self._rank].record[:] = record
+    def share(
+        self, head: tuple[int, ...], payload: npt.NDArray[np.int64], operation: str
+    ) -> tuple[npt.NDArray[np.int64], bool]:
+        """Publish this rank's record; everybody's, int64 `[P, record_len]`, and whether all are
+        ready for the same."""
+        record = self._peers[self._rank].record
+        record[:HEADER] = head
+        record[HEADER : HEADER + payload.size] = payload
         self.reach(Stage.PUBLISHED)
         self.wait_all(Stage.PUBLISHED, operation)
-        records: npt.NDArray[np.int64] = collect(self._records, record.size)
-        return records
+        records, alike = collect(self._records, record.size, ALIKE.stop)
+        return records, alike and records[0, Field.STATUS] == Status.READY
 
     def tell_growth(self, base: int, capacity: int, status: Status) -> None:
         """Publish the block reserved after growing."""

@@ -80,9 +80,8 @@ class CpuEngine(Engine):
         row_values: Tensor | None = None,
     ) -> Returned:
         assert isinstance(plan, SegmentPlan), "plans come from this engine"
-        returned = combine(self._open(), call, rows, row_weights, plan, row_values)
-        row_bytes = sum(bytes_per_row(each) for each in rows)
-        self._count_bytes(plan.arrival.peer_ptr.numpy(), row_bytes)
+        returned, moved = combine(self._open(), call, rows, row_weights, plan, row_values)
+        self._count_bytes(moved, sum(bytes_per_row(each) for each in rows))
         self.meter.combined()
         return returned
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fusco.engines.agreement import Call, disagreement, is_agreed
+from fusco.engines.agreement import Call, disagreement
 from fusco.engines.base import World
 from fusco.engines.cpu.control import Control, Stage
 from fusco.engines.cpu.kernels.warm import warm_up
@@ -109,11 +109,9 @@ class Session:
             PeerError: a rank did not come.
         """
         control, operation = self.control, call.operation.text
-        record = np.zeros(self.world.record_len, dtype=np.int64)
-        record[:HEADER] = call.head(control.begin(), block.base, block.size)
-        record[HEADER : HEADER + payload.size] = payload
-        records = control.share(record, operation)
-        if not is_agreed(records):
+        head = call.head(control.begin(), block.base, block.size)
+        records, agreed = control.share(head, payload, operation)
+        if not agreed:
             self.window.heap.release(block)
             texts = control.share_text(call.text, operation)
             raise disagreement(call, records, texts, self.rank)

@@ -159,9 +159,12 @@ def first_behind(flags: Ints, value: int, num_tries: int) -> int:
 
 
 @kernel
-def collect(addresses: Ints, length: int) -> Ints:
-    """The int64 `[length]` at each address, `[addresses, length]`."""
+def collect(addresses: Ints, length: int, num_alike: int) -> tuple[Ints, bool]:
+    """The int64 `[length]` at each address, and whether all begin with the same `num_alike`."""
     found = np.empty((addresses.size, length), dtype=np.int64)
+    alike = True
     for i in range(addresses.size):
         _copy(found[i].ctypes.data, addresses[i], length * 8)
-    return found
+        for j in range(num_alike):
+            alike &= found[i, j] == found[0, j]
+    return found, alike

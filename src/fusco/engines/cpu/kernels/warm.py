@@ -21,7 +21,7 @@ def warm_up() -> None:
     memory.publish(flag.ctypes.data, 0)
     memory.spin(flag.ctypes.data, 0, 1)
     memory.first_behind(none, 0, 1)
-    memory.collect(none, 1)
+    memory.collect(none, 1, 0)
     plan.count_pairs(table, one, one, 1)
     records = np.zeros((1, 8), dtype=np.int64)[:, 1:]
     plan.measure_traffic(records, one, one, 0, 1, True)
