@@ -30,7 +30,7 @@ ALLOWANCE_BYTES = 64 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Peak:
-    """One rank, in bytes. Expert outputs are an input of combine, in ordinary memory of the rank."""
+    """One rank, in bytes. Expert outputs are an input, in ordinary memory of the rank."""
 
     rank: int
     peak_growth_bytes: int
