@@ -20,7 +20,7 @@ import torch.distributed as dist
 from soak import pss_bytes
 
 import fusco
-from fusco.bench.records import hardware, source_commit
+from fusco.bench.machine import hardware, source_commit
 from fusco.testing.ranks import RankPool
 
 NUM_TOKENS, HIDDEN_SIZE, TOP_K, NUM_EXPERTS = 1024, 2048, 8, 64

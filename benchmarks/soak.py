@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 import fusco
-from fusco.bench.records import hardware, source_commit
+from fusco.bench.machine import hardware, source_commit
 from fusco.testing.ranks import RankPool
 
 NUM_SAMPLES = 20
