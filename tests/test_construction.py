@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 import fusco
+from fusco.engines import probe
 from fusco.testing.cases import Case, draw, expect_round_trip
 from fusco.testing.ranks import RankPool, subgroup
 
@@ -99,3 +100,10 @@ def test_no_group(pool: RankPool, host_engine: str) -> None:
     for errors in pool.run(no_group, host_engine):
         assert len(errors) == 2
         assert all("group" in text for text in errors)
+
+
+def test_an_unknown_processor_has_no_cpu_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "abacus")
+    (found,) = [each for each in probe() if each.name == "cpu"]
+    assert not found.available
+    assert "abacus" in found.reason

@@ -351,6 +351,16 @@ class Shuffle:
         with ops.using(self._key) as engine:
             engine.synchronize()
 
+    def empty_like(self, rows: Tensor) -> Tensor:
+        """An uninitialised tensor like `d.tokens`, to write the experts' outputs into.
+
+        It lies where the engine's `combine` can read it best. With "cpu" that is memory of all
+        ranks: each row is read once, by the rank that sums it, and copied nowhere. Do not write to
+        it while a `combine` of it runs. Not collective.
+        """
+        self._require_open()
+        return ops.ENGINES[self._key].empty_like(rows)
+
     def stats(self) -> Stats:
         """What this Shuffle has done so far; not collective."""
         self._require_open()

@@ -49,6 +49,7 @@ class BenchConfig:
         warmup: iterations before them that are not counted.
         seed: of rows and routings.
         ablation: what is switched off; "none" is everything on.
+        in_place: measure fusco with expert outputs in `Shuffle.empty_like` too.
         num_sms: for each of these measure fusco with so many multiprocessors too.
         graph: replay the pair in a CUDA graph too.
         backward: measure forward and backward of the pair too.
@@ -74,6 +75,7 @@ class BenchConfig:
     warmup: int = 3
     seed: int = 0
     ablation: str = "none"
+    in_place: bool = False
     num_sms: tuple[int, ...] = ()
     graph: bool = False
     backward: bool = False

@@ -31,9 +31,15 @@ class Contender(Protocol):
 
 
 class Fusco:
-    """A `Shuffle`."""
+    """A `Shuffle`.
 
-    def __init__(self, shuffle: Shuffle) -> None:
+    Attributes:
+        in_place: expert outputs lie where it gives room for them, not in ordinary memory.
+    """
+
+    def __init__(self, shuffle: Shuffle, *, in_place: bool = False) -> None:
+        self.in_place = in_place
+        self.empty_like = shuffle.empty_like
         self._shuffle = shuffle
         self.dispatch = shuffle.dispatch
         self.combine = shuffle.combine
@@ -73,6 +79,9 @@ def open_lineup(config: BenchConfig, stack: ExitStack, *, has_nccl: bool) -> Lin
     for num_sms in (None, *config.num_sms):
         shuffle = stack.enter_context(make_shuffle(config, num_sms=num_sms))
         contenders[Entrant(engine=shuffle.engine_name, num_sms=num_sms)] = Fusco(shuffle)
+        if config.in_place and num_sms is None:
+            entrant = Entrant(engine=shuffle.engine_name, mode="in place")
+            contenders[entrant] = Fusco(shuffle, in_place=True)
     for name in config.baselines:
         if name == NCCL_BASELINE and not has_nccl:
             left_out[name] = "it does not serve ranks that share a GPU"

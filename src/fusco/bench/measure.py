@@ -1,11 +1,12 @@
 """Measures fusco and the baselines side by side. `run_bench` starts or joins the ranks.
 
 The boundary is the user's: a dispatch goes from (x, topk_idx, topk_weights) to expert-major rows, a
-combine from expert outputs in ordinary memory of the rank to [T, H]. Planning, the exchange of
-counts, weights and allocation are inside. Ranks leave a barrier together, and an iteration lasts
-until the slowest is done. In each iteration fusco, the baselines and the copies that the floor
-comes from follow one another, so that a machine which slows down slows all of them. What is
-dispatched changes from iteration to iteration, in rotation.
+combine from expert outputs to [T, H]; these lie in ordinary memory of the rank or, in place, in
+what `Shuffle.empty_like` gave. Planning, the exchange of counts, weights and allocation are inside.
+Ranks leave a barrier together, and an iteration lasts until the slowest is done. In each iteration
+fusco, the baselines and the copies that the floor comes from follow one another, so that a machine
+which slows down slows all of them. What is dispatched changes from iteration to iteration, in
+rotation.
 """
 
 from __future__ import annotations
@@ -166,7 +167,7 @@ def _compare(
             before = contender.wire_bytes
             d = contender.dispatch(*batch.arguments)
             between = contender.wire_bytes
-            y = contender.combine(outputs.of(d.tokens), d)
+            y = contender.combine(_expert_outputs(contender, d.tokens, outputs), d)
             wire_bytes[entrant]["dispatch"] += (between - before) / len(batches)
             wire_bytes[entrant]["combine"] += (contender.wire_bytes - between) / len(batches)
             if first is None:
@@ -246,13 +247,19 @@ def _time_operations(
     contender: Contender, batch: Batch, outputs: Outputs, clock: Clock
 ) -> dict[str, Span]:
     d, dispatch_span = clock.time(contender.dispatch, *batch.arguments)
-    rows = outputs.of(d.tokens)
+    rows = _expert_outputs(contender, d.tokens, outputs)
     _, combine_span = clock.time(contender.combine, rows, d)
     spans = {"dispatch": dispatch_span, "combine": combine_span}
-    del d
+    del d, rows
     if clock.host_overlaps:
         spans["total"] = clock.time(_dispatch_and_combine, contender, batch, outputs)[1]
     return spans
+
+
+def _expert_outputs(contender: Contender, tokens: Tensor, outputs: Outputs) -> Tensor:
+    if isinstance(contender, Fusco) and contender.in_place:
+        return outputs.of(tokens, contender.empty_like(tokens))
+    return outputs.of(tokens)
 
 
 def _dispatch_and_combine(contender: Contender, batch: Batch, outputs: Outputs) -> Tensor:

@@ -30,7 +30,8 @@ class Entrant:
 
     Attributes:
         engine: fusco's engine, or a baseline.
-        mode: eager, or graph: replayed in a CUDA graph.
+        mode: eager; in place: with expert outputs in `Shuffle.empty_like`; or graph: replayed in a
+            CUDA graph.
         num_sms: the most multiprocessors it may take; None: all.
         permutes: what a GPU baseline permutes with: triton or torch.
     """

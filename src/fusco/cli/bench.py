@@ -63,6 +63,10 @@ def bench(
         str,
         typer.Option(metavar="none|fusion|planner|balancer", help="Mechanism to switch off."),
     ] = "none",
+    in_place: Annotated[
+        bool,
+        typer.Option("--in-place", help="Also with expert outputs in Shuffle.empty_like."),
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option(metavar="FILE.jsonl", help="Append one JSON object a measurement."),
@@ -103,6 +107,7 @@ def bench(
             warmup=warmup,
             seed=seed,
             ablation=ablation,
+            in_place=in_place,
             baselines=BASELINES["cpu"],
         )
         _measure_and_report(config, output, compare)

@@ -187,6 +187,31 @@ def _several(group: Group, engine: str) -> None:
     expect_same(y_other, inputs_other.sums(rank), "combine of the second Shuffle")
 
 
+def _exchange(group: Group, engine: str) -> None:
+    """Rank a sends b the bytes a, b, a, b, ... of (a + b) % 5 and 3, a segment each."""
+    num_ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    if engine == "cuda":
+        return
+    peers = range(num_ranks)
+    source = torch.tensor([[rank, peer] * 4 for peer in peers], dtype=torch.uint8)
+    out = torch.full((num_ranks, 8), 255, dtype=torch.uint8)
+
+    def segments(first: int, other: int) -> fusco.Segments:
+        return fusco.Segments(
+            offset=torch.tensor([8 * other, 8 * other + 5]),
+            size=torch.tensor([(first + other) % 5, 3]),
+        )
+
+    each = [segments(rank, peer) for peer in peers]
+    fusco.exchange(source, each, out, each, group=group, engine=engine)
+    want = torch.full_like(out, 255)
+    for peer in peers:
+        sent = torch.tensor([peer, rank] * 4, dtype=torch.uint8)
+        for part in (slice((rank + peer) % 5), slice(5, 8)):
+            want[peer, part] = sent[part]
+    expect_same(out, want, "exchanged bytes")
+
+
 CHECKS: tuple[Check, ...] = (
     Check(
         name="float32",
@@ -218,6 +243,7 @@ CHECKS: tuple[Check, ...] = (
     Check(name="plan-reuse", description="a plan serves other rows and weights", fn=_plan_reuse),
     Check(name="growth", description="windows grow for a larger load", fn=_growth),
     Check(name="several", description="two Shuffles in turn on one group", fn=_several),
+    Check(name="exchange", description="segments land where they belong", fn=_exchange),
     Check(name="repeatable", description="the same bits every time", fn=_repeatable),
     Check(name="gradients", description="of rows and weights, as of dense code", fn=_gradients),
     Check(
