@@ -207,6 +207,12 @@ class SegmentPlan(Plan):
     def num_rows(self) -> int:
         return self.row_segment.shape[0]
 
+    @property
+    def num_arrivals(self) -> int:
+        """Rows this rank receives, padding not counted."""
+        relayed = 0 if self.forwarding is None else self.forwarding.relay_arrival.slot.shape[0]
+        return self.arrival.slot.shape[0] + relayed
+
     def to_tensors(self) -> list[Tensor]:
         flat = [self.identity, self.tokens_per_expert, self.expert_offsets, self.row_segment]
         parts: list[Leg | Arrival] = [self.send, self.arrival]

@@ -68,7 +68,7 @@ class CpuEngine(Engine):
         send = plan.send
         row_bytes = sum(bytes_per_row(each) for each in rows)
         self._count_bytes(send.slot_ptr.numpy()[send.peer_ptr.numpy()], row_bytes)
-        self.meter.dispatched(plan)
+        self.meter.dispatched(plan.num_arrivals)
         return delivery
 
     def combine(

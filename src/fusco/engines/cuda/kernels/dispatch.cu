@@ -263,6 +263,10 @@ __device__ __forceinline__ void find_places(const World& world, const DispatchAr
     for (int rank = threadIdx.x; rank < world.num_ranks; rank += blockDim.x) {
       reinterpret_cast<u64*>(world.sent_bytes)[rank] += links.sends[rank] * row_bytes;
     }
+    const i64* tokens_per_expert = reinterpret_cast<const i64*>(args.tokens_per_expert);
+    for (int i = threadIdx.x; i < world.num_local; i += blockDim.x) {
+      atomicAdd(&state_of(world).num_rows, static_cast<u64>(tokens_per_expert[i]));
+    }
   }
   __syncthreads();
 }

@@ -176,6 +176,7 @@ class State(ctypes.Structure):
         ("lowest_id", c_int32),
         ("highest_id", c_int32),
         ("unused", c_uint32),
+        ("num_rows", c_uint64),
         ("queue", c_uint32 * 2),
     )
 
