@@ -69,9 +69,9 @@ class World:
         return HEADER + self.payload
 
 
-COMBINE_FIELDS = 4
+COMBINE_FIELDS = 5
 """What a rank may say of a combine: segments and values it gets back, where its rows and their
-weights can be read."""
+weights can be read, and where both have ended."""
 
 EXCHANGE_FIELDS = 3
 """What a rank says of its segments for each peer: their number, bytes, and a hash of sizes."""

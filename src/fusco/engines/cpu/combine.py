@@ -38,10 +38,11 @@ def combine(
     with stage("agree"):
         call, block = session.reserve(call, int(need.total[0]))
         agreement = session.agree(call, block, sent[0])
-    num_segments, num_values_of, rows_at, weights_at = agreement.payload[:, :COMBINE_FIELDS].T
+    said = agreement.payload[:, :COMBINE_FIELDS]
+    num_segments, num_values_of, rows_at, weights_at, open_end = said.T
     sections = combine_sections(num_segments, row_bytes, num_values_of)
     is_open = rows_at >= 0
-    windows = session.addresses(np.maximum(agreement.base + sections.total, rows_at + 1))
+    windows = session.addresses(np.maximum(agreement.base + sections.total, open_end))
     at = sections.start + windows + agreement.base
     found = plan
     if not session.world.ablation.fusion:
@@ -82,17 +83,19 @@ def combine(
 
 def _found_at(
     session: Session, rows: tuple[Tensor, ...], row_weights: Tensor | None
-) -> tuple[int, int]:
-    """Where in this rank's window rows and weights lie; -1 unless peers can read both there."""
+) -> tuple[int, int, int]:
+    """Where in this rank's window rows and weights lie, and where both have ended; -1 unless peers
+    can read both there."""
     if len(rows) > 1 or not rows[0].is_contiguous() or not session.world.ablation.fusion:
-        return -1, -1
+        return -1, -1, -1
     if not rows[0].numel():
-        return 0, 0
-    window = session.window
-    rows_at, weights_at = window.find(rows[0]), 0
-    if row_weights is not None:
-        weights_at = window.find(row_weights)
-    return (-1, -1) if min(rows_at, weights_at) < 0 else (rows_at, weights_at)
+        return 0, 0, 0
+    tensors = [rows[0]] if row_weights is None else [rows[0], row_weights]
+    at = [session.window.find(each) for each in tensors]
+    if min(at) < 0:
+        return -1, -1, -1
+    end = max(begin + each.nbytes for begin, each in zip(at, tensors, strict=True))
+    return at[0], at[-1], end
 
 
 class _Line:
