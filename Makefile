@@ -6,7 +6,7 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo test bench gpu-bench selftest lint format .venv clean
+.PHONY: help demo test bench gpu-bench selftest lint format gpu-test gpu-soak gpu-sanitize .venv clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,9 @@ help:
 	@echo "make selftest  run the conformance checks on this machine"
 	@echo "make lint      formatting, lint, types and the import contract, as CI does"
 	@echo "make format    mend what can be mended of it"
+	@echo "make gpu-test  check the CUDA engine on this machine's GPUs, with the python3 that has torch"
+	@echo "make gpu-soak  two thousand random dispatches and combines on them"
+	@echo "make gpu-sanitize  the same engine under compute-sanitizer"
 	@echo "make .venv     create the virtual environment; the others do it first"
 	@echo "make clean     remove the virtual environment and all caches"
 
@@ -43,6 +46,17 @@ lint: .venv
 format: .venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i src/fusco/engines/cuda/kernels/*.cu*
+
+# Machines with GPUs often have torch in a Python of their own, and no network: nothing is installed.
+gpu-test:
+	PYTHONPATH=src $(PYTHON) -m fusco.testing.gpu $(ARGS)
+
+gpu-soak:
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu_soak.py $(ARGS)
+
+gpu-sanitize:
+	PYTHON=$(PYTHON) .ci/gpu-sanitize $(ARGS)
 
 .venv: $(STAMP)
 

@@ -1,10 +1,10 @@
 """Ten thousand training-like steps with changing routing: does a rank's memory grow?
 
-    python benchmarks/soak.py --iterations 10000
+    python benchmarks/soak.py --output benchmarks/results/soak.jsonl
 
 Each step dispatches, combines and goes backward with another routing and another number of tokens.
 A rank's memory is its PSS, private pages plus its share of the shared ones, as the kernel counts
-it. Prints one JSON object a sample, and fails if the second half of the run grew.
+it. Prints a line as each twentieth is done, and fails if a rank grew in the second half.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 import fusco
+from fusco.bench.machine import hardware, source_commit
 from fusco.testing.ranks import RankPool
 
 NUM_SAMPLES = 20
@@ -40,12 +41,11 @@ class Load:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One rank's memory after `iteration` steps, in bytes, and the steps' mean time so far."""
+    """All ranks after `iteration` steps: memory of each in bytes, the steps' mean time so far."""
 
-    rank: int
     iteration: int
-    pss_bytes: int
-    window_bytes: int
+    pss_bytes: tuple[int, ...]
+    window_bytes: tuple[int, ...]
     step_ms: float
 
 
@@ -58,7 +58,7 @@ def pss_bytes() -> int:
 
 
 def soak(rank: int, load: Load) -> list[Sample]:
-    """All steps on one rank; a sample after every twentieth of them."""
+    """All steps; a sample of all ranks after every twentieth of them."""
     generator = torch.Generator().manual_seed(rank)
     samples = []
     with fusco.Shuffle(
@@ -82,38 +82,55 @@ def soak(rank: int, load: Load) -> list[Sample]:
             assert isinstance(y, torch.Tensor)
             y.float().square().sum().backward()
             if iteration % max(1, load.iterations // NUM_SAMPLES) == 0:
-                dist.barrier()  # shared pages are counted while nobody maps new ones
-                samples.append(
-                    Sample(
-                        rank=rank,
-                        iteration=iteration,
-                        pss_bytes=pss_bytes(),
-                        window_bytes=shuffle.stats().window_bytes,
-                        step_ms=(time.perf_counter() - started) * 1e3 / iteration,
-                    )
-                )
-                dist.barrier()
+                samples.append(sample(shuffle, iteration, started))
+                if rank == 0:
+                    print(json.dumps(asdict(samples[-1])), flush=True)
     return samples
 
 
+def sample(shuffle: fusco.Shuffle, iteration: int, started: float) -> Sample:
+    """What all ranks hold now; collective."""
+    step_ms = (time.perf_counter() - started) * 1e3 / iteration
+    dist.barrier()  # shared pages are counted while nobody maps new ones
+    mine = pss_bytes(), shuffle.stats().window_bytes
+    held: list[tuple[int, int]] = [mine] * dist.get_world_size()
+    dist.all_gather_object(held, mine)
+    pss, windows = zip(*held, strict=True)
+    return Sample(iteration=iteration, pss_bytes=pss, window_bytes=windows, step_ms=step_ms)
+
+
+def growth_bytes(samples: list[Sample]) -> int:
+    """The most that a rank grew in the second half."""
+    half = samples[len(samples) // 2 :]
+    ends = zip(half[0].pss_bytes, half[-1].pss_bytes, strict=True)
+    return max(last - first for first, last in ends)
+
+
 def main() -> int:
-    """Run, print, and judge the second half."""
+    """Run, judge the second half, and write the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--iterations", type=int, default=10_000)
     parser.add_argument("--num-ranks", type=int, default=4)
     parser.add_argument("--engine", default="auto")
+    parser.add_argument("--output", type=Path, help="write the samples here, as JSON lines")
     arguments = parser.parse_args()
     load = Load(engine=arguments.engine, iterations=arguments.iterations)
     with RankPool(arguments.num_ranks, timeout_s=3600.0) as pool:
-        by_rank = pool.run(soak, load)
-    worst_growth = 0
-    for samples in by_rank:
-        for sample in samples:
-            print(json.dumps(asdict(sample)))
-        half = [sample.pss_bytes for sample in samples[len(samples) // 2 :]]
-        worst_growth = max(worst_growth, half[-1] - half[0])
-    print(json.dumps({"growth_bytes_of_second_half": worst_growth}))
-    return int(worst_growth > ALLOWED_GROWTH_BYTES)
+        samples = pool.run(soak, load)[0]
+    growth = growth_bytes(samples)
+    verdict = {
+        "growth_bytes_of_second_half": growth,
+        "load": asdict(load),
+        "num_ranks": arguments.num_ranks,
+        "hardware": hardware(),
+        "torch": torch.__version__,
+        "commit": source_commit(),
+    }
+    print(json.dumps(verdict))
+    if arguments.output is not None:
+        lines = [json.dumps(each) for each in (*map(asdict, samples), verdict)]
+        arguments.output.write_text("\n".join(lines) + "\n")
+    return int(growth > ALLOWED_GROWTH_BYTES)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, settings
 from fusco.testing.ranks import RankPool
 
 ENGINES = ("reference", "cpu")
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 
 _COMMON = settings(
     deadline=None,
@@ -31,6 +32,13 @@ def pool() -> Iterator[RankPool]:
         yield ranks
 
 
-@pytest.fixture(params=ENGINES)
+@pytest.fixture(params=(*ENGINES, CUDA))
 def engine(request: pytest.FixtureRequest) -> str:
+    """Every engine; tensors belong on the kind of device that `cases.device_of` says."""
+    return str(request.param)
+
+
+@pytest.fixture(params=ENGINES)
+def host_engine(request: pytest.FixtureRequest) -> str:
+    """Every engine that takes tensors of the CPU."""
     return str(request.param)

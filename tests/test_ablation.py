@@ -52,9 +52,9 @@ def ablated(rank: int, case: Case, engine: str, ablation: fusco.Ablation) -> int
 
 @pytest.mark.parametrize("ranks_per_node", [None, 2])
 @pytest.mark.parametrize("name", ABLATIONS)
-def test_ablation(pool: RankPool, engine: str, name: str, ranks_per_node: int | None) -> None:
+def test_ablation(pool: RankPool, host_engine: str, name: str, ranks_per_node: int | None) -> None:
     case = replace(CASE, ranks_per_node=ranks_per_node)
-    pool.run(ablated, case, engine, ABLATIONS[name])
+    pool.run(ablated, case, host_engine, ABLATIONS[name])
 
 
 def test_deduplication_saves_bytes(pool: RankPool) -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 import fusco
+from fusco.engines import probe
 from fusco.testing.cases import Case, draw, expect_round_trip
 from fusco.testing.ranks import RankPool, subgroup
 
@@ -73,9 +74,9 @@ def construct(rank: int, name: str, engine: str) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("name", CONSTRUCTION)
-def test_bad_construction(pool: RankPool, engine: str, name: str) -> None:
+def test_bad_construction(pool: RankPool, host_engine: str, name: str) -> None:
     _, error, names = CONSTRUCTION[name]
-    outcomes = pool.run(construct, name, engine)
+    outcomes = pool.run(construct, name, host_engine)
     for rank, member in enumerate(MEMBERS):
         raised, text, late = outcomes[member]
         assert raised == error.__name__, f"rank {rank}: {raised}: {text}"
@@ -95,7 +96,14 @@ def no_group(rank: int, engine: str) -> list[str]:
     return errors
 
 
-def test_no_group(pool: RankPool, engine: str) -> None:
-    for errors in pool.run(no_group, engine):
+def test_no_group(pool: RankPool, host_engine: str) -> None:
+    for errors in pool.run(no_group, host_engine):
         assert len(errors) == 2
         assert all("group" in text for text in errors)
+
+
+def test_an_unknown_processor_has_no_cpu_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "abacus")
+    (found,) = [each for each in probe() if each.name == "cpu"]
+    assert not found.available
+    assert "abacus" in found.reason

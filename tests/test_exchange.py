@@ -73,8 +73,8 @@ def exchanged(rank: int, engine: str) -> None:
         assert torch.equal(out, expected), f"seed {seed}"
 
 
-def test_exchange(pool: RankPool, engine: str) -> None:
-    pool.run(exchanged, engine)
+def test_exchange(pool: RankPool, host_engine: str) -> None:
+    pool.run(exchanged, host_engine)
 
 
 def large_and_typed(rank: int, engine: str) -> None:
@@ -94,8 +94,8 @@ def large_and_typed(rank: int, engine: str) -> None:
     assert torch.equal(out, source[order] - rank + (rank - 1) % NUM_RANKS)
 
 
-def test_large_and_typed(pool: RankPool, engine: str) -> None:
-    pool.run(large_and_typed, engine)
+def test_large_and_typed(pool: RankPool, host_engine: str) -> None:
+    pool.run(large_and_typed, host_engine)
 
 
 MISTAKES = ("outside", "overlap", "too few", "strided", "sizes differ")
@@ -126,5 +126,5 @@ def mistaken(rank: int, engine: str, mistake: str) -> None:
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_raise_everywhere(pool: RankPool, engine: str, mistake: str) -> None:
-    pool.run(mistaken, engine, mistake)
+def test_mistakes_raise_everywhere(pool: RankPool, host_engine: str, mistake: str) -> None:
+    pool.run(mistaken, host_engine, mistake)

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fusco.testing import dense
-from fusco.testing.cases import Case, Inputs, draw, expect, expect_close
+from fusco.testing.cases import Case, Inputs, device_of, draw, expect, expect_close
+from fusco.testing.gradients import expect_gradients, expert, leaves
 from fusco.testing.ranks import RankPool, subgroup
 
-CASE = Case(num_tokens=(9, 0, 20, 3), hidden_size=5, top_k=4, num_experts=8, dtype=torch.float64)
+CASE = Case(num_tokens=(9, 0, 20, 3), hidden_size=6, top_k=4, num_experts=8, dtype=torch.float64)
 CASES = {
     "plain": CASE,
     "nodes": replace(CASE, ranks_per_node=2, routing="holes"),
@@ -25,62 +25,19 @@ CASES = {
 }
 
 
-def expert(rows: Tensor, bias: Tensor) -> Tensor:
-    """Not linear, and told apart by row, so that a misplaced gradient shows."""
-    return (rows * 1.5).sin() * bias
+def on(case: Case, engine: str) -> Case:
+    return replace(case, device=device_of(engine))
 
 
-def leaves(inputs: Inputs) -> tuple[list[Tensor], list[Tensor] | None, list[Tensor]]:
-    """Rows, weights and a per-row factor of the experts, of every rank, that want gradients."""
-    x = [t.detach().clone().requires_grad_() for t in inputs.x]  # type: ignore[union-attr]
-    weights = inputs.topk_weights
-    biases = [t.detach().clone().requires_grad_() for t in inputs.outputs]
-    return x, None if weights is None else [w.clone().requires_grad_() for w in weights], biases
-
-
-def dense_gradients(inputs: Inputs, rank: int) -> list[Tensor]:
-    x, weights, biases = leaves(inputs)
-    everyone = range(inputs.case.num_ranks)
-    outputs = [expert(dense.dispatch(inputs.layout, x, r), biases[r]) for r in everyone]
-    sums = [
-        dense.combine(
-            inputs.layout,
-            outputs,
-            r,
-            None if weights is None else weights[r],
-            node_of_rank=inputs.case.node_of_rank,
-        )
-        for r in everyone
-    ]
-    loss = torch.stack([(y.cos() * y).sum() for y in sums]).sum()
-    wanted = [x[rank], biases[rank]] + ([] if weights is None else [weights[rank]])
-    return list(torch.autograd.grad(loss, wanted, materialize_grads=True))
-
-
-def gradients(rank: int, members: tuple[int, ...], case: Case, engine: str) -> None:
-    group = subgroup(members)
-    if group is None:
-        return
-    rank = dist.get_rank(group)
-    inputs = draw(case)
-    x, weights, biases = leaves(inputs)
-    mine = [x[rank], biases[rank]] + ([] if weights is None else [weights[rank]])
-    with case.shuffle(group, engine) as shuffle:
-        d = shuffle.dispatch(
-            x[rank], inputs.topk_idx[rank], None if weights is None else weights[rank]
-        )
-        assert isinstance(d.tokens, Tensor)
-        y = shuffle.combine(expert(d.tokens, biases[rank]), d)
-        got = torch.autograd.grad((y.cos() * y).sum(), mine)
-    want = dense_gradients(inputs, rank)
-    for name, one, other in zip(("x", "outputs", "topk_weights"), got, want, strict=False):
-        tolerance = 1e-12 if one.dtype == torch.float64 else 1e-6
-        expect_close(one, other, tolerance, f"gradient of {name}")
+def gradients(rank: int, case: Case, engine: str) -> None:
+    group = subgroup(range(case.num_ranks))
+    if group is not None:
+        expect_gradients(case, group, engine)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_equal_dense(pool: RankPool, engine: str, name: str) -> None:
-    pool.run(gradients, (0, 1, 2, 3), CASES[name], engine)
+    pool.run(gradients, on(CASES[name], engine), engine)
 
 
 def directional(rank: int, case: Case, engine: str) -> tuple[float, float]:
@@ -92,6 +49,7 @@ def directional(rank: int, case: Case, engine: str) -> tuple[float, float]:
     x, bias = inputs.x[rank], inputs.outputs[rank]
     assert isinstance(x, Tensor)
     direction = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(rank))
+    direction = direction.to(x.device)
 
     with case.shuffle(group, engine) as shuffle:
 
@@ -108,7 +66,7 @@ def directional(rank: int, case: Case, engine: str) -> tuple[float, float]:
 
 
 def test_gradients_equal_finite_differences(pool: RankPool, engine: str) -> None:
-    case = replace(CASE, num_tokens=(6, 3, 0), num_experts=6)
+    case = on(replace(CASE, num_tokens=(6, 3, 0), num_experts=6), engine)
     by_rank = pool.run(directional, case, engine)
     by_autograd, by_difference = (sum(column) for column in zip(*by_rank, strict=True))
     assert by_autograd == pytest.approx(by_difference, rel=1e-6)
@@ -117,7 +75,7 @@ def test_gradients_equal_finite_differences(pool: RankPool, engine: str) -> None
 
 def partial_gradients(rank: int, engine: str) -> list[bool]:
     """What gets a gradient when only some leaves, and not the same on all ranks, want one."""
-    case = replace(CASE, num_tokens=(4, 4))
+    case = on(replace(CASE, num_tokens=(4, 4)), engine)
     group = subgroup((0, 1))
     if group is None:
         return []
@@ -154,7 +112,7 @@ def test_only_some_leaves_want_gradients(pool: RankPool, engine: str) -> None:
 
 def double_use(rank: int, engine: str) -> None:
     """Two layers that share a plan, and rows that are used twice, add their gradients."""
-    case = replace(CASE, num_tokens=(5, 8, 2), num_experts=6)
+    case = on(replace(CASE, num_tokens=(5, 8, 2), num_experts=6), engine)
     group = subgroup((0, 1, 2))
     if group is None:
         return
@@ -168,12 +126,13 @@ def double_use(rank: int, engine: str) -> None:
         assert isinstance(second.tokens, Tensor)
         (got,) = torch.autograd.grad(shuffle.combine(second.tokens.cos(), second).sum(), leaf)
 
-    x = [t.clone().requires_grad_() for t in inputs.x]  # type: ignore[union-attr]
+    host = inputs.host or inputs
+    x = [t.clone().requires_grad_() for t in host.x]  # type: ignore[union-attr]
     everyone = range(case.num_ranks)
 
     def layer(rows: list[Tensor], wave: str) -> list[Tensor]:
         outputs = [getattr(dense.dispatch(inputs.layout, rows, r), wave)() for r in everyone]
-        return [dense.combine(inputs.layout, outputs, r, inputs.weights_of(r)) for r in everyone]
+        return [dense.combine(inputs.layout, outputs, r, host.weights_of(r)) for r in everyone]
 
     hidden = [a + b for a, b in zip(x, layer(x, "sin"), strict=True)]
     loss = torch.stack([y.sum() for y in layer(hidden, "cos")]).sum()
@@ -187,7 +146,7 @@ def test_two_layers_share_a_plan(pool: RankPool, engine: str) -> None:
 
 def without_graph(rank: int, engine: str) -> None:
     """A rank that received no row skips its experts, so its outputs have no graph."""
-    case = CASES["rows-on-one-rank"]
+    case = on(CASES["rows-on-one-rank"], engine)
     group = subgroup((0, 1, 2, 3))
     if group is None:
         return
@@ -218,7 +177,7 @@ def test_rank_whose_outputs_have_no_graph(pool: RankPool, engine: str) -> None:
 
 def twice(rank: int, engine: str) -> None:
     """A graph that is kept goes backward again."""
-    case = replace(CASE, num_tokens=(5, 8))
+    case = on(replace(CASE, num_tokens=(5, 8)), engine)
     group = subgroup((0, 1))
     if group is None:
         return
@@ -239,24 +198,30 @@ def test_backward_twice(pool: RankPool, engine: str) -> None:
 
 def of_a_tuple(rank: int, engine: str) -> None:
     """Every part of a tuple has its gradient, in low precision too."""
-    case = replace(CASE, num_tokens=(5, 8), hidden_size=12, dtype=torch.bfloat16)
+    case = replace(CASE, num_tokens=(5, 8), hidden_size=16, dtype=torch.bfloat16)
+    case = on(case, engine)
     group = subgroup((0, 1))
     if group is None:
         return
     inputs = draw(case)
-    x, _, _ = leaves(inputs)
-    parts = [(t[:, :8].detach().requires_grad_(), t[:, 8:].detach().requires_grad_()) for t in x]
+
+    def halves(inputs: Inputs) -> list[tuple[Tensor, Tensor]]:
+        x, _, _ = leaves(inputs)
+        return [(t[:, :8].detach().requires_grad_(), t[:, 8:].detach().requires_grad_()) for t in x]
+
+    parts = halves(inputs)
     with case.shuffle(group, engine) as shuffle:
         d = shuffle.dispatch(parts[rank], inputs.topk_idx[rank], inputs.weights_of(rank))
         wide, narrow = d.tokens
         y = shuffle.combine(wide * narrow[:, :1], d)
         got = torch.autograd.grad(y.float().sum(), parts[rank])
-    everyone = range(case.num_ranks)
+    host = inputs.host or inputs
+    parts, everyone = halves(host), range(case.num_ranks)
     outputs = []
     for r in everyone:
         rows = [dense.dispatch(inputs.layout, [p[i] for p in parts], r) for i in range(2)]
         outputs.append(rows[0] * rows[1][:, :1])
-    sums = [dense.combine(inputs.layout, outputs, r, inputs.weights_of(r)) for r in everyone]
+    sums = [dense.combine(inputs.layout, outputs, r, host.weights_of(r)) for r in everyone]
     want = torch.autograd.grad(torch.stack([y.float().sum() for y in sums]).sum(), parts[rank])
     for part, (one, other) in enumerate(zip(got, want, strict=True)):
         expect_close(one, other, 0.03, f"gradient of part {part}")

@@ -142,8 +142,8 @@ def without_other_groups(rank: int, engine: str) -> None:
     ],
     ids=lambda fn: fn.__name__,
 )
-def test_group(pool: RankPool, engine: str, fn: Callable[[int, str], None]) -> None:
-    pool.run(fn, engine)
+def test_group(pool: RankPool, host_engine: str, fn: Callable[[int, str], None]) -> None:
+    pool.run(fn, host_engine)
 
 
 def lifetimes(rank: int, engine: str) -> list[str]:
@@ -172,7 +172,7 @@ def lifetimes(rank: int, engine: str) -> list[str]:
     return errors
 
 
-def test_closing(pool: RankPool, engine: str) -> None:
-    for errors in pool.run(lifetimes, engine)[:2]:
+def test_closing(pool: RankPool, host_engine: str) -> None:
+    for errors in pool.run(lifetimes, host_engine)[:2]:
         assert len(errors) == 2
         assert all("closed" in text for text in errors)

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 import fusco
 
 PROBE = """
@@ -40,10 +42,24 @@ def test_import_does_no_work() -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("command", ["import fusco", "from fusco.cli import app; app(['--help'])"])
+def test_torch_comes_with_the_first_name_that_needs_it(command: str) -> None:
+    program = f"""
+import atexit, sys
+atexit.register(lambda: sys.stderr.write(str("torch" in sys.modules)))
+{command}
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stderr == "False"
+
+
 def test_exports() -> None:
     for name in (
         "Shuffle",
         "exchange",
+        "buffer_size_hint",
         "Dispatched",
         "Plan",
         "Ablation",

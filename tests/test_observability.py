@@ -37,8 +37,8 @@ def counted(rank: int, engine: str) -> list[dict[str, object]]:
     return seen
 
 
-def test_stats(pool: RankPool, engine: str) -> None:
-    by_rank = pool.run(counted, engine)[:2]
+def test_stats(pool: RankPool, host_engine: str) -> None:
+    by_rank = pool.run(counted, host_engine)[:2]
     layout = draw(CASE).layout
     rows = [len(choices) for choices in layout.choices]
     imbalance = max(rows) / (sum(rows) / 2)
@@ -78,8 +78,8 @@ def profiled(rank: int, engine: str) -> list[str]:
     return sorted({event.name for event in profiler.events() if "fusco" in event.name})
 
 
-def test_profiler_names_operations_and_stages(pool: RankPool, engine: str) -> None:
-    for names in pool.run(profiled, engine)[:2]:
+def test_profiler_names_operations_and_stages(pool: RankPool, host_engine: str) -> None:
+    for names in pool.run(profiled, host_engine)[:2]:
         operations = {"dispatch", "combine", "dispatch_backward", "combine_backward"}
         ours = {name.removeprefix("fusco::") for name in names if name.startswith("fusco::")}
         assert operations <= ours

@@ -55,9 +55,9 @@ def check_operators(rank: int, case: Case, engine: str) -> list[str]:
     return [name for name in dir(torch.ops.fusco) if name in arguments]
 
 
-def test_opcheck(pool: RankPool, engine: str) -> None:
+def test_opcheck(pool: RankPool, host_engine: str) -> None:
     for case in (CASE, replace(CASE, num_tokens=(5, 7, 0, 2), ranks_per_node=2)):
-        pool.run(check_operators, case, engine)
+        pool.run(check_operators, case, host_engine)
 
 
 def check_registry(rank: int) -> set[str]:
@@ -96,8 +96,8 @@ def check_checkpointing(rank: int, engine: str) -> None:
     expect_same(gradients[1], gradients[0], "gradients with checkpointing")
 
 
-def test_checkpointing(pool: RankPool, engine: str) -> None:
-    pool.run(check_checkpointing, engine)
+def test_checkpointing(pool: RankPool, host_engine: str) -> None:
+    pool.run(check_checkpointing, host_engine)
 
 
 def check_compile(rank: int, engine: str) -> None:
@@ -128,5 +128,5 @@ def check_compile(rank: int, engine: str) -> None:
     expect_same(results[1][1], results[0][1], "gradients")
 
 
-def test_compile(pool: RankPool, engine: str) -> None:
-    pool.run(check_compile, engine)
+def test_compile(pool: RankPool, host_engine: str) -> None:
+    pool.run(check_compile, host_engine)

@@ -61,12 +61,13 @@ def test_failures_are_told_apart_and_the_pool_starts_again() -> None:
         assert time.monotonic() - started < 20
 
 
-def test_workers_and_folder_end_with_the_pool() -> None:
-    with RankPool(1) as ranks:
-        (pid,) = ranks.pids
-        folder = ranks._folder
-        assert folder is not None
-        assert folder.exists()
-        assert Path(f"/proc/{pid}").exists()
-    assert not folder.exists()
-    assert not Path(f"/proc/{pid}").exists()
+def test_workers_end_with_the_pool_and_leave_no_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    with RankPool(2) as ranks:
+        assert ranks.run(sum_of_ranks, (0, 1)) == [1, 1]
+        pids = ranks.pids
+        assert not list(tmp_path.iterdir())
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)

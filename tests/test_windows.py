@@ -9,15 +9,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fusco.testing.cases import Case, draw, expect_dispatched, expect_round_trip
+from fusco.testing.cases import Case, device_of, draw, expect_dispatched, expect_round_trip
 from fusco.testing.ranks import RankPool, subgroup
 
 CASE = Case(num_tokens=(40, 8, 23), hidden_size=128, top_k=4, num_experts=6)
 
 
+def on(engine: str) -> Case:
+    return replace(CASE, device=device_of(engine))
+
+
 def grow(rank: int, engine: str) -> list[int]:
     """Window bytes after loads of growing and of shrinking size, in one Shuffle."""
-    case = replace(CASE, num_tokens=(2000, 2000, 2000), hidden_size=64)
+    case = replace(on(engine), num_tokens=(2000, 2000, 2000), hidden_size=64)
     loads = [replace(case, num_tokens=(n,) * 3, seed=n) for n in (1, 30, 2000, 2, 0, 700)]
     loads.insert(3, replace(loads[2], routing="one-expert"))
     group = subgroup((0, 1, 2))
@@ -39,12 +43,12 @@ def test_windows_grow_and_stay(pool: RankPool, engine: str) -> None:
 
 def keep_many_layers(rank: int, engine: str) -> tuple[int, int]:
     """Hold the rows of many layers, as autograd does; then drop them, again and again."""
-    group = subgroup((0, 1, 2))
+    case, group = on(engine), subgroup((0, 1, 2))
     if group is None:
         return 0, 0
-    inputs = [draw(CASE, round_) for round_ in range(3)]
+    inputs = [draw(case, round_) for round_ in range(3)]
     window_bytes = []
-    with CASE.shuffle(group, engine) as shuffle:
+    with case.shuffle(group, engine) as shuffle:
         for _ in range(4):
             held = []
             for layer in range(8):
@@ -65,12 +69,12 @@ def test_rows_are_held_for_many_layers(pool: RankPool, engine: str) -> None:
 
 def iterate(rank: int, engine: str) -> tuple[int, int, int]:
     """Training-like steps with changing routing: window bytes early and late, and open files."""
-    group = subgroup((0, 1, 2))
+    case, group = on(engine), subgroup((0, 1, 2))
     if group is None:
         return 0, 0, 0
-    inputs = [draw(CASE, round_) for round_ in range(5)]
+    inputs = [draw(case, round_) for round_ in range(5)]
     early = files = 0
-    with CASE.shuffle(group, engine) as shuffle:
+    with case.shuffle(group, engine) as shuffle:
         for step in range(300):
             now = inputs[step % 5]
             leaf = now.x[rank].detach().requires_grad_()  # type: ignore[union-attr]
@@ -94,13 +98,13 @@ def test_nothing_grows_over_iterations(pool: RankPool, engine: str) -> None:
 
 def open_and_close(rank: int, engine: str) -> tuple[int, int]:
     """Mappings and files of this process before and after many Shuffles."""
-    group = subgroup((0, 1, 2))
+    case, group = on(engine), subgroup((0, 1, 2))
     if group is None:
         return 0, 0
-    inputs = draw(CASE)
+    inputs = draw(case)
     before = (0, 0)
     for turn in range(12):
-        with CASE.shuffle(group, engine) as shuffle:
+        with case.shuffle(group, engine) as shuffle:
             expect_round_trip(shuffle, inputs, rank)
         del shuffle
         gc.collect()
@@ -114,19 +118,19 @@ def shared_mappings() -> int:
         return sum("memfd:" in line or "/dev/shm" in line for line in maps)
 
 
-def test_closing_gives_everything_back(pool: RankPool, engine: str) -> None:
-    for mappings, files in pool.run(open_and_close, engine)[:3]:
+def test_closing_gives_everything_back(pool: RankPool, host_engine: str) -> None:
+    for mappings, files in pool.run(open_and_close, host_engine)[:3]:
         assert mappings <= 0
         assert files <= 0
 
 
 def peers_forget(rank: int, engine: str) -> None:
     """Rows written by peers are as private as any tensor: writing to them harms nobody."""
-    group = subgroup((0, 1, 2))
+    case, group = on(engine), subgroup((0, 1, 2))
     if group is None:
         return
-    inputs = draw(CASE)
-    with CASE.shuffle(group, engine) as shuffle:
+    inputs = draw(case)
+    with case.shuffle(group, engine) as shuffle:
         for _ in range(3):
             d = shuffle.dispatch(inputs.x[rank], inputs.topk_idx[rank], inputs.weights_of(rank))
             expect_dispatched(d, inputs, rank)

@@ -49,8 +49,7 @@ class Shuffle:
         max_tokens: the most tokens a rank dispatches at once.
         group: None (the default group), a ProcessGroup or a one-dimensional DeviceMesh.
         dtype: see `hidden_size`. Rows of any dtype may be moved whose bytes fit.
-        engine: "cuda", "cpu", "reference", or "auto": the fastest that can run, on GPUs where the
-            group sends CUDA tensors by NCCL.
+        engine: "cuda", "cpu", "reference", or "auto": the fastest that can run.
         ranks_per_node: ranks that share a node, in blocks; None: found by host.
         placement: `[E]`, the rank of each expert; None: equal contiguous blocks. A rank's local
             experts are in ascending order of id.
@@ -351,6 +350,16 @@ class Shuffle:
         self._require_open()
         with ops.using(self._key) as engine:
             engine.synchronize()
+
+    def empty_like(self, rows: Tensor) -> Tensor:
+        """An uninitialised tensor like `d.tokens`, to write the experts' outputs into.
+
+        It lies where the engine's `combine` can read it best. With "cpu" that is memory of all
+        ranks: each row is read once, by the rank that sums it, and copied nowhere. Do not write to
+        it while a `combine` of it runs. Not collective.
+        """
+        self._require_open()
+        return ops.ENGINES[self._key].empty_like(rows)
 
     def stats(self) -> Stats:
         """What this Shuffle has done so far; not collective."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -51,10 +52,11 @@ def group_device_types(group: dist.ProcessGroup) -> tuple[str, ...]:
     return tuple(device.type for device in group._device_types)
 
 
-def is_of_gpus(group: dist.ProcessGroup) -> bool:
-    """Whether the group sends CUDA tensors by NCCL: its ranks work on GPUs. Gloo takes them too,
-    and says nothing."""
-    return "cuda:nccl" in dist.get_backend_config(group)
+def cuda_backend(group: dist.ProcessGroup) -> str:
+    """What sends the group's CUDA tensors, such as "nccl"; empty where nothing does."""
+    if "cuda" not in group_device_types(group):
+        return ""
+    return str(group._get_backend(torch.device("cuda")).name())
 
 
 def group_timeout_s(group: dist.ProcessGroup) -> float:

@@ -6,7 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ import torch
 import torch.distributed as dist
 
 from fusco import env
+from fusco.devices import Reach, find_reach, why_not_joined
 from fusco.engines import probe
 from fusco.errors import DisagreementError, EngineUnavailableError, InputError, input_error
-from fusco.groups import group_timeout_s, is_of_gpus, resolve_timeout_s
+from fusco.groups import cuda_backend, group_device_types, group_timeout_s, resolve_timeout_s
+from fusco.transports.bulletin import Bulletin
 from fusco.transports.mailbox import Mailbox
 
 
@@ -44,6 +46,7 @@ def meet(
     engine: str,
     ranks_per_node: int | None = None,
     timeout_s: float | None = None,
+    without: Sequence[str] = (),
 ) -> Meeting:
     """Compare settings, find the nodes and choose the engine; collective.
 
@@ -55,6 +58,7 @@ def meet(
         engine: the engine asked for, or "auto".
         ranks_per_node: ranks that share a node, in blocks; None: found by host.
         timeout_s: bound of every wait, seconds; None: the environment's, or the group's.
+        without: engines that do not serve this operation.
 
     Raises:
         InputError: an argument is wrong on some rank.
@@ -69,14 +73,16 @@ def meet(
         node, default_engine = env.NODE_ID.get(), env.ENGINE.get()
     except InputError as problem:
         error = error or problem
+    asked = default_engine if engine == "auto" else engine
     greetings = _swap_greetings(
         operation,
         group,
         {
             "error": str(error or ""),
-            "settings": {**settings, "engine": default_engine if engine == "auto" else engine},
+            "settings": {**settings, "engine": asked},
             "host": host_id(),
             "node": node,
+            "reach": asdict(_reach(group, asked)),
         },
         bound_s,
     )
@@ -90,12 +96,7 @@ def meet(
         labels = [rank // ranks_per_node for rank in range(group.size())]
     return Meeting(
         node_of_rank=_number(labels),
-        engine=_choose(
-            operation,
-            greetings[0]["settings"]["engine"],
-            shares_memory=len(set(hosts)) == 1,
-            is_on_gpus=is_of_gpus(group),
-        ),
+        engine=_choose(operation, group, greetings, without),
         timeout_s=bound_s,
     )
 
@@ -137,17 +138,60 @@ def _compare(operation: str, greetings: Sequence[Mapping[str, Any]]) -> None:
                 )
 
 
-def _choose(operation: str, asked: str, *, shares_memory: bool, is_on_gpus: bool) -> str:
-    if asked in ("cpu", "cuda") and not shares_memory:
+def _reach(group: dist.ProcessGroup, asked: str) -> Reach:
+    """What is to be known of this rank's GPU, where the CUDA engine may be chosen."""
+    if asked == "cuda" or (asked == "auto" and cuda_backend(group) == "nccl"):
+        found = next(each for each in probe() if each.name == "cuda")
+        return find_reach(group, "" if found.available else found.reason)
+    return Reach(problem="was not asked to use it")
+
+
+def _choose(
+    operation: str,
+    group: dist.ProcessGroup,
+    greetings: Sequence[Mapping[str, Any]],
+    without: Sequence[str],
+) -> str:
+    """The engine; the same on all ranks, since it follows from their greetings."""
+    asked = greetings[0]["settings"]["engine"]
+    is_one_host = len({greeting["host"] for greeting in greetings}) == 1
+    if asked in ("cpu", "cuda") and not is_one_host:
         raise EngineUnavailableError(
             f"{operation}: engine {asked!r} needs all ranks on one host, where they can open each "
             "other's memory; use engine='reference' between hosts"
         )
+    why_no_cuda = _why_no_cuda(operation, greetings, is_one_host, without)
+    if asked == "cuda" and why_no_cuda:
+        raise EngineUnavailableError(
+            f"{operation}: engine 'cuda' cannot serve these ranks: {why_no_cuda}; see "
+            "`fusco doctor`, or use another engine"
+        )
     if asked != "auto":
-        return asked
+        return str(asked)
+    if not why_no_cuda and all(each["reach"]["backend"] == "nccl" for each in greetings):
+        return "cuda"
+    if "cpu" not in group_device_types(group):
+        raise EngineUnavailableError(
+            f"{operation}: the group sends CUDA tensors only, and engine 'cuda' cannot serve it: "
+            f"{why_no_cuda}; for other engines make the group with backend='cpu:gloo,cuda:nccl'"
+        )
     can_run = [each.name for each in probe() if each.available]
-    fastest = "cuda" if is_on_gpus else "cpu"
-    return fastest if shares_memory and fastest in can_run else "reference"
+    return "cpu" if is_one_host and "cpu" in can_run else "reference"
+
+
+def _why_no_cuda(
+    operation: str,
+    greetings: Sequence[Mapping[str, Any]],
+    is_one_host: bool,
+    without: Sequence[str],
+) -> str:
+    if "cuda" in without:
+        return f"it does not serve {operation}"
+    if not is_one_host:
+        return "the ranks are on several hosts"
+    if not all(greetings[0]["settings"].get("ablation", {}).values()):
+        return "no mechanism of it can be switched off"
+    return why_not_joined([Reach(**greeting["reach"]) for greeting in greetings])
 
 
 def _number(labels: Sequence[object]) -> tuple[int, ...]:
@@ -158,6 +202,9 @@ def _number(labels: Sequence[object]) -> tuple[int, ...]:
 def _swap_greetings(
     operation: str, group: dist.ProcessGroup, mine: Mapping[str, Any], timeout_s: float
 ) -> list[dict[str, Any]]:
+    if "cpu" not in group_device_types(group):
+        bulletin = Bulletin(group, timeout_s)
+        return [json.loads(text) for text in bulletin.swap(operation, json.dumps(mine))]
     mailbox = Mailbox(group, timeout_s)
     text = json.dumps(mine).encode()
     sizes = torch.empty(group.size(), 1, dtype=torch.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -44,8 +45,8 @@ class Topology:
     @cached_property
     def num_local_experts(self) -> tuple[int, ...]:
         """How many experts each rank holds."""
-        counts = torch.bincount(self.tensors("cpu").rank_of_expert, minlength=self.num_ranks)
-        return tuple(counts.tolist())
+        counts = Counter(self.rank_of_expert)
+        return tuple(counts[rank] for rank in range(self.num_ranks))
 
     @property
     def first_local(self) -> int:

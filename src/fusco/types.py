@@ -207,6 +207,12 @@ class SegmentPlan(Plan):
     def num_rows(self) -> int:
         return self.row_segment.shape[0]
 
+    @property
+    def num_arrivals(self) -> int:
+        """Rows this rank receives, padding not counted."""
+        relayed = 0 if self.forwarding is None else self.forwarding.relay_arrival.slot.shape[0]
+        return self.arrival.slot.shape[0] + relayed
+
     def to_tensors(self) -> list[Tensor]:
         flat = [self.identity, self.tokens_per_expert, self.expert_offsets, self.row_segment]
         parts: list[Leg | Arrival] = [self.send, self.arrival]
@@ -214,7 +220,7 @@ class SegmentPlan(Plan):
             level = self.forwarding
             parts += [level.send, level.arrival, level.relay, level.relay_arrival]
         for part in parts:
-            flat += [getattr(part, field.name) for field in fields(part)]
+            flat += vars(part).values()
         return flat
 
     @classmethod
@@ -224,10 +230,10 @@ class SegmentPlan(Plan):
         head = [next(rest) for _ in range(4)]
 
         def leg() -> Leg:
-            return Leg(**{field.name: next(rest) for field in fields(Leg)})
+            return Leg(**dict(zip(_LEG_FIELDS, rest, strict=False)))
 
         def arrival() -> Arrival:
-            return Arrival(**{field.name: next(rest) for field in fields(Arrival)})
+            return Arrival(**dict(zip(_ARRIVAL_FIELDS, rest, strict=False)))
 
         direct = (leg(), arrival())
         forwarding = None
@@ -290,7 +296,9 @@ class CompactPlan(Plan):
 
 
 NUM_COMPACT_TENSORS = len(fields(CompactPlan))
-_HOP = len(fields(Leg)) + len(fields(Arrival))
+_LEG_FIELDS = tuple(field.name for field in fields(Leg))
+_ARRIVAL_FIELDS = tuple(field.name for field in fields(Arrival))
+_HOP = len(_LEG_FIELDS) + len(_ARRIVAL_FIELDS)
 NUM_PLAN_TENSORS = {1: 4 + _HOP, 2: 4 + 3 * _HOP}
 """Length of `SegmentPlan.to_tensors()` for plans of one and of two levels."""
 

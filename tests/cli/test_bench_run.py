@@ -38,9 +38,9 @@ def by_key(measurements: list[Measurement]) -> dict[tuple[str, str], Measurement
     return {(m.engine, m.op): m for m in measurements}
 
 
-def test_a_run_measures_fusco_and_the_baseline(pool: RankPool, engine: str) -> None:
-    found = by_key(run_bench(replace(CONFIG, engine=engine, baselines=BASELINES["cpu"]), pool))
-    ops, names = ("dispatch", "combine", "total"), (engine, "gloo-all_to_all", "gloo-kept")
+def test_a_run_measures_fusco_and_the_baseline(pool: RankPool, host_engine: str) -> None:
+    found = by_key(run_bench(replace(CONFIG, engine=host_engine, baselines=BASELINES["cpu"]), pool))
+    ops, names = ("dispatch", "combine", "total"), (host_engine, "gloo-all_to_all", "gloo-kept")
     assert list(found) == [(name, op) for name in names for op in ops]
     for (name, op), m in found.items():
         assert 0 < m.p10_ms <= m.p50_ms <= m.p90_ms
@@ -49,12 +49,12 @@ def test_a_run_measures_fusco_and_the_baseline(pool: RankPool, engine: str) -> N
         assert (m.num_ranks, m.num_nodes, m.num_tokens, m.dtype) == (8, 1, 16, "bfloat16")
         baseline = found["gloo-all_to_all", op]
         assert m.ratio_to_baseline == pytest.approx(baseline.p50_ms / m.p50_ms, rel=2e-3)
-        assert m.is_baseline == (name != engine)
+        assert m.is_baseline == (name != host_engine)
     for name in names:
         one_way = found[name, "dispatch"].wire_bytes + found[name, "combine"].wire_bytes
         assert found[name, "total"].wire_bytes == pytest.approx(one_way, abs=1)
     # A token crosses to a rank once in fusco, and once an expert in the baseline.
-    assert 0 < found[engine, "total"].wire_bytes < found["gloo-all_to_all", "total"].wire_bytes
+    assert 0 < found[host_engine, "total"].wire_bytes < found["gloo-all_to_all", "total"].wire_bytes
 
 
 def test_given_routing_is_what_is_measured(pool: RankPool) -> None:

@@ -48,7 +48,7 @@ def launched(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_help_lists_the_commands() -> None:
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    for command in ("demo", "bench", "selftest", "doctor"):
+    for command in ("demo", "bench", "selftest", "doctor", "warmup"):
         assert command in result.output
 
 
@@ -184,6 +184,18 @@ def test_doctor_shows_the_same_in_both_forms() -> None:
         assert engine["reason"] in table
     for variable in facts["environment"]:
         assert variable["name"] in table
+
+
+def test_doctor_shows_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    links = [
+        {"source": 0, "target": 1, "problem": "", "write_gbps": 391.6, "read_gbps": 300.0},
+        {"source": 1, "target": 0, "problem": "no [peer] access", "write_gbps": 0, "read_gbps": 0},
+    ]
+    monkeypatch.setattr(sys.modules["fusco.cli.doctor"], "_links", lambda: links)
+    table = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200"}).output
+    assert "cuda:0 > cuda:1" in table
+    assert "writes 392, reads 300 GB/s" in table
+    assert "no [peer] access" in table
 
 
 def test_doctor_finds_a_bad_variable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fusco import Ablation, Topology
 from fusco.engines.cpu import plans
 from fusco.planner import count_pairs, plan_cluster, sort_pairs
-from fusco.types import Arrival, Counts, Leg
+from fusco.types import Arrival, Leg
 from tests.planner.test_delivery import clusters
 
 
@@ -23,16 +23,21 @@ from tests.planner.test_delivery import clusters
 def test_same_as_the_planner(cluster: tuple[Topology, list[Tensor], int], dedup: bool) -> None:
     topology, routing, alignment = cluster
     ablation = Ablation(deduplicate=dedup)
-    expected, _ = plan_cluster(routing, topology, alignment=alignment, ablation=ablation)
+    expected, planned = plan_cluster(routing, topology, alignment=alignment, ablation=ablation)
     packed = torch.stack([count_pairs(sort_pairs(each, topology), topology) for each in routing])
-    counts = Counts.split(packed, topology.num_experts, topology.num_ranks)
+    traffic = planned[0].traffic
     for rank, (topk_idx, plan) in enumerate(zip(routing, expected, strict=True)):
         world: Any = SimpleNamespace(
             topology=topology.seen_from(rank), alignment=alignment, ablation=ablation
         )
         assert np.array_equal(plans.count(topk_idx, world), packed[rank].numpy())
-        sends = plans.plan_sends(topk_idx, counts, world)
-        got = plans.finish(plan.identity, sends, plan.arrival, rank)
+        sends = plans.outline(topk_idx, packed.numpy(), world)
+        assert np.array_equal(sends.segments, traffic.direct.segments.numpy())
+        assert np.array_equal(sends.pairs, traffic.direct.pairs.numpy())
+        assert np.array_equal(sends.rows, traffic.rows.numpy())
+        arrival = plan.arrival
+        lists = arrival.slot_ptr.diff().numpy(), arrival.slot.numpy()
+        got = plans.finish(plan.identity, sends, *lists, rank)
         for field in fields(plan):
             one, other = getattr(got, field.name), getattr(plan, field.name)
             if isinstance(one, Leg | Arrival):

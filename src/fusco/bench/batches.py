@@ -29,17 +29,21 @@ class Batch:
 
 
 class Outputs:
-    """Expert outputs in ordinary memory of this rank, whose pages are there before the clock."""
+    """Expert outputs, mostly in ordinary memory of this rank, whose pages are there before the
+    clock."""
 
     def __init__(self, config: BenchConfig, device: torch.device) -> None:
         shape = (0, config.hidden_size)
         self._memory = torch.zeros(shape, dtype=config.torch_dtype, device=device)
 
-    def of(self, tokens: Tensor) -> Tensor:
-        """Rows to combine. They differ between a token's experts, as those of a model do."""
-        self.reserve(len(tokens))
+    def of(self, tokens: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Rows to combine, in `rows` if they are given. They differ between a token's experts, as
+        those of a model do."""
+        if rows is None:
+            self.reserve(len(tokens))
+            rows = self.rows(len(tokens))
         factors = (torch.arange(len(tokens), device=tokens.device) % 7 + 1) / 8
-        return torch.mul(tokens, factors.to(tokens.dtype)[:, None], out=self.rows(len(tokens)))
+        return torch.mul(tokens, factors.to(tokens.dtype)[:, None], out=rows)
 
     def reserve(self, num_rows: int) -> None:
         """Have room for so many; what is asked for up to that is always the same memory."""

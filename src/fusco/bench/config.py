@@ -24,9 +24,6 @@ BASELINES: dict[str, tuple[str, ...]] = {
 }
 """What there is to compare with, by device."""
 
-MODES = ("eager", "queued", "graph")
-"""See `Entrant`."""
-
 LARGE_TOKENS = 1024
 """From so many tokens on a GPU works longer than its host."""
 
@@ -56,6 +53,7 @@ class BenchConfig:
         warmup: iterations before them that are not counted.
         seed: of rows and routings.
         ablation: what is switched off; "none" is everything on.
+        in_place: measure fusco with expert outputs in `Shuffle.empty_like` too.
         num_sms: for each of these measure fusco with so many multiprocessors too.
         graph: replay the pair in a CUDA graph too.
         backward: measure forward and backward of the pair too.
@@ -82,6 +80,7 @@ class BenchConfig:
     warmup: int = 3
     seed: int = 0
     ablation: str = "none"
+    in_place: bool = False
     num_sms: tuple[int, ...] = ()
     graph: bool = False
     backward: bool = False

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fusco.api import Shuffle
 from fusco.bench.baselines import AllToAllBaseline
+from fusco.bench.batches import Outputs
 from fusco.bench.config import (
     DEEPEP_V1_BASELINE,
     DEEPEP_V2_BASELINE,
@@ -42,9 +43,15 @@ class Contender(Protocol):
 
 
 class Fusco:
-    """A `Shuffle`."""
+    """A `Shuffle`.
 
-    def __init__(self, shuffle: Shuffle) -> None:
+    Attributes:
+        in_place: expert outputs lie where it gives room for them, not in ordinary memory.
+    """
+
+    def __init__(self, shuffle: Shuffle, *, in_place: bool = False) -> None:
+        self.in_place = in_place
+        self.empty_like = shuffle.empty_like
         self._shuffle = shuffle
         self.dispatch = shuffle.dispatch
         self.combine = shuffle.combine
@@ -54,6 +61,13 @@ class Fusco:
         """Row bytes."""
         by_rank = self._shuffle.stats().bytes_to_peer
         return sum(by_rank) - by_rank[self._shuffle.topology.rank]
+
+
+def expert_outputs(contender: Contender, tokens: Tensor, outputs: Outputs) -> Tensor:
+    """Rows to combine, where the contender wants them."""
+    if isinstance(contender, Fusco) and contender.in_place:
+        return outputs.of(tokens, contender.empty_like(tokens))
+    return outputs.of(tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +99,13 @@ class Racer:
             ops_by_entrant[replace(entrant, mode="eager")] = ("total",)
         elif config.device == "cuda" and not is_bounded:
             ops_by_entrant[replace(entrant, mode="queued")] = pair
+        return cls(entrant=entrant, contender=contender, ops_by_entrant=ops_by_entrant)
+
+    @classmethod
+    def in_place(cls, engine: str, contender: Fusco) -> Racer:
+        """With expert outputs in `Shuffle.empty_like`; the pair is its parts."""
+        entrant = Entrant(engine=engine, mode="in place")
+        ops_by_entrant: dict[Entrant, tuple[str, ...]] = {entrant: ("dispatch", "combine")}
         return cls(entrant=entrant, contender=contender, ops_by_entrant=ops_by_entrant)
 
     @classmethod
@@ -123,6 +144,8 @@ def open_lineup(config: BenchConfig, stack: ExitStack, *, has_nccl: bool) -> Lin
         shuffle = stack.enter_context(make_shuffle(config, num_sms=num_sms))
         entrant = Entrant(engine=shuffle.engine_name, num_sms=num_sms)
         racers.append(Racer.of(config, entrant, Fusco(shuffle)))
+        if config.in_place and num_sms is None:
+            racers.append(Racer.in_place(shuffle.engine_name, Fusco(shuffle, in_place=True)))
     for name in config.baselines:
         family = name.partition("-")[0]
         if config.device == "cuda" and not has_nccl:

@@ -1,11 +1,12 @@
 """Measures fusco and the baselines side by side. `run_bench` starts or joins the ranks.
 
 The boundary is the user's: a dispatch goes from (x, topk_idx, topk_weights) to expert-major rows, a
-combine from expert outputs in ordinary memory of the rank to [T, H]. Planning, the exchange of
-counts, weights and allocation are inside. Ranks leave a barrier together, and an iteration lasts
-until the slowest is done. In each iteration fusco, the baselines and the copies that the floor
-comes from follow one another, so that a machine which slows down slows all of them. What is
-dispatched changes from iteration to iteration, in rotation.
+combine from expert outputs to [T, H]; these lie in ordinary memory of the rank or, in place, in
+what `Shuffle.empty_like` gave. Planning, the exchange of counts, weights and allocation are inside.
+Ranks leave a barrier together, and an iteration lasts until the slowest is done. In each iteration
+fusco, the baselines and the copies that the floor comes from follow one another, so that a machine
+which slows down slows all of them. What is dispatched changes from iteration to iteration, in
+rotation.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class Place:
 def find_place(config: BenchConfig) -> Place:
     """This rank's; collective."""
     if config.device == "cpu":
-        clocks = {"eager": HostClock()}
+        clocks = dict.fromkeys(("eager", "in place"), HostClock())
         return Place(device=torch.device("cpu"), clocks=clocks, has_nccl=False)
     device = torch.device("cuda", torch.cuda.current_device())
     # By its own name: a rank that is shown one GPU only calls it number 0.
@@ -53,8 +53,7 @@ def find_place(config: BenchConfig) -> Place:
         device=device,
         clocks={
             "eager": EventClock(barrier, has_head_start=False),
-            "queued": queued,
-            "graph": queued,
+            **dict.fromkeys(("queued", "graph", "in place"), queued),
         },
         has_nccl=has_own_gpu,
     )

@@ -47,7 +47,7 @@ def plot_measurements(measurements: Sequence[Measurement], path: Path) -> None:
             "plot: matplotlib is not installed; install it: pip install 'fusco[plot]'"
         ) from error
 
-    pairs = [m for m in measurements if m.op in PAIR_OPS]
+    pairs = [m for m in measurements if m.op in PAIR_OPS and m.mode != "in place"]
     small = [m for m in pairs if m.device == "cuda" and m.num_tokens < LARGE_TOKENS]
     large = [m for m in pairs if m not in small]
     groups = _groups([m for m in large if m.num_sms is None or m.is_baseline])

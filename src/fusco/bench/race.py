@@ -12,7 +12,7 @@ from torch import Tensor
 from fusco.bench.batches import Batch, Outputs
 from fusco.bench.clock import Clock, Span
 from fusco.bench.config import BenchConfig
-from fusco.bench.contenders import Contender, Racer
+from fusco.bench.contenders import Contender, Racer, expert_outputs
 from fusco.bench.graphs import GraphReplay
 from fusco.bench.place import Place
 from fusco.bench.records import Entrant
@@ -70,9 +70,9 @@ def _time(
     spans = {}
     if "dispatch" in ops:
         d, spans["dispatch"] = clock.time(contender.dispatch, *batch.arguments)
-        rows = outputs.of(d.tokens)
+        rows = expert_outputs(contender, d.tokens, outputs)
         spans["combine"] = clock.time(contender.combine, rows, d)[1]
-        del d  # whose memory the next dispatch may use
+        del d, rows  # whose memory the next dispatch may use
     whole: dict[str, Callable[[Contender, Batch], object]] = {
         "total": partial(_dispatch_and_combine, outputs),
         "forward_backward": _train,

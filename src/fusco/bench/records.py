@@ -23,8 +23,8 @@ class Entrant:
     Attributes:
         engine: fusco's engine, or a baseline.
         mode: eager, the device is idle when the host begins; queued, the host has a head start,
-            as in a running model; graph, replayed in a CUDA graph, with a head start. CPUs have
-            eager only.
+            as in a running model; graph, replayed in a CUDA graph, with a head start; in place,
+            with expert outputs in `Shuffle.empty_like`, on GPUs queued. CPUs have no head start.
         num_sms: the most multiprocessors it may take; None: all.
         permutes: what a GPU baseline permutes with: triton or torch.
     """
@@ -82,7 +82,8 @@ class Measurement:
             rank, while all copy.
         floor_ms: see `fusco.bench.floor`.
         ratio_to_baseline: the first baseline's p50 over this one's: above 1 is faster than it;
-            None if no baseline was measured. In the same mode; for a graph in the main one.
+            None if no baseline was measured. In the same mode; for graph and in place in the
+            main one.
         load_imbalance: mean rows of the busiest rank over those of all.
         num_threads: threads of each rank.
         hardware: cpu, cores and memory_gib of the machine of rank 0, and for GPUs gpu and num_gpus.
@@ -144,7 +145,7 @@ class Measurement:
         parts = [self.engine]
         if self.num_sms is not None:
             parts.append(f"{self.num_sms} SMs")
-        if self.device == "cuda":
+        if self.device == "cuda" or self.mode != "eager":
             parts.append(self.mode)
         return ", ".join(parts)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusco.bench.batches import Batch, Outputs
-from fusco.bench.contenders import Racer
+from fusco.bench.contenders import Racer, expert_outputs
 from fusco.bench.deepep import ElasticBufferBaseline
 from fusco.bench.graphs import GraphReplay
 from fusco.bench.records import Entrant
@@ -42,7 +42,7 @@ def compare(
             before = contender.wire_bytes
             d = contender.dispatch(*batch.arguments)
             between = contender.wire_bytes
-            y = contender.combine(outputs.of(d.tokens), d)
+            y = contender.combine(expert_outputs(contender, d.tokens, outputs), d)
             sent = wire_bytes[racer.entrant]
             sent["dispatch"] += (between - before) / len(batches)
             sent["combine"] += (contender.wire_bytes - between) / len(batches)

@@ -36,7 +36,7 @@ def summarise(config: BenchConfig, runs: Sequence[RankRun]) -> list[Measurement]
     def reference_ms(entrant: Entrant, op: str) -> float | None:
         if baseline is None:
             return None
-        mode = config.main_mode if entrant.mode == "graph" else entrant.mode
+        mode = entrant.mode if entrant.mode in ("eager", "queued") else config.main_mode
         return p50.get((replace(baseline, mode=mode), op))
 
     def measurement(entrant: Entrant, op: str) -> Measurement:

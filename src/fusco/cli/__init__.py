@@ -10,6 +10,7 @@ from fusco.cli.bench import bench
 from fusco.cli.demo import demo
 from fusco.cli.doctor import doctor
 from fusco.cli.selftest import selftest
+from fusco.cli.warmup import warmup
 
 app = typer.Typer(
     name="fusco",
@@ -23,6 +24,7 @@ app.command()(demo)
 app.command()(bench)
 app.command()(selftest)
 app.command()(doctor)
+app.command()(warmup)
 
 
 def _print_version(asked: bool) -> None:

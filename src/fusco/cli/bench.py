@@ -92,6 +92,10 @@ def bench(
     backward: Annotated[
         bool, typer.Option("--backward", help="Measure forward and backward on GPUs too.")
     ] = False,
+    in_place: Annotated[
+        bool,
+        typer.Option("--in-place", help="Also with expert outputs in Shuffle.empty_like."),
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option(metavar="FILE.jsonl", help="Append one JSON object a measurement."),
@@ -141,6 +145,7 @@ def bench(
             num_sms=_numbers("num_sms", num_sms),
             graph=graph,
             backward=backward,
+            in_place=in_place,
             baselines=BASELINES[device],
         )
         _measure_and_report(config, output, compare)

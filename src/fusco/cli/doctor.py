@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+from dataclasses import asdict
 from importlib import metadata
+from itertools import permutations
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,13 +15,25 @@ import typer
 
 from fusco.cli.failures import FAILURE, short_failures
 
-PACKAGES = ("torch", "numpy", "numba", "typer", "rich", "matplotlib")
+PACKAGES = (
+    "torch",
+    "numpy",
+    "numba",
+    "typer",
+    "rich",
+    "matplotlib",
+    "cuda-core",
+    "cuda-bindings",
+    "nvidia-cuda-nvrtc",
+)
 
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show what was found here: software, machine, engines and why one is missing.
+
+    Where there are several GPUs, a kernel of each writes and reads the others' memory.
 
     The exit code is 1 if no engine can run or an environment variable cannot be read.
     """
@@ -52,6 +66,7 @@ def examine() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "hardware": hardware(),
         "devices": _devices(),
+        "links": _links(),
         "shared_memory": _shared_memory(),
         "engines": engines,
         "environment": variables,
@@ -81,6 +96,22 @@ def _devices() -> list[dict[str, Any]]:
             }
         )
     return devices
+
+
+def _links() -> list[dict[str, Any]]:
+    """From every GPU to every other."""
+    import torch
+
+    from fusco.engines import probe
+
+    if not any(found.name == "cuda" and found.available for found in probe()):
+        return []
+    from fusco.engines.cuda.peers import try_link
+
+    return [
+        asdict(try_link(source, target))
+        for source, target in permutations(range(torch.cuda.device_count()), 2)
+    ]
 
 
 def _shared_memory() -> dict[str, Any]:
@@ -131,6 +162,10 @@ def _print_facts(facts: dict[str, Any]) -> None:
     for device in facts["devices"]:
         size = f", {device['memory_gib']} GiB" if "memory_gib" in device else ""
         table.add_row(device["device"], device["name"] + size)
+    for link in facts["links"]:
+        speed = f"writes {link['write_gbps']:.0f}, reads {link['read_gbps']:.0f} GB/s"
+        verdict = f"[red]{escape(link['problem'])}[/red]" if link["problem"] else speed
+        table.add_row(f"cuda:{link['source']} > cuda:{link['target']}", verdict)
     shared = facts["shared_memory"]
     limit = "no limit" if shared["limit_gib"] is None else f"limit {shared['limit_gib']} GiB"
     table.add_row("shared memory", f"memfd {'yes' if shared['memfd'] else 'no'}, {limit}")

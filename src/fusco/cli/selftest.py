@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,9 @@ from fusco.cli.launch import choose_num_ranks, is_speaker, launched_group, launc
 if TYPE_CHECKING:
     from fusco.testing.conformance import Check
     from fusco.testing.ranks import RankPool
+
+
+CHECK_TIMEOUT_S = "30"
 
 
 def selftest(
@@ -48,8 +52,11 @@ def selftest(
 
 def run_check(rank: int, name: str, engine: str) -> str | None:
     """Run one check on this rank of the default group; what failed, or None."""
+    from fusco.env import TIMEOUT_S
     from fusco.testing.conformance import CHECKS
 
+    # Where one rank fails before it has made all of its calls, the others wait no longer.
+    os.environ.setdefault(TIMEOUT_S.name, CHECK_TIMEOUT_S)
     check = next(check for check in CHECKS if check.name == name)
     try:
         check.fn(None, engine)

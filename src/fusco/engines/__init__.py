@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from fusco.engines.base import Engine, World
+from fusco.engines.cpu import futex
 from fusco.errors import EngineUnavailableError
 
 
@@ -36,7 +38,7 @@ def _make_reference(world: World) -> Engine:
 
 
 def _make_cpu(world: World) -> Engine:
-    from fusco.engines.cpu import CpuEngine
+    from fusco.engines.cpu.engine import CpuEngine
 
     return CpuEngine(world)
 
@@ -83,12 +85,19 @@ def _why_no_cpu_engine() -> str:
         return f"needs Linux (memfd, futex, pidfd), this is {sys.platform}"
     if not os.path.isdir("/proc/self/fd"):
         return "needs /proc, through which ranks open each other's windows"
+    if not futex.is_known_here():
+        return f"does not know the futex call of this processor, {platform.machine()}"
     return ""
 
 
 def _why_no_cuda_engine() -> str:
     if not torch.cuda.is_available():
         return "needs a CUDA device, and torch finds none"
+    return missing_cuda_package()
+
+
+def missing_cuda_package() -> str:
+    """Which of the packages that compile kernels is not installed; empty: all are."""
     for package in ("cuda.core", "cuda.bindings.nvrtc"):
         if not _is_installed(package):
             return f"needs {package}: pip install 'fusco[cuda]'"

@@ -64,8 +64,8 @@ def is_agreed(records: npt.NDArray[np.int64]) -> bool:
     Args:
         records: int64 `[P, HEADER + payload]`.
     """
-    alike = (records[:, ALIKE] == records[0, ALIKE]).all()
-    return bool(alike and (records[:, Field.STATUS] == Status.READY).all())
+    heads = records[:, ALIKE]
+    return bool((heads == heads[0]).all() and heads[0, Field.STATUS] == Status.READY)
 
 
 def disagreement(

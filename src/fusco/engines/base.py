@@ -61,13 +61,17 @@ class World:
         """Length of a record's payload: the counts of a plan, or the sizes of an exchange."""
         ranks = self.topology.num_ranks
         counts = self.topology.num_experts + ranks + self.topology.num_nodes
-        return max(counts, EXCHANGE_FIELDS * ranks)
+        return max(counts, EXCHANGE_FIELDS * ranks, COMBINE_FIELDS)
 
     @property
     def record_len(self) -> int:
         """Length of a record in int64."""
         return HEADER + self.payload
 
+
+COMBINE_FIELDS = 5
+"""What a rank may say of a combine: segments and values it gets back, where its rows and their
+weights can be read, and where both have ended."""
 
 EXCHANGE_FIELDS = 3
 """What a rank says of its segments for each peer: their number, bytes, and a hash of sizes."""
@@ -206,6 +210,10 @@ class Engine(ABC):
         """
         got = self.dispatch(call, grads, None, plan)
         return weigh_gradients(got.rows, rows, row_weights)
+
+    def empty_like(self, rows: Tensor) -> Tensor:
+        """Uninitialised rows where `combine` reads them best; not collective."""
+        return torch.empty_like(rows)
 
     @abstractmethod
     def exchange(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fusco.types import SegmentPlan, Stats
+from fusco.types import Stats
 
 
 class Meter:
@@ -24,12 +24,10 @@ class Meter:
         """A plan was made that gives each rank so many rows, int64 `[P]`."""
         self._rows_per_rank = rows_per_rank
 
-    def dispatched(self, plan: SegmentPlan) -> None:
-        """A dispatch has brought a plan's rows."""
+    def dispatched(self, num_rows: int) -> None:
+        """A dispatch has brought so many rows, padding not counted."""
         self._num_dispatches += 1
-        self._num_rows += plan.arrival.slot.shape[0]
-        if plan.forwarding is not None:
-            self._num_rows += plan.forwarding.relay_arrival.slot.shape[0]
+        self._num_rows += num_rows
 
     def combined(self) -> None:
         """A combine has returned."""

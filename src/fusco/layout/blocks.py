@@ -31,8 +31,8 @@ class Sections:
     @classmethod
     def stack(cls, sizes: Sequence[Ints]) -> Sections:
         """Lay sections of these sizes, int64 `[P]` each, one behind the other."""
-        padded = -(-np.stack(sizes) // ALIGNMENT) * ALIGNMENT
-        end = np.cumsum(padded, axis=0)
+        padded = (np.array(sizes) + (ALIGNMENT - 1)) & -ALIGNMENT
+        end = padded.cumsum(axis=0)
         return cls(start=end - padded, total=end[-1])
 
 

@@ -6,14 +6,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 
 BLOCK_ALIGNMENT = 128
 """Bytes; each tensor of a dispatch begins at a multiple of it."""
 RECORD_HEAD = 8
 """int64 before the counts of a record: `records.Field`, and the chunk of the block."""
+
+# The driver maps memory in such pieces; and the next load will be a little larger.
+_CHUNK_UNIT = 2 << 20
+_GROWTH = 1.25
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,6 +65,10 @@ class Links:
             arrival_slot=arrival_slot,
         )
 
+    def join(self) -> Tensor:
+        """The inverse of `split`."""
+        return torch.cat([getattr(self, field.name).flatten() for field in fields(self)])
+
 
 def links_len(num_tokens: int, num_ranks: int, max_tokens: int, top_k: int) -> int:
     """Length of a plan's `links`."""
@@ -69,6 +78,11 @@ def links_len(num_tokens: int, num_ranks: int, max_tokens: int, top_k: int) -> i
 def round_up(size: int, unit: int = BLOCK_ALIGNMENT) -> int:
     """The next multiple of `unit`."""
     return -(-size // unit) * unit
+
+
+def chunk_bytes(need: int) -> int:
+    """How large a piece is by which a heap grows so that a block of `need` bytes fits."""
+    return round_up(int(need * _GROWTH), _CHUNK_UNIT)
 
 
 def part_starts(row_bytes: Sequence[int], num_rows: int) -> list[int]:

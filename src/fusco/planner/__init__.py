@@ -6,6 +6,7 @@ topk_idx -> sort_pairs -> count_pairs -> (exchange of counts) -> plan_sends
 
 from fusco.planner.balance import assign_forwarders
 from fusco.planner.cluster import plan_cluster
+from fusco.planner.compact import plan_compact
 from fusco.planner.counts import SortedPairs, count_pairs, sort_pairs
 from fusco.planner.plan import (
     Sends,
@@ -31,6 +32,7 @@ __all__ = [
     "measure_traffic",
     "offsets",
     "plan_cluster",
+    "plan_compact",
     "plan_relay",
     "plan_sends",
     "sort_pairs",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fusco.planner.counts import count_pairs, sort_pairs
+from fusco.planner.legs import shipment
 from fusco.planner.plan import Sends, assemble, finish, plan_relay, plan_sends
 from fusco.planner.traffic import HopSizes
 from fusco.topology import Topology
@@ -78,14 +79,3 @@ def _ship(legs: list[Leg], sizes: HopSizes) -> list[Arrival]:
     return [
         assemble(sizes, rank, [shipment(leg, rank) for leg in legs]) for rank in range(len(legs))
     ]
-
-
-def shipment(leg: Leg, peer: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The slot lists that travel to `peer`: slots per segment, slots, and their ranks."""
-    begin, end = int(leg.peer_ptr[peer]), int(leg.peer_ptr[peer + 1])
-    first, last = int(leg.slot_ptr[begin]), int(leg.slot_ptr[end])
-    return (
-        leg.slot_ptr[begin : end + 1].diff(),
-        leg.slot[first:last],
-        leg.target[first:last],
-    )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fusco.planner.sorting import offsets, stable_argsort
 from fusco.planner.traffic import HopSizes
-from fusco.types import Arrival
+from fusco.types import Arrival, Leg
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -91,4 +91,15 @@ def mirror(
         slot_ptr=offsets(slots_per_segment),
         slot=slot,
         target=target,
+    )
+
+
+def shipment(leg: Leg, peer: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The slot lists that travel to `peer`: slots per segment, slots, and their ranks."""
+    begin, end = int(leg.peer_ptr[peer]), int(leg.peer_ptr[peer + 1])
+    first, last = int(leg.slot_ptr[begin]), int(leg.slot_ptr[end])
+    return (
+        leg.slot_ptr[begin : end + 1].diff(),
+        leg.slot[first:last],
+        leg.target[first:last],
     )

@@ -13,20 +13,19 @@ import torch
 import torch.distributed as dist
 
 import fusco
-from fusco.testing import dense
 from fusco.testing.cases import (
     Case,
     Routing,
     device_of,
     draw,
     expect,
-    expect_close,
     expect_dispatched,
     expect_round_trip,
     expect_same,
     sizes,
     two_nodes,
 )
+from fusco.testing.gradients import expect_gradients
 
 Group = dist.ProcessGroup | None
 
@@ -138,30 +137,7 @@ def _growth(group: Group, engine: str) -> None:
 
 
 def _gradients(group: Group, engine: str) -> None:
-    case, rank = _case(group, engine, dtype=torch.float64), dist.get_rank(group)
-    inputs = draw(case)
-    assert inputs.topk_weights is not None
-    x = [t.clone().requires_grad_() for t in inputs.x]  # type: ignore[union-attr]
-    weights = [t.clone().requires_grad_() for t in inputs.topk_weights]
-
-    with case.shuffle(group, engine) as shuffle:
-        d = shuffle.dispatch(x[rank], inputs.topk_idx[rank], weights[rank])
-        assert isinstance(d.tokens, torch.Tensor)
-        y = shuffle.combine(d.tokens.sin(), d)
-        got = torch.autograd.grad(y.square().sum(), (x[rank], weights[rank]))
-
-    host = inputs.host or inputs
-    assert host.topk_weights is not None
-    x = [t.clone().requires_grad_() for t in host.x]  # type: ignore[union-attr]
-    weights = [t.clone().requires_grad_() for t in host.topk_weights]
-    everyone = range(case.num_ranks)
-    outputs = [dense.dispatch(inputs.layout, x, r).sin() for r in everyone]
-    sums = [dense.combine(inputs.layout, outputs, r, weights[r]) for r in everyone]
-    loss = torch.stack([y.square().sum() for y in sums]).sum()
-    want = torch.autograd.grad(loss, (x[rank], weights[rank]), materialize_grads=True)
-    for name, one, other in zip(("x", "topk_weights"), got, want, strict=True):
-        tolerance = 1e-9 if one.dtype == torch.float64 else 1e-5
-        expect_close(one, other, tolerance, f"gradient of {name}")
+    expect_gradients(_case(group, engine, dtype=torch.float64), group, engine)
 
 
 def _repeatable(group: Group, engine: str) -> None:
@@ -211,6 +187,31 @@ def _several(group: Group, engine: str) -> None:
     expect_same(y_other, inputs_other.sums(rank), "combine of the second Shuffle")
 
 
+def _exchange(group: Group, engine: str) -> None:
+    """Rank a sends b the bytes a, b, a, b, ... of (a + b) % 5 and 3, a segment each."""
+    num_ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    if engine == "cuda":
+        return
+    peers = range(num_ranks)
+    source = torch.tensor([[rank, peer] * 4 for peer in peers], dtype=torch.uint8)
+    out = torch.full((num_ranks, 8), 255, dtype=torch.uint8)
+
+    def segments(first: int, other: int) -> fusco.Segments:
+        return fusco.Segments(
+            offset=torch.tensor([8 * other, 8 * other + 5]),
+            size=torch.tensor([(first + other) % 5, 3]),
+        )
+
+    each = [segments(rank, peer) for peer in peers]
+    fusco.exchange(source, each, out, each, group=group, engine=engine)
+    want = torch.full_like(out, 255)
+    for peer in peers:
+        sent = torch.tensor([peer, rank] * 4, dtype=torch.uint8)
+        for part in (slice((rank + peer) % 5), slice(5, 8)):
+            want[peer, part] = sent[part]
+    expect_same(out, want, "exchanged bytes")
+
+
 CHECKS: tuple[Check, ...] = (
     Check(
         name="float32",
@@ -242,6 +243,7 @@ CHECKS: tuple[Check, ...] = (
     Check(name="plan-reuse", description="a plan serves other rows and weights", fn=_plan_reuse),
     Check(name="growth", description="windows grow for a larger load", fn=_growth),
     Check(name="several", description="two Shuffles in turn on one group", fn=_several),
+    Check(name="exchange", description="segments land where they belong", fn=_exchange),
     Check(name="repeatable", description="the same bits every time", fn=_repeatable),
     Check(name="gradients", description="of rows and weights, as of dense code", fn=_gradients),
     Check(

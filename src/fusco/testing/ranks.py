@@ -14,10 +14,8 @@ import functools
 import multiprocessing
 import os
 import pickle
-import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -26,13 +24,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+_LOCALHOST = "127.0.0.1"
 _FINISH = b""
 _FINISH_S = 10.0
 
@@ -73,6 +71,8 @@ class RankFailure(RuntimeError):
 class RankPool:
     """A context manager of `num_ranks` processes that share a default group on loopback.
 
+    Where there are GPUs, rank r has GPU r, modulo their number, as its current device.
+
     Args:
         num_ranks: how many workers.
         device: "cpu": the group is gloo's. "cuda": CUDA tensors go through NCCL, which refuses
@@ -97,7 +97,7 @@ class RankPool:
         self.threads_per_rank = threads_per_rank
         self.grace_s = grace_s
         self._workers: list[_Worker] = []
-        self._folder: Path | None = None
+        self._store: Any = None
 
     def __enter__(self) -> RankPool:
         self._start()
@@ -138,7 +138,8 @@ class RankPool:
         self._end()
 
     def _start(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="fusco-ranks-"))
+        # A port on loopback ends with this process, however it ends; a file would stay.
+        store = self._store = _tcp_store(0, is_master=True)
         context = multiprocessing.get_context("spawn")
         threads = str(self.threads_per_rank)
         # These are read when libraries load, before any code of ours runs in the worker.
@@ -147,6 +148,8 @@ class RankPool:
             "NUMBA_NUM_THREADS": threads,
             "GLOO_SOCKET_IFNAME": _LOOPBACK,
         }
+        if self.num_ranks > torch.cuda.device_count() > 0:
+            environment["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
         try:
             with _environment(environment):
                 for rank in range(self.num_ranks):
@@ -155,7 +158,7 @@ class RankPool:
                         rank=rank,
                         num_ranks=self.num_ranks,
                         backend=BACKENDS[self.device],
-                        folder=self._folder,
+                        port=store.port,
                         timeout_s=self.timeout_s,
                         num_threads=self.threads_per_rank,
                     )
@@ -204,9 +207,7 @@ class RankPool:
             worker.process.join()
             worker.pipe.close()
         self._workers.clear()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+        self._store = None
 
 
 def subgroup(ranks: Sequence[int], *, timeout_s: float = 180.0) -> dist.ProcessGroup | None:
@@ -230,7 +231,7 @@ class _Settings:
     rank: int
     num_ranks: int
     backend: str
-    folder: Path
+    port: int
     timeout_s: float
     num_threads: int
 
@@ -275,19 +276,24 @@ class _Worker:
 def _work(settings: _Settings, pipe: Connection) -> None:
     # An interrupt from the terminal reaches every process; the parent's answer to it is to end us.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, args=(settings.folder,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     pipe.send_bytes(_answer(_join_group, settings))
     while request := pipe.recv_bytes():
         pipe.send_bytes(_answer(_call, settings.rank, request))
     dist.destroy_process_group()
 
 
-def _end_with_parent(folder: Path) -> None:
+def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
-    shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
+
+
+def _tcp_store(port: int, *, is_master: bool) -> Any:
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        _LOCALHOST, port, is_master=is_master, wait_for_workers=False
+    )
 
 
 def _join_group(settings: _Settings) -> None:
@@ -296,9 +302,7 @@ def _join_group(settings: _Settings) -> None:
         torch.cuda.set_device(settings.rank % torch.cuda.device_count())
     dist.init_process_group(
         settings.backend,
-        store=dist.FileStore(  # type: ignore[attr-defined]
-            str(settings.folder / "store"), settings.num_ranks
-        ),
+        store=_tcp_store(settings.port, is_master=False),
         rank=settings.rank,
         world_size=settings.num_ranks,
         timeout=timedelta(seconds=settings.timeout_s),

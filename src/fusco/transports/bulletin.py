@@ -22,19 +22,25 @@ class Bulletin:
     Args:
         group: the ranks. All make their bulletins in the same order.
         timeout_s: bound of every wait, seconds.
+
+    Attributes:
+        name: the same on all ranks, and no other bulletin of the group has it.
+        store: where the texts are.
+        group_name: the group's own name in this process.
     """
 
     def __init__(self, group: dist.ProcessGroup, timeout_s: float) -> None:
         # NOTE: torch offers no public way to a group's store.
-        self._store = _get_process_group_store(group)
-        self._name = f"fusco/{next(_numbers[group])}"
+        self.store = _get_process_group_store(group)
+        self.group_name: str = group.group_name
+        self.name = f"fusco/{next(_numbers[group])}"
         self._rank, self._num_ranks = group.rank(), group.size()
         self._timeout = timedelta(seconds=timeout_s)
 
     def post(self, topic: str, text: str) -> None:
         """Tell the others; does not wait."""
         # Not all stores take an empty text.
-        self._store.set(self._key(topic, self._rank), f"{text}.")
+        self.store.set(self._key(topic, self._rank), f"{text}.")
 
     def read(self, topic: str, rank: int) -> str:
         """What a rank has posted.
@@ -44,7 +50,7 @@ class Bulletin:
         """
         key = self._key(topic, rank)
         try:
-            self._store.wait([key], self._timeout)
+            self.store.wait([key], self._timeout)
         except RuntimeError as error:
             raise PeerError(
                 f"{topic}: rank {rank} did not answer within {self._timeout.total_seconds():g} s "
@@ -53,7 +59,7 @@ class Bulletin:
                 operation=topic,
                 rank=rank,
             ) from error
-        return bytes(self._store.get(key)).decode()[:-1]
+        return bytes(self.store.get(key)).decode()[:-1]
 
     def swap(self, topic: str, text: str) -> list[str]:
         """Post, and read what all post, by rank."""
@@ -65,7 +71,7 @@ class Bulletin:
         self.swap(topic, "")
 
     def _key(self, topic: str, rank: int) -> str:
-        return f"{self._name}/{topic}/{rank}"
+        return f"{self.name}/{topic}/{rank}"
 
 
 _numbers: defaultdict[dist.ProcessGroup, Iterator[int]] = defaultdict(itertools.count)

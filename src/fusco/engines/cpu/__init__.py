@@ -1,5 +1,1 @@
-"""Shared-memory windows between the ranks of one host."""
-
-from fusco.engines.cpu.engine import CpuEngine
-
-__all__ = ["CpuEngine"]
+"""Shared-memory windows between the ranks of one host. Importing the package compiles nothing."""

@@ -13,11 +13,17 @@ import numpy.typing as npt
 
 from fusco.engines.base import TEXT_BYTES
 from fusco.engines.cpu import futex
-from fusco.engines.cpu.kernels.memory import publish, spin, wrapped_difference
+from fusco.engines.cpu.kernels.memory import (
+    collect,
+    first_behind,
+    publish,
+    spin,
+    wrapped_difference,
+)
 from fusco.engines.cpu.window import Mapping
 from fusco.errors import PeerError
 from fusco.layout.heap import ALIGNMENT, align
-from fusco.layout.records import Status
+from fusco.layout.records import ALIKE, HEADER, Field, Status
 
 _LOOK_EVERY_S = 0.05
 _SPINS = 2000
@@ -30,6 +36,7 @@ class Stage(IntEnum):
     GROWN = 2
     TOLD = 3
     DONE = 4
+    READ = 5
 
 
 _STAGES = 8
@@ -76,6 +83,8 @@ class Control:
             _Peer(mapping, process, self._layout)
             for mapping, process in zip(mappings, processes, strict=True)
         ]
+        here = np.array([mapping.address for mapping in mappings])
+        self._flags, self._records = here + self._layout.progress, here + self._layout.record
         cores = len(os.sched_getaffinity(0))
         # A rank that spins keeps a core from the rank it waits for, where there are too few.
         self._spins = _SPINS if len(mappings) <= cores else 1
@@ -85,15 +94,18 @@ class Control:
         self._epoch += 1
         return self._epoch
 
-    def share(self, record: npt.NDArray[np.int64], operation: str) -> npt.NDArray[np.int64]:
-        """Publish this rank's record; everybody's, int64 `[P, record_len]`."""
-        self._peers[self._rank].record[:] = record
+    def share(
+        self, head: tuple[int, ...], payload: npt.NDArray[np.int64], operation: str
+    ) -> tuple[npt.NDArray[np.int64], bool]:
+        """Publish this rank's record; everybody's, int64 `[P, record_len]`, and whether all are
+        ready for the same."""
+        record = self._peers[self._rank].record
+        record[:HEADER] = head
+        record[HEADER : HEADER + payload.size] = payload
         self.reach(Stage.PUBLISHED)
-        records = np.empty((len(self._peers), record.size), dtype=np.int64)
-        for rank, peer in enumerate(self._peers):
-            self._wait(rank, Stage.PUBLISHED, operation)
-            records[rank] = peer.record
-        return records
+        self.wait_all(Stage.PUBLISHED, operation)
+        records, alike = collect(self._records, record.size, ALIKE.stop)
+        return records, alike and records[0, Field.STATUS] == Status.READY
 
     def tell_growth(self, base: int, capacity: int, status: Status) -> None:
         """Publish the block reserved after growing."""
@@ -127,7 +139,8 @@ class Control:
         Raises:
             PeerError: a rank died, closed, or did not come in time.
         """
-        for rank in range(len(self._peers)):
+        value = self._value(stage)
+        while (rank := first_behind(self._flags, value, self._spins)) >= 0:
             self._wait(rank, stage, operation)
 
     def close(self, lost: int | None) -> None:

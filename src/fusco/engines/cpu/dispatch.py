@@ -11,16 +11,14 @@ from torch import Tensor
 from fusco.engines.agreement import Call
 from fusco.engines.base import Delivery
 from fusco.engines.cpu import plans
-from fusco.engines.cpu.kernels.scatter import by_pair, scatter_rows, scatter_values, ship_slots
+from fusco.engines.cpu.kernels.scatter import scatter_rows, scatter_values, ship_slots
 from fusco.engines.cpu.session import Agreement, Session
 from fusco.engines.cpu.unfused import expert_major, first_rows, write_device_major
 from fusco.layout.blocks import Ints, Sections, dispatch_sections
 from fusco.layout.heap import Block, align
 from fusco.layout.segments import as_segments, bytes_per_row, from_segments
-from fusco.planner import Sends
-from fusco.planner.legs import mirror
 from fusco.profiling import stage
-from fusco.types import Arrival, Counts, Leg, SegmentPlan
+from fusco.types import Leg, SegmentPlan
 
 
 def dispatch_new(
@@ -30,13 +28,13 @@ def dispatch_new(
     weights: Tensor | None,
     topk_idx: Tensor,
     new_identity: Callable[[], Tensor],
-) -> tuple[Delivery, Tensor]:
+) -> tuple[Delivery, Ints]:
     """Plan and dispatch; also the rows that each rank receives, int64 `[P]`.
 
     A block is reserved and published before its need is known; the counts of all ranks, which
     come with the same records, say what each rank needs.
     """
-    world, topology, rank = session.world, session.world.topology, session.rank
+    world, rank = session.world, session.rank
     with stage("plan"):
         packed = plans.count(topk_idx, world)
     with stage("agree"):
@@ -44,38 +42,31 @@ def dispatch_new(
         agreement = session.agree(call, block, packed)
     identity = new_identity()
     with stage("plan"):
-        counts = Counts.split(
-            torch.from_numpy(agreement.payload), topology.num_experts, topology.num_ranks
-        )
-        sends = plans.plan_sends(topk_idx, counts, world)
-    traffic = sends.traffic
-    sizes = traffic.direct
+        sends = plans.outline(topk_idx, agreement.payload, world)
     sections = dispatch_sections(
-        traffic.rows.numpy(),
+        sends.rows,
         [bytes_per_row(each) for each in rows],
-        sizes.segments.sum(dim=0).numpy(),
-        sizes.pairs.sum(dim=0).numpy(),
+        sends.segments.sum(axis=0),
+        sends.pairs.sum(axis=0),
     )
     agreement = session.fit(agreement, sections.total)
     at = _addresses(session, agreement, sections)
     with stage("write"):
-        leg = sends.direct
+        leg, first = sends.leg, sends.pairs[:rank].sum(axis=0)
         ship_slots(
             leg.peer_ptr.numpy(),
             leg.slot_ptr.numpy(),
             leg.slot.numpy(),
-            at[-2] + sizes.segments[:rank].sum(dim=0).numpy() * 8,
-            at[-1] + sizes.pairs[:rank].sum(dim=0).numpy() * 8,
-            np.empty(leg.row.shape[0], dtype=np.int64),
+            at[-2] + sends.segments[:rank].sum(axis=0) * 8,
+            at[-1] + first * 8,
         )
-        first = sizes.pairs[:rank].sum(dim=0).numpy()
         _write(session, rows, weights, leg, at, first)
     with stage("wait"):
         session.finish(agreement)
     with stage("plan"):
-        arrival = _read_slots(session, agreement, sections, sends)
-        plan = plans.finish(identity, sends, arrival, rank)
-    return _wrap(session, agreement, sections, rows, weights, plan), traffic.rows
+        lists = _slot_lists(session, agreement, sections, sends)
+        plan = plans.finish(identity, sends, *lists, rank)
+    return _wrap(session, agreement, sections, rows, weights, plan), sends.rows
 
 
 def dispatch_planned(
@@ -105,7 +96,8 @@ def dispatch_planned(
 
 def _addresses(session: Session, agreement: Agreement, sections: Sections) -> Ints:
     """int64 `[sections, P]`: where each section of each rank's block is mapped here."""
-    return sections.start + session.addresses(agreement, agreement.base + sections.total)
+    base = agreement.base
+    return sections.start + session.addresses(base + sections.total) + base
 
 
 def _write(
@@ -117,33 +109,33 @@ def _write(
     first: Ints,
 ) -> None:
     """Send all rows and weights to their slots; sections in the order of `dispatch_sections`."""
-    num_pairs, top_k = leg.sum_segment.numel(), session.world.top_k
-    slot = np.full(num_pairs, -1, dtype=np.int64)
-    target = np.empty(num_pairs, dtype=np.int64)
-    by_pair(leg.pair.numpy(), leg.slot.numpy(), slot)
-    by_pair(leg.pair.numpy(), leg.target.numpy(), target)
+    slot_ptr, slot, target = leg.slot_ptr.numpy(), leg.slot.numpy(), leg.target.numpy()
     if weights is not None:
         dense = weights.contiguous()
-        scatter_values(dense.data_ptr(), slot, target, at[len(rows)])
+        scatter_values(dense.data_ptr(), leg.pair.numpy(), slot, target, at[len(rows)])
     if not session.world.ablation.fusion:
-        write_device_major(rows, leg, top_k, at, first)
+        write_device_major(rows, leg, session.world.top_k, at, first)
         return
+    sum_segment = leg.sum_segment.numpy()
     for each, base in zip(rows, at, strict=False):
         segments = as_segments(each)
-        scatter_rows(segments.data_ptr(), segments.shape[1], slot, target, top_k, base)
+        scatter_rows(
+            segments.data_ptr(), segments.shape[1], slot_ptr, slot, target, sum_segment, base
+        )
 
 
-def _read_slots(
-    session: Session, agreement: Agreement, sections: Sections, sends: Sends
-) -> Arrival:
-    """The slot lists that all ranks have written into this rank's block, copied out of it."""
-    sizes, rank = sends.traffic.direct, session.rank
-    lists = []
-    for section, count in ((-2, sizes.segments), (-1, sizes.pairs)):
-        start = int(sections.start[section, rank])
-        view = session.window.view(agreement.block, start, int(count[:, rank].sum()), np.int64)
-        lists.append(torch.from_numpy(view.copy()))
-    return mirror(sizes, rank, lists[0], lists[1], torch.full_like(lists[1], rank))
+def _slot_lists(
+    session: Session, agreement: Agreement, sections: Sections, sends: plans.Outline
+) -> tuple[Ints, Ints]:
+    """Slots of each segment, and slots, as all ranks have written them into this rank's block."""
+    rank, window = session.rank, session.window
+    starts = sections.start[-2:, rank].tolist()
+    counts = int(sends.segments[:, rank].sum()), int(sends.pairs[:, rank].sum())
+    segments, slots = (
+        window.view(agreement.block, start, count, np.int64)
+        for start, count in zip(starts, counts, strict=True)
+    )
+    return segments, slots
 
 
 def _wrap(
@@ -156,26 +148,31 @@ def _wrap(
 ) -> Delivery:
     """Rows become tensors where they lie; the rest of the block is free again."""
     window, block, start = session.window, agreement.block, sections.start[:, session.rank]
-    is_padding = plan.row_segment < 0
-    if weights is None:
-        row_weights = (~is_padding).to(torch.float32)
-    else:
-        view = window.view(block, int(start[len(rows)]), plan.num_rows, np.float32)
-        row_weights = torch.from_numpy(view.copy())
-        row_weights[is_padding] = 0
+    padding = plan.row_segment < 0 if session.world.alignment > 1 else None
     end = block.base
+
+    def lying(begin: int, row_bytes: int) -> Tensor:
+        nonlocal end
+        part = Block(base=block.base + begin, size=align(plan.num_rows * row_bytes))
+        end = part.base + part.size
+        segments = window.as_tensor(part, plan.num_rows * row_bytes)
+        return segments.view(plan.num_rows, row_bytes)
+
     got = []
     for like, begin in zip(rows, start.tolist(), strict=False):
-        row_bytes = bytes_per_row(like)
-        part = Block(base=block.base + begin, size=align(plan.num_rows * row_bytes))
-        segments = window.as_tensor(part, plan.num_rows * row_bytes).view(plan.num_rows, row_bytes)
+        segments = lying(begin, bytes_per_row(like))
         if not session.world.ablation.fusion:
             segments = expert_major(
                 segments[: plan.arrival.slot.shape[0]], plan.arrival, plan.num_rows
             )
-        elif session.world.alignment > 1:
-            segments[is_padding] = 0
+        elif padding is not None:
+            segments[padding] = 0
         got.append(from_segments(segments, like))
-        end = part.base + part.size
+    # Weights stay in the window too, beside rows that peers may read there in combine.
+    row_weights = lying(int(start[len(rows)]), 4).view(torch.float32)[:, 0]
+    if weights is None:
+        row_weights.fill_(1)
+    if padding is not None:
+        row_weights[padding] = 0
     window.heap.release(Block(base=end, size=block.base + block.size - end))
     return Delivery(rows=tuple(got), row_weights=row_weights, plan=plan)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fusco.engines.agreement import Call
@@ -14,7 +15,8 @@ from fusco.engines.cpu.combine import combine
 from fusco.engines.cpu.dispatch import dispatch_new, dispatch_planned
 from fusco.engines.cpu.exchange import exchange
 from fusco.engines.cpu.session import Session
-from fusco.layout.segments import bytes_per_row
+from fusco.layout.blocks import Ints
+from fusco.layout.segments import bytes_per_row, from_segments
 from fusco.types import Plan, SegmentPlan, Segments, Stats
 
 
@@ -60,13 +62,13 @@ class CpuEngine(Engine):
             delivery, rows_per_rank = dispatch_new(
                 session, call, rows, weights, routing, self.new_identity
             )
-            self.meter.planned(rows_per_rank)
+            self.meter.planned(torch.from_numpy(rows_per_rank))
         plan = delivery.plan
         assert isinstance(plan, SegmentPlan)
         send = plan.send
         row_bytes = sum(bytes_per_row(each) for each in rows)
-        self.meter.moved((send.slot_ptr[send.peer_ptr].diff() * row_bytes).tolist())
-        self.meter.dispatched(plan)
+        self._count_bytes(send.slot_ptr.numpy()[send.peer_ptr.numpy()], row_bytes)
+        self.meter.dispatched(plan.num_arrivals)
         return delivery
 
     def combine(
@@ -78,11 +80,19 @@ class CpuEngine(Engine):
         row_values: Tensor | None = None,
     ) -> Returned:
         assert isinstance(plan, SegmentPlan), "plans come from this engine"
-        returned = combine(self._open(), call, rows, row_weights, plan, row_values)
-        row_bytes = sum(bytes_per_row(each) for each in rows)
-        self.meter.moved((plan.arrival.peer_ptr.diff() * row_bytes).tolist())
+        returned, moved = combine(self._open(), call, rows, row_weights, plan, row_values)
+        self._count_bytes(moved, sum(bytes_per_row(each) for each in rows))
         self.meter.combined()
         return returned
+
+    def empty_like(self, rows: Tensor) -> Tensor:
+        window = self._open().window
+        shape = rows.shape[0], bytes_per_row(rows)
+        try:
+            block = window.reserve(shape[0] * shape[1])
+        except MemoryError:
+            return torch.empty_like(rows)
+        return from_segments(window.as_tensor(block, shape[0] * shape[1]).view(shape), rows)
 
     def exchange(
         self,
@@ -105,6 +115,9 @@ class CpuEngine(Engine):
         if self._session is not None and self._process == os.getpid():
             self._session.close(lost)
         self._session = None
+
+    def _count_bytes(self, rows_ptr: Ints, row_bytes: int) -> None:
+        self.meter.moved(((rows_ptr[1:] - rows_ptr[:-1]) * row_bytes).tolist())
 
     def _open(self) -> Session:
         assert self._session is not None, "operators look up open engines only"

@@ -16,6 +16,11 @@ class _TimeSpec(ctypes.Structure):
     _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
 
 
+def is_known_here() -> bool:
+    """Whether the number of the system call is known for this processor."""
+    return platform.machine() in _SYSCALL
+
+
 def wait(address: int, seen: int, timeout_s: float) -> None:
     """Sleep while the int32 at `address` is `seen`, at most `timeout_s`; may wake early."""
     whole = int(timeout_s)

@@ -1,20 +1,37 @@
-"""Plans of the CPU engine: what is per token is compiled, the rest is the planner's own."""
+"""Plans of the CPU engine: what `fusco.planner` makes of one level, compiled."""
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fusco.engines.base import World
-from fusco.engines.cpu.kernels.plan import count_pairs, describe, name_rows
+from fusco.engines.cpu.kernels.plan import count_pairs, describe, measure_traffic, read_arrival
 from fusco.layout.blocks import Ints
-from fusco.planner import Sends, expert_layout, measure_traffic, offsets
-from fusco.types import Arrival, Counts, Leg, SegmentPlan
+from fusco.types import Arrival, Leg, SegmentPlan
 
-_LEG_FIELDS = tuple(field.name for field in fields(Leg) if field.name != "peer_ptr")
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Outline:
+    """What a rank can plan before the slot lists of others arrive.
+
+    Attributes:
+        segments: int64 `[P, P]`, between all ranks: sender, receiver.
+        pairs: int64 `[P, P]`, likewise.
+        rows: int64 `[P]`, rows each rank receives, padding counted.
+        tokens_per_expert: int64 `[L]`.
+        expert_offsets: int32 `[L + 1]`.
+        leg: what this rank sends.
+    """
+
+    segments: Ints
+    pairs: Ints
+    rows: Ints
+    tokens_per_expert: Tensor
+    expert_offsets: Tensor
+    leg: Leg
 
 
 def count(topk_idx: Tensor, world: World) -> Ints:
@@ -29,51 +46,74 @@ def count(topk_idx: Tensor, world: World) -> Ints:
     return packed
 
 
-def plan_sends(topk_idx: Tensor, counts: Counts, world: World) -> Sends:
-    """What `fusco.planner.plan_sends` returns for one level."""
+def outline(topk_idx: Tensor, counts: Ints, world: World) -> Outline:
+    """What `fusco.planner.plan_sends` says for one level.
+
+    Args:
+        topk_idx: int64 `[T, K]`.
+        counts: int64 `[P, E + P + N]`, packed, of all ranks.
+        world: of the engine.
+    """
     topology, rank = world.topology, world.topology.rank
-    facts = topology.tensors("cpu")
-    traffic = measure_traffic(
-        counts, topology, alignment=world.alignment, two_level=False, ablation=world.ablation
+    facts, deduplicate = topology.tensors("cpu"), world.ablation.deduplicate
+    rank_of_expert = facts.rank_of_expert.numpy()
+    segments, pairs, rows, first_slot, tokens_per_expert, expert_offsets = measure_traffic(
+        counts, rank_of_expert, facts.device_major.numpy(), rank, world.alignment, deduplicate
     )
-    next_slot = torch.empty_like(facts.rank_of_expert)
-    next_slot[facts.device_major] = traffic.expert_start
-    next_slot += counts.pairs[:rank].sum(dim=0)
-    peer_ptr = offsets(traffic.direct.segments[rank])
-    described = describe(
+    leg = describe(
         topk_idx.contiguous().numpy(),
-        facts.rank_of_expert.numpy(),
+        rank_of_expert,
         facts.node_of_rank.numpy(),
         facts.order_of_rank.numpy(),
         topology.num_nodes,
-        next_slot.numpy(),
-        peer_ptr.numpy(),
-        offsets(traffic.direct.pairs[rank]).numpy(),
-        world.ablation.deduplicate,
+        first_slot,
+        segments[rank],
+        pairs[rank],
+        deduplicate,
     )
-    tokens_per_expert, expert_offsets = expert_layout(counts, traffic, topology)
-    return Sends(
-        traffic=traffic,
-        tokens_per_expert=tokens_per_expert,
-        expert_offsets=expert_offsets,
-        direct=Leg(
-            **dict(zip(_LEG_FIELDS, map(torch.from_numpy, described), strict=True)),
+    peer_ptr, row, slot_ptr, slot, pair, target, sum_segment, sum_node = map(torch.from_numpy, leg)
+    return Outline(
+        segments=segments,
+        pairs=pairs,
+        rows=rows,
+        tokens_per_expert=torch.from_numpy(tokens_per_expert),
+        expert_offsets=torch.from_numpy(expert_offsets),
+        leg=Leg(
             peer_ptr=peer_ptr,
+            row=row,
+            slot_ptr=slot_ptr,
+            slot=slot,
+            pair=pair,
+            target=target,
+            sum_segment=sum_segment,
+            sum_node=sum_node,
         ),
-        forward=None,
     )
 
 
-def finish(identity: Tensor, sends: Sends, arrival: Arrival, rank: int) -> SegmentPlan:
-    """What `fusco.planner.plan.finish` returns for one level."""
-    num_rows = int(sends.traffic.rows[rank])
-    rows: Ints = name_rows(arrival.slot_ptr.numpy(), arrival.slot.numpy(), np.int64(num_rows))
+def finish(
+    identity: Tensor, sends: Outline, slots_per_segment: Ints, slot: Ints, rank: int
+) -> SegmentPlan:
+    """The plan, once the slot lists of all ranks are there: slots of each segment, and slots."""
+    arrival = read_arrival(
+        slots_per_segment, slot, sends.segments, sends.pairs, rank, sends.rows[rank]
+    )
+    peer_ptr, peer_start, pair_start, slot_ptr, slots, target, row_segment = map(
+        torch.from_numpy, arrival
+    )
     return SegmentPlan(
         identity=identity,
         tokens_per_expert=sends.tokens_per_expert,
         expert_offsets=sends.expert_offsets,
-        row_segment=torch.from_numpy(rows),
-        send=sends.direct,
-        arrival=arrival,
+        row_segment=row_segment,
+        send=sends.leg,
+        arrival=Arrival(
+            peer_ptr=peer_ptr,
+            peer_start=peer_start,
+            pair_start=pair_start,
+            slot_ptr=slot_ptr,
+            slot=slots,
+            target=target,
+        ),
         forwarding=None,
     )

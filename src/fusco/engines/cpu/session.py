@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fusco.engines.agreement import Call, disagreement, is_agreed
+from fusco.engines.agreement import Call, disagreement
 from fusco.engines.base import World
 from fusco.engines.cpu.control import Control, Stage
 from fusco.engines.cpu.kernels.warm import warm_up
@@ -59,6 +59,8 @@ class Session:
         self.window = Window(_INITIAL_WINDOW_BYTES)
         self.control = Control(self.rank, world.record_len, world.timeout_s, wait_s)
         self._windows = self._connect(mailbox)
+        self._addresses = np.array([mapping.address for mapping in self._windows])
+        self._sizes = np.array([mapping.size for mapping in self._windows])
 
     def _warm_up(self, mailbox: Mailbox) -> None:
         """One rank compiles the kernels, then the others find them on disk."""
@@ -107,11 +109,9 @@ class Session:
             PeerError: a rank did not come.
         """
         control, operation = self.control, call.operation.text
-        record = np.zeros(self.world.record_len, dtype=np.int64)
-        record[:HEADER] = call.head(control.begin(), block.base, block.size)
-        record[HEADER : HEADER + payload.size] = payload
-        records = control.share(record, operation)
-        if not is_agreed(records):
+        head = call.head(control.begin(), block.base, block.size)
+        records, agreed = control.share(head, payload, operation)
+        if not agreed:
             self.window.heap.release(block)
             texts = control.share_text(call.text, operation)
             raise disagreement(call, records, texts, self.rank)
@@ -166,19 +166,24 @@ class Session:
                 raise _no_memory(agreement.operation, text)
         return agreement.placed(own, base)
 
-    def addresses(self, agreement: Agreement, end: Ints) -> Ints:
-        """int64 `[P]`: where each rank's block is mapped here; `end` is where blocks end, bytes."""
-        found = np.empty(len(self._windows), dtype=np.int64)
-        for rank, mapping in enumerate(self._windows):
-            if end[rank] > mapping.size:
-                mapping = self._windows[rank] = mapping.remapped()
-            found[rank] = mapping.address
-        return found + agreement.base
+    def addresses(self, ends: Ints) -> Ints:
+        """int64 `[P]`: where each rank's window is mapped here, at least up to byte `ends[p]`."""
+        for rank in np.flatnonzero(ends > self._sizes).tolist():
+            mapping = self._windows[rank] = self._windows[rank].remapped()
+            self._addresses[rank], self._sizes[rank] = mapping.address, mapping.size
+        return self._addresses
 
     def finish(self, agreement: Agreement) -> None:
         """Until all ranks have written all that they write in this operation."""
-        self.control.reach(Stage.DONE)
-        self.control.wait_all(Stage.DONE, agreement.operation)
+        self._meet(Stage.DONE, agreement)
+
+    def leave(self, agreement: Agreement) -> None:
+        """Until all ranks have read all that they read in this operation."""
+        self._meet(Stage.READ, agreement)
+
+    def _meet(self, stage: Stage, agreement: Agreement) -> None:
+        self.control.reach(stage)
+        self.control.wait_all(stage, agreement.operation)
 
     def close(self, lost: int | None) -> None:
         self.control.close(lost)

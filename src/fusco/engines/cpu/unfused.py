@@ -7,14 +7,13 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fusco.engines.cpu.kernels.memory import copy
 from fusco.layout.blocks import Ints
 from fusco.layout.segments import as_segments
-from fusco.types import Arrival, Leg
+from fusco.types import Arrival, Leg, SegmentPlan
 
 
 def write_device_major(rows: Sequence[Tensor], leg: Leg, top_k: int, at: Ints, first: Ints) -> None:
@@ -50,10 +49,17 @@ def expert_major(arrived: Tensor, arrival: Arrival, num_rows: int) -> Tensor:
 
 
 def in_order_of_arrival(
-    rows: tuple[Tensor, ...], row_weights: Tensor | None, arrival: Arrival
-) -> tuple[tuple[Tensor, ...], Tensor | None, Arrival]:
-    """Rows and weights permuted back to the order in which they arrived."""
+    rows: tuple[Tensor, ...], row_weights: Tensor | None, plan: SegmentPlan, rank: int
+) -> tuple[tuple[Tensor, ...], Tensor | None, SegmentPlan]:
+    """Rows and weights permuted back to the order in which they arrived, and a plan that finds
+    them there."""
+    leg, arrival = plan.send, plan.arrival
     permuted = tuple(each.index_select(0, arrival.slot) for each in rows)
     weights = None if row_weights is None else row_weights[arrival.slot]
-    order = torch.from_numpy(np.arange(arrival.slot.shape[0]))
-    return permuted, weights, replace(arrival, slot=order)
+    place = torch.arange(arrival.slot.shape[0])
+    own_arrived = arrival.slot_ptr[arrival.peer_ptr[rank : rank + 2]].tolist()
+    own_sent = leg.slot_ptr[leg.peer_ptr[rank : rank + 2]].tolist()
+    slot = leg.slot.clone()
+    slot[slice(*own_sent)] = place[slice(*own_arrived)]
+    moved = replace(plan, send=replace(leg, slot=slot), arrival=replace(arrival, slot=place))
+    return permuted, weights, moved

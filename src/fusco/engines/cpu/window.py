@@ -53,6 +53,8 @@ class Window:
     def __init__(self, initial_bytes: int) -> None:
         self.mapping = Mapping.create("fusco-window", align(initial_bytes))
         self.heap = Heap(self.mapping.size)
+        # Tensors may still lie in a mapping from before the window grew, which they keep alive.
+        self._mappings = weakref.WeakSet([self.mapping])
 
     def reserve(self, size: int) -> Block:
         """A block of at least `size` bytes; the window grows if it must.
@@ -82,6 +84,7 @@ class Window:
                 f"the window cannot grow from {old.size} to {capacity} bytes: {error.strerror}"
             ) from error
         self.mapping = old.remapped()
+        self._mappings.add(self.mapping)
         self.heap.extend(capacity)
 
     def address_of(self, block: Block) -> int:
@@ -94,6 +97,14 @@ class Window:
         finalizer = weakref.finalize(span, self.heap.release, block)
         finalizer.atexit = False
         return torch.from_numpy(np.asarray(span))
+
+    def find(self, tensor: Tensor) -> int:
+        """Where in the window a tensor begins, bytes; -1 if it does not lie there."""
+        address = tensor.data_ptr()
+        for mapping in self._mappings:
+            if mapping.address <= address < mapping.address + mapping.size:
+                return address - mapping.address
+        return -1
 
     def view(self, block: Block, offset: int, count: int, dtype: Any) -> npt.NDArray[Any]:
         """`count` elements of a block from byte `offset` on; not to outlive the block."""

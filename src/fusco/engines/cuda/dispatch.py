@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class _Work:
 # Tuned on H100 at hidden 7168 in bfloat16, 8192 tokens: whole rows, as many as fit together;
 # and where warps weigh what they move, more of them.
 _MOVING = _Work(max_warps=14, max_slot_bytes=16384)
-_WEIGHING = _Work(max_warps=18, max_slot_bytes=7168)
+_WEIGHING = _Work(max_warps=16, max_slot_bytes=7168)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +77,15 @@ class _Format:
         )
 
 
+class _Arrays(NamedTuple):
+    """What a plan is written into; see `CompactPlan`."""
+
+    tokens_per_expert: Tensor
+    expert_offsets: Tensor
+    pairs: Tensor
+    links: Tensor
+
+
 class Dispatcher:
     """Launches the two kernels of a dispatch, and wraps what they bring."""
 
@@ -88,6 +97,7 @@ class Dispatcher:
         self._dispatch = session.launcher(Variant(name="dispatch"), self._args)
         self._weighing_kernels: dict[torch.dtype, Launcher] = {}
         self._formats: dict[Any, _Format] = {}
+        self._spare: dict[tuple[int, int], _Arrays] = {}
 
     def dispatch_new(
         self,
@@ -99,16 +109,13 @@ class Dispatcher:
     ) -> Delivery:
         """Plan and dispatch. Only when all ranks have counted is it known who needs how much room;
         where it is not there, all ranks add some and begin again."""
-        session, device, args = self._session, self._session.device, self._args
+        session, args = self._session, self._args
         stream = session.order.begin()
         form = self._set_rows(rows, weights, _MOVING)
-        num_tokens, top_k = topk_idx.shape
-        num_local = session.constants.num_local
-        size = links_len(num_tokens, session.num_ranks, session.max_tokens, top_k)
-        tokens_per_expert = torch.empty(num_local, dtype=torch.int64, device=device)
-        expert_offsets = torch.empty(num_local + 1, dtype=torch.int32, device=device)
-        pairs = torch.empty((2, num_tokens, top_k), dtype=torch.int32, device=device)
-        links = torch.empty(size, dtype=torch.int32, device=device)
+        num_tokens = topk_idx.shape[0]
+        # Memory belongs to the stream that it was allocated on.
+        arrays = self._spare.pop((stream, num_tokens), None) or self._allocate(num_tokens)
+        tokens_per_expert, expert_offsets, pairs, links = arrays
         plan_args = self._plan_args
         plan_args.topk_idx = topk_idx.data_ptr()
         args.pairs = plan_args.pairs = pairs.data_ptr()
@@ -124,6 +131,8 @@ class Dispatcher:
             self._dispatch(stream, session.num_sms, form.threads, form.shared_bytes)
             if num_rows is not None:
                 break
+            # There is time until the report comes.
+            self._spare = {(stream, num_tokens): self._allocate(num_tokens)}
             report = session.await_report(ticket)
             if report.verdict == Verdict.GO:
                 num_rows = report.num_rows
@@ -174,6 +183,17 @@ class Dispatcher:
                 break
             self._make_room(call, place, report)
         return self._wrap(place, form, num_rows, plan)
+
+    def _allocate(self, num_tokens: int) -> _Arrays:
+        session, device = self._session, self._session.device
+        num_local, top_k = session.constants.num_local, session.world.top_k
+        size = links_len(num_tokens, session.num_ranks, session.max_tokens, top_k)
+        return _Arrays(
+            torch.empty(num_local, dtype=torch.int64, device=device),
+            torch.empty(num_local + 1, dtype=torch.int32, device=device),
+            torch.empty((2, num_tokens, top_k), dtype=torch.int32, device=device),
+            torch.empty(size, dtype=torch.int32, device=device),
+        )
 
     def _weighing(self, dtype: torch.dtype) -> Launcher:
         found = self._weighing_kernels.get(dtype)

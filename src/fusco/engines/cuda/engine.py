@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NoReturn, TypeVar
 
 import torch
@@ -14,6 +15,8 @@ from fusco.engines.cuda.combine import Combiner
 from fusco.engines.cuda.dispatch import Dispatcher
 from fusco.engines.cuda.kernels.structs import MAX_PARTS
 from fusco.engines.cuda.session import Session
+from fusco.errors import EngineUnavailableError
+from fusco.layout.compact import Links
 from fusco.types import CompactPlan, Plan, Segments, Stats
 
 Result = TypeVar("Result")
@@ -29,9 +32,8 @@ class CudaEngine(Engine):
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
-        self._session: Session | None = Session(world)
-        self._dispatcher = Dispatcher(self._session)
-        self._combiner = Combiner(self._session)
+        _check_world(world)
+        self._works: _Works | None = _Works(world)
 
     @property
     def device_types(self) -> tuple[str, ...]:
@@ -43,10 +45,10 @@ class CudaEngine(Engine):
 
     @property
     def is_closed(self) -> bool:
-        return self._session is None
+        return self._works is None
 
     def agree_on_error(self, call: Call) -> NoReturn:
-        self._open().raise_everywhere(call)
+        self._open().session.raise_everywhere(call)
 
     def dispatch(
         self,
@@ -55,15 +57,21 @@ class CudaEngine(Engine):
         weights: Tensor | None,
         routing: Tensor | Plan,
     ) -> Delivery:
-        self._open()
+        works = self._open()
+        works.session.check_device(call, rows[0])
         dense = tuple(each.contiguous() for each in rows)
         weights = None if weights is None else weights.contiguous()
         if isinstance(routing, CompactPlan):
-            return self._dispatcher.dispatch_planned(call, dense, weights, routing)
-        assert isinstance(routing, Tensor), "plans come from this engine"
-        return self._dispatcher.dispatch_new(
-            call, dense, weights, routing.contiguous(), self.new_identity
-        )
+            got = works.dispatcher.dispatch_planned(call, dense, weights, routing)
+        else:
+            assert isinstance(routing, Tensor), "plans come from this engine"
+            got = works.dispatcher.dispatch_new(
+                call, dense, weights, routing.contiguous(), self.new_identity
+            )
+        assert isinstance(got.plan, CompactPlan)
+        works.last_plan = got.plan
+        self.meter.dispatched(0)
+        return got
 
     def combine(
         self,
@@ -74,42 +82,13 @@ class CudaEngine(Engine):
         row_values: Tensor | None = None,
     ) -> Returned:
         assert isinstance(plan, CompactPlan), "plans come from this engine"
-        self._open()
+        works = self._open()
+        works.session.check_device(call, rows[0])
+        self.meter.combined()
         dense = tuple(each.contiguous() for each in rows)
         row_weights = None if row_weights is None else row_weights.contiguous()
         row_values = None if row_values is None else row_values.contiguous()
-        return self._combiner.combine(call, dense, row_weights, plan, row_values)
-
-    def run_beside(
-        self, operation: Callable[[], Result], inputs: Sequence[Tensor]
-    ) -> tuple[Result, torch.cuda.Event]:
-        session = self._open()
-        session.share_device()
-        return session.order.run_beside(operation, inputs)
-
-    def synchronize(self) -> None:
-        self._open().synchronize()
-
-    def combine_backward(
-        self,
-        call: Call,
-        grads: tuple[Tensor, ...],
-        rows: tuple[Tensor, ...],
-        row_weights: Tensor | None,
-        plan: Plan,
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
-        if row_weights is None or len(grads) > 1:
-            return super().combine_backward(call, grads, rows, row_weights, plan)
-        self._open()
-        assert isinstance(plan, CompactPlan), "plans come from this engine"
-        got = self._dispatcher.dispatch_planned(
-            call,
-            (grads[0].contiguous(),),
-            row_weights.contiguous(),
-            plan,
-            combined=rows[0].contiguous(),
-        )
-        return got.rows, got.row_weights
+        return works.combiner.combine(call, dense, row_weights, plan, row_values)
 
     def exchange(
         self,
@@ -119,16 +98,69 @@ class CudaEngine(Engine):
         out: Tensor,
         receive: Sequence[Segments],
     ) -> None:
-        raise NotImplementedError
+        raise EngineUnavailableError(
+            "exchange: engine 'cuda' does not serve it; use engine='reference'"
+        )
+
+    def run_beside(
+        self, operation: Callable[[], Result], inputs: Sequence[Tensor]
+    ) -> tuple[Result, torch.cuda.Event]:
+        session = self._open().session
+        session.share_device()
+        return session.order.run_beside(operation, inputs)
+
+    def synchronize(self) -> None:
+        self._open().session.synchronize()
 
     def stats(self) -> Stats:
-        return self.meter.stats(window_bytes=self._open().num_bytes)
+        """Waits for what was asked for, since the kernels count themselves."""
+        works = self._open()
+        counted = works.session.counted()
+        rows = None if works.last_plan is None else works.rows_per_rank(works.last_plan)
+        if rows is not None:
+            self.meter.planned(rows)
+        return replace(
+            self.meter.stats(window_bytes=works.session.num_bytes),
+            num_rows=counted.num_rows,
+            bytes_to_peer=counted.bytes_to_peer,
+            wait_s=counted.wait_s,
+        )
 
     def close(self, lost: int | None = None) -> None:
-        if self._session is not None:
-            self._session.close()
-        self._session = None
+        if self._works is not None:
+            self._works.session.close()
+        self._works = None
 
-    def _open(self) -> Session:
-        assert self._session is not None, "operators look up open engines only"
-        return self._session
+    def _open(self) -> _Works:
+        assert self._works is not None, "operators look up open engines only"
+        return self._works
+
+
+class _Works:
+    """All that goes when the engine is closed."""
+
+    def __init__(self, world: World) -> None:
+        self.session = Session(world)
+        self.dispatcher = Dispatcher(self.session)
+        self.combiner = Combiner(self.session)
+        self.last_plan: CompactPlan | None = None
+
+    def rows_per_rank(self, plan: CompactPlan) -> Tensor | None:
+        """int64 `[P]` on the CPU; None where the ranks did not agree on the plan."""
+        ranks, top_k = self.session.num_ranks, plan.top_k
+        links = Links.split(plan.links, plan.num_tokens, ranks, top_k)
+        return links.rows.cpu().to(torch.int64) if int(links.is_valid) else None
+
+
+def _check_world(world: World) -> None:
+    # A warp looks at all ranks or all experts of a token at once, and an id has 16 bits.
+    for what, got, most in (
+        ("ranks", world.topology.num_ranks, 32),
+        ("top_k", world.top_k, 32),
+        ("num_experts", world.topology.num_experts, 65535),
+    ):
+        if got > most:
+            raise EngineUnavailableError(
+                f"Shuffle: engine 'cuda' serves at most {most} {what}, not {got}; "
+                "use another engine"
+            )

@@ -1,7 +1,8 @@
 """Kernels compiled at run time by NVRTC, and kept on disk.
 
 A cubin depends on the sources, the compiler, its options and the architecture, and all of them are
-in its name. Files appear by an atomic rename, for many ranks start at once.
+in its name. Files appear by an atomic rename, for many ranks start at once, and begin with a hash
+of the rest, for disks run full.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 import hashlib
 import os
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,11 @@ import torch
 from fusco import env
 from fusco.engines.cuda.kernels.structs import declarations
 
-_SOURCES = Path(__file__).parent / "kernels"
 ELEMENTS = ("bfloat16", "float16", "float32", "float64")
 """Dtypes that rows can be summed in; kernels know them by their index."""
+
+_OLDEST = 80
+_HASH_BYTES = hashlib.sha256().digest_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +53,12 @@ class Variant:
 
 
 VARIANTS = (
+    Variant(name="reach"),
+    Variant(name="agree"),
     Variant(name="plan"),
     Variant(name="dispatch"),
     *(Variant(name="combine", element=element) for element in ELEMENTS),
     *(Variant(name="dispatch", element=element) for element in ELEMENTS),
-    Variant(name="agree"),
 )
 """All kernels that a GPU may need, but for those without bulk copies on one that has them."""
 
@@ -67,16 +72,20 @@ def element_of(dtype: torch.dtype) -> str:
 
 def cubin(variant: Variant, arch: str) -> bytes:
     """The machine code of a kernel for an architecture such as "sm_90a", from disk if there."""
-    name = f"{variant.name}-{variant.element or 'bytes'}-{_key(variant, arch)}.cubin"
-    path = cache_folder() / name
-    if path.exists():
-        return path.read_bytes()
+    path = cubin_path(variant, arch)
+    kept = path.read_bytes() if path.exists() else b""
+    head, code = kept[:_HASH_BYTES], kept[_HASH_BYTES:]
+    if code and head == _hash(code):
+        return code
     code, _ = compile_variant(variant, arch)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(code)
-    os.replace(file.name, path)
+    _publish(path, _hash(code) + code)
     return code
+
+
+def cubin_path(variant: Variant, arch: str) -> Path:
+    """Where the machine code of a kernel is kept."""
+    name = f"{variant.name}-{variant.element or 'bytes'}-{_key(variant, arch)}.cubin"
+    return cache_folder() / name
 
 
 def compile_variant(variant: Variant, arch: str) -> tuple[bytes, str]:
@@ -99,6 +108,38 @@ def cache_folder() -> Path:
     return Path(env.CACHE_DIR.get()).expanduser() / "kernels"
 
 
+def source_folder() -> Path:
+    """Where the sources of all kernels are."""
+    return Path(__file__).parent / "kernels"
+
+
+def known_architectures() -> list[str]:
+    """What the compiler can compile for; from Hopper on with the instructions that only one has."""
+    from cuda.bindings import nvrtc
+
+    _, numbers = nvrtc.nvrtcGetSupportedArchs()
+    names = [f"sm_{number}" for number in numbers if number >= _OLDEST]
+    return names + [f"{name}a" for name in names if int(name[3:]) >= 90]
+
+
+def _publish(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(content)
+        os.replace(file.name, path)
+    except OSError as error:
+        warnings.warn(
+            f"kernels are compiled anew by every process, for they cannot be kept: {error}; "
+            f"set {env.CACHE_DIR.name} to a folder that can be written",
+            stacklevel=2,
+        )
+
+
+def _hash(code: bytes) -> bytes:
+    return hashlib.sha256(code).digest()
+
+
 def _options(variant: Variant, arch: str) -> Any:
     from cuda.core import ProgramOptions
 
@@ -107,14 +148,14 @@ def _options(variant: Variant, arch: str) -> Any:
         arch=arch,
         std="c++17",
         fma=False,
-        include_path=str(_SOURCES),
+        include_path=str(source_folder()),
         define_macro=variant.macros() or None,
         ptxas_options="-v",
     )
 
 
 def _source(variant: Variant) -> str:
-    return declarations() + (_SOURCES / f"{variant.name}.cu").read_text()
+    return declarations() + (source_folder() / f"{variant.name}.cu").read_text()
 
 
 def _key(variant: Variant, arch: str) -> str:
@@ -125,7 +166,7 @@ def _key(variant: Variant, arch: str) -> str:
 
 @functools.cache
 def _all_sources() -> bytes:
-    files = sorted(path for path in _SOURCES.iterdir() if path.suffix in (".cu", ".cuh"))
+    files = sorted(path for path in source_folder().iterdir() if path.suffix in (".cu", ".cuh"))
     return b"\0".join([declarations().encode(), *(path.read_bytes() for path in files)])
 
 

@@ -22,7 +22,7 @@ from fusco.engines.cuda.streams import Order
 from fusco.engines.cuda.window import NOWHERE, Place, SymmetricHeap, TorchAllocator
 from fusco.engines.ids import bad_ids
 from fusco.errors import FuscoError, PeerError, WindowMemoryError, input_error
-from fusco.layout.compact import WindowLayout
+from fusco.layout.compact import WindowLayout, chunk_bytes
 from fusco.layout.records import HEADER, Field, Operation
 from fusco.transports.bulletin import Bulletin
 
@@ -34,6 +34,15 @@ _SPINS = 1000
 _STATIC_SHARED_BYTES = 1024
 """More than any kernel declares beside what it is launched with."""
 _REPORTED = structs.State.reported.offset // 4
+_NUM_ROWS = structs.State.num_rows.offset // 4
+
+
+class Counted(NamedTuple):
+    """What kernels count for `Stats`, under the same names."""
+
+    num_rows: int
+    bytes_to_peer: tuple[int, ...]
+    wait_s: tuple[float, ...]
 
 
 class Report(NamedTuple):
@@ -72,7 +81,7 @@ class Session:
             max_parts=structs.MAX_PARTS,
         )
         self.bulletin = Bulletin(world.group, world.timeout_s)
-        self._allocator = TorchAllocator(world.group, self.device)
+        self._allocator = TorchAllocator(self.bulletin, topology, self.device)
         self.heap = SymmetricHeap(self.num_ranks, self.device)
         offsets = self.layout.offsets()
         memory = self._allocator.allocate(offsets["end"])
@@ -252,7 +261,7 @@ class Session:
 
     def grow(self, operation: str, need: int) -> None:
         """Add a chunk where a block of `need` bytes fits; all ranks call it with the same need."""
-        size = self.heap.chunk_bytes(need)
+        size = chunk_bytes(need)
         problem = ""
         try:
             memory = self._allocator.allocate(size)
@@ -302,10 +311,25 @@ class Session:
         """Size of this rank's windows."""
         return self.window.memory.numel() + self.heap.num_bytes
 
-    def waited_s(self) -> list[float]:
-        """Seconds waited for each rank."""
-        return list((self._tables["wait_ns"] / 1e9).tolist())
+    def check_device(self, call: Call, rows: Tensor) -> None:
+        """Raise on all ranks where this one's rows are on another of its GPUs."""
+        if rows.device == self.device:
+            return
+        error = input_error(
+            call.operation.text,
+            "x" if call.operation == Operation.DISPATCH else "rows",
+            got=f"a tensor on {rows.device}",
+            expected=f"{self.device}, the current device when the Shuffle was made",
+            remedy="call torch.cuda.set_device before making it",
+        )
+        self.raise_everywhere(replace(call, error=error))
 
-    def sent_bytes(self) -> list[int]:
-        """Row bytes sent to each rank."""
-        return list(self._tables["sent_bytes"].tolist())
+    def counted(self) -> Counted:
+        """What the kernels have counted so far."""
+        self.order.synchronize()
+        state = self._tables["state"].view(torch.int32)
+        return Counted(
+            num_rows=int(state[_NUM_ROWS : _NUM_ROWS + 2].view(torch.int64)),
+            bytes_to_peer=tuple(self._tables["sent_bytes"].tolist()),
+            wait_s=tuple((self._tables["wait_ns"] / 1e9).tolist()),
+        )

@@ -6,7 +6,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from fusco.layout.compact import round_up
 from fusco.layout.heap import Block, Heap
+from fusco.topology import Topology
+from fusco.transports.bulletin import Bulletin
+from fusco.transports.renumbered import RenumberedStore
 
-_CHUNK_UNIT = 2 << 20
-_GROWTH = 1.25
 # The interface knows neither bfloat16 nor fp8: such tensors are views of integers.
 _TYPES_OF_SIZE = {1: "|u1", 2: "<i2", 4: "<i4", 8: "<i8", 16: "<c16"}
 
@@ -52,11 +53,25 @@ class Allocator(ABC):
 
 
 class TorchAllocator(Allocator):
-    """torch symmetric memory."""
+    """torch symmetric memory.
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        self._group = group
+    Args:
+        bulletin: of the ranks.
+        topology: of the ranks.
+        device: where to allocate.
+    """
+
+    def __init__(self, bulletin: Bulletin, topology: Topology, device: torch.device) -> None:
+        from torch._C._distributed_c10d import PrefixStore, _register_process_group
+
         self._device = device
+        # Names of groups are unique in a process, and so is a bulletin's in its group.
+        self._name = cast(Any, f"{bulletin.name} of {bulletin.group_name}")
+        self._store = RenumberedStore(PrefixStore(f"{bulletin.name}/memory", bulletin.store))
+        # No communicator, only the ranks and their store under a name, which is all that torch
+        # looks for.
+        self._group = dist.ProcessGroup(self._store, topology.rank, topology.num_ranks)
+        _register_process_group(self._name, self._group)
 
     def allocate(self, num_bytes: int) -> Tensor:
         import torch.distributed._symmetric_memory as symmetric_memory
@@ -64,9 +79,9 @@ class TorchAllocator(Allocator):
         return symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=self._device)
 
     def connect(self, memory: Tensor) -> Allocation:
-        import torch.distributed._symmetric_memory as symmetric_memory
+        from torch._C._distributed_c10d import _SymmetricMemory
 
-        handle = symmetric_memory.rendezvous(memory, self._group)
+        handle = _SymmetricMemory.rendezvous(memory, self._name)
         assert handle is not None, "every rank of the group takes part"
         return Allocation(memory=memory, address=tuple(handle.buffer_ptrs))
 
@@ -106,11 +121,6 @@ class SymmetricHeap:
         self._chunks.append((allocation, Heap(allocation.memory.numel())))
         table = [allocation.address for allocation, _ in self._chunks]
         self.addresses = torch.tensor(table, dtype=torch.int64, device=self._device)
-
-    @staticmethod
-    def chunk_bytes(need: int) -> int:
-        """How large a chunk should be in which `need` bytes must fit."""
-        return round_up(int(need * _GROWTH), _CHUNK_UNIT)
 
     def reserve_largest(self) -> Place:
         """The largest free block of all chunks, whole."""

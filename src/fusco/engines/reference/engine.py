@@ -69,7 +69,7 @@ class ReferenceEngine(Engine):
         row_bytes = sum(bytes_per_row(each) for each in rows)
         for hop in hops:
             self.meter.moved((hop.leg.peer_ptr.diff() * row_bytes).tolist())
-        self.meter.dispatched(plan)
+        self.meter.dispatched(plan.num_arrivals)
         with stage("move"):
             return Delivery(
                 rows=tuple(self._deliver(each, plan, hops) for each in rows),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fusco.planner import HopSizes, assemble
-from fusco.planner.cluster import shipment
+from fusco.planner.legs import shipment
 from fusco.transports.mailbox import Mailbox
 from fusco.types import Arrival, Leg
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fusco.engines.cpu.kernels.compiling import inner, kernel
+from fusco.layout.blocks import Ints
 
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _VECTOR = ir.VectorType(_I32, 8)
@@ -58,22 +60,6 @@ def _stream(typing_context: Any, target: Any, source: Any, size: Any) -> Any:
 
 
 @intrinsic
-def _prefetch(typing_context: Any, address: Any) -> Any:
-    """Ask for the cache line at an address, to be read soon."""
-    signature = types.void(types.int64)
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = _I8.as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        at = builder.inttoptr(args[0], pointer)
-        builder.call(function, [at, _I32(0), _I32(3), _I32(1)])
-        return context.get_dummy_value()
-
-    return signature, generate
-
-
-@intrinsic
 def _fence(typing_context: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.fence("seq_cst")
@@ -105,6 +91,17 @@ def _store(typing_context: Any, address: Any, value: Any) -> Any:
     return signature, generate
 
 
+@intrinsic
+def load_float(typing_context: Any, address: Any) -> Any:
+    """The float32 at an address."""
+    signature = types.float32(types.int64)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load(builder.inttoptr(args[0], ir.FloatType().as_pointer()))
+
+    return signature, generate
+
+
 @kernel
 def copy(target: int, source: int, num_bytes: int) -> None:
     """Copy between addresses that do not overlap, through the cache."""
@@ -121,14 +118,6 @@ def copy_row(target: int, source: int, num_bytes: int) -> None:
             _copy(target + streamed, source + streamed, num_bytes - streamed)
     else:
         _copy(target, source, num_bytes)
-
-
-@inner
-def prefetch(address: int, num_bytes: int) -> None:
-    """Ask for memory that is read soon: rows lie on pages of their own, at which the processor's
-    own guess of what comes next ends."""
-    for at in range(address, address + num_bytes, 64):
-        _prefetch(at)
 
 
 @kernel
@@ -157,3 +146,25 @@ def spin(flag: int, value: int, num_tries: int) -> int:
 def wrapped_difference(left: int, right: int) -> int:
     """`left - right` in int32, where counters wrap around."""
     return (left - right + 2**31) % 2**32 - 2**31
+
+
+@kernel
+def first_behind(flags: Ints, value: int, num_tries: int) -> int:
+    """The first of several flags that has not come to `value` when each was looked at until it
+    had or `num_tries` times; -1: all have."""
+    for i in range(flags.size):
+        if wrapped_difference(spin(flags[i], value, num_tries), value) < 0:
+            return i
+    return -1
+
+
+@kernel
+def collect(addresses: Ints, length: int, num_alike: int) -> tuple[Ints, bool]:
+    """The int64 `[length]` at each address, and whether all begin with the same `num_alike`."""
+    found = np.empty((addresses.size, length), dtype=np.int64)
+    alike = True
+    for i in range(addresses.size):
+        _copy(found[i].ctypes.data, addresses[i], length * 8)
+        for j in range(num_alike):
+            alike &= found[i, j] == found[0, j]
+    return found, alike

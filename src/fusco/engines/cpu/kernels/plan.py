@@ -1,4 +1,4 @@
-"""The one-level planner compiled: bit for bit what `fusco.planner` says, in two passes."""
+"""The one-level planner compiled: bit for bit what `fusco.planner` says, in a few passes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fusco.engines.cpu.kernels.compiling import kernel
+from fusco.engines.cpu.kernels.compiling import inner, kernel
 from fusco.layout.blocks import Ints
 
 
@@ -35,18 +35,70 @@ def count_pairs(topk_idx: Ints, rank_of_expert: Ints, node_of_rank: Ints, num_no
 
 
 @kernel
+def measure_traffic(
+    counts: Ints,
+    rank_of_expert: Ints,
+    device_major: Ints,
+    rank: int,
+    alignment: int,
+    deduplicate: bool,
+) -> Any:
+    """`planner.measure_traffic` and `planner.expert_layout`.
+
+    Args:
+        counts: `[P, E + P + N]`, packed, of all ranks.
+        rank_of_expert: `[E]`.
+        device_major: `[E]`, the experts sorted by (rank, id).
+        rank: this rank.
+        alignment: every expert's rows are padded to a multiple of it.
+        deduplicate: whether pairs of one token and rank share a segment.
+
+    Returns:
+        segments and pairs between all ranks, `[P, P]` each; rows of each rank, `[P]`; the slot of
+        this rank's first pair of each expert, `[E]`; this rank's tokens of each expert, `[L]`, and
+        their offsets, int32 `[L + 1]`.
+    """
+    num_ranks, num_experts = counts.shape[0], rank_of_expert.size
+    pairs = np.zeros((num_ranks, num_ranks), dtype=np.int64)
+    for source in range(num_ranks):
+        for expert in range(num_experts):
+            pairs[source, rank_of_expert[expert]] += counts[source, expert]
+    segments = pairs
+    if deduplicate:
+        segments = counts[:, num_experts : num_experts + num_ranks].copy()
+    rows = np.zeros(num_ranks, dtype=np.int64)
+    first_slot = np.empty(num_experts, dtype=np.int64)
+    tokens = np.empty(num_experts, dtype=np.int64)
+    offsets = np.zeros(num_experts + 1, dtype=np.int32)
+    num_local = 0
+    for expert in device_major:
+        owner, total = rank_of_expert[expert], 0
+        first_slot[expert] = rows[owner]
+        for source in range(num_ranks):
+            if source < rank:
+                first_slot[expert] += counts[source, expert]
+            total += counts[source, expert]
+        rows[owner] += (total + alignment - 1) // alignment * alignment
+        if owner == rank:
+            tokens[num_local] = total
+            num_local += 1
+            offsets[num_local] = rows[owner]
+    return segments, pairs, rows, first_slot, tokens[:num_local], offsets[: num_local + 1]
+
+
+@kernel
 def describe(
     topk_idx: Ints,
     rank_of_expert: Ints,
     node_of_rank: Ints,
     order_of_rank: Ints,
     num_nodes: int,
-    next_slot: Ints,
-    peer_ptr: Ints,
-    pair_ptr: Ints,
+    first_slot: Ints,
+    segments: Ints,
+    pairs: Ints,
     deduplicate: bool,
 ) -> Any:
-    """The fields of the direct `Leg` but `peer_ptr`, in their order.
+    """The fields of the direct `Leg` that `planner.plan_sends` makes, in their order.
 
     Args:
         topk_idx: `[T, K]`.
@@ -54,12 +106,13 @@ def describe(
         node_of_rank: `[P]`.
         order_of_rank: `[P]`, the position of each rank by (node, rank).
         num_nodes: N.
-        next_slot: `[E]`, the slot of this rank's first pair of each expert; used up here.
-        peer_ptr: `[P + 1]`, segments to each rank.
-        pair_ptr: `[P + 1]`, pairs to each rank.
+        first_slot: `[E]`, the slot of this rank's first pair of each expert; used up here.
+        segments: `[P]`, from this rank to each.
+        pairs: `[P]`, likewise.
         deduplicate: whether pairs of one token and rank share a segment.
     """
     num_tokens, top_k = topk_idx.shape
+    peer_ptr, pair_ptr = _offsets(segments), _offsets(pairs)
     num_segments, num_pairs = peer_ptr[-1], pair_ptr[-1]
     row = np.empty(num_segments, dtype=np.int64)
     slot_ptr = np.empty(num_segments + 1, dtype=np.int64)
@@ -101,18 +154,48 @@ def describe(
                 sum_segment[token, j] = segment
                 last = rank
             # Pairs of one expert are together here, k ascending, as in its rows.
-            slot[at] = next_slot[expert]
-            next_slot[expert] += 1
+            slot[at] = first_slot[expert]
+            first_slot[expert] += 1
             pair[at] = token * top_k + by_rank[j]
             target[at] = rank
-    return row, slot_ptr, slot, pair, target, sum_segment, sum_node
+    return peer_ptr, row, slot_ptr, slot, pair, target, sum_segment, sum_node
 
 
 @kernel
-def name_rows(slot_ptr: Ints, slot: Ints, num_rows: int) -> Ints:
-    """`planner.assemble_rows` of one arrival: the segment that fills each row; -1: padding."""
-    rows = np.full(num_rows, -1, dtype=np.int64)
-    for segment in range(slot_ptr.size - 1):
-        for at in range(slot_ptr[segment], slot_ptr[segment + 1]):
-            rows[slot[at]] = segment
-    return rows
+def read_arrival(
+    slots_per_segment: Ints, slot: Ints, segments: Ints, pairs: Ints, rank: int, num_rows: int
+) -> Any:
+    """The fields of the `Arrival` that `planner.legs.mirror` makes, in their order, and what
+    `planner.assemble_rows` says of it.
+
+    Args:
+        slots_per_segment: `[n]`, shipped by the senders, in order of sender.
+        slot: `[m]`, likewise.
+        segments: `[P, P]`, between all ranks.
+        pairs: `[P, P]`, likewise.
+        rank: this rank.
+        num_rows: R.
+    """
+    num_ranks = segments.shape[0]
+    peer_start, pair_start = np.zeros((2, num_ranks), dtype=np.int64)
+    for peer in range(num_ranks):
+        for before in range(rank):
+            peer_start[peer] += segments[peer, before]
+            pair_start[peer] += pairs[peer, before]
+    row_segment = np.full(num_rows, -1, dtype=np.int64)
+    slot_ptr = _offsets(slots_per_segment)
+    for segment in range(slots_per_segment.size):
+        for i in range(slot_ptr[segment], slot_ptr[segment + 1]):
+            row_segment[slot[i]] = segment
+    target = np.full(slot.size, rank, dtype=np.int64)
+    peer_ptr = _offsets(segments[:, rank])
+    return peer_ptr, peer_start, pair_start, slot_ptr, slot.copy(), target, row_segment
+
+
+@inner
+def _offsets(counts: Ints) -> Ints:
+    """`planner.offsets`."""
+    result = np.zeros(counts.size + 1, dtype=np.int64)
+    for i in range(counts.size):
+        result[i + 1] = result[i] + counts[i]
+    return result

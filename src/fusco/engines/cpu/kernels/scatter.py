@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fusco.engines.cpu.kernels.compiling import kernel
 from fusco.engines.cpu.kernels.memory import copy, copy_row
 from fusco.layout.blocks import Ints
 
 
 @kernel
-def by_pair(pair: Ints, values: Ints, out: Ints) -> None:
-    """`out[pair[i]] = values[i]`: from the order of a leg to the order of tokens."""
-    for i in range(pair.size):
-        out[pair[i]] = values[i]
-
-
-@kernel
 def scatter_rows(
-    source: int, row_bytes: int, slot: Ints, target: Ints, top_k: int, base: Ints
+    source: int,
+    row_bytes: int,
+    slot_ptr: Ints,
+    slot: Ints,
+    target: Ints,
+    sum_segment: Any,
+    base: Ints,
 ) -> None:
     """Write each row to all of its slots.
 
@@ -25,29 +26,37 @@ def scatter_rows(
     Args:
         source: address of the rows.
         row_bytes: size of one.
-        slot: `[T * K]`, final slots; -1: none.
-        target: `[T * K]`, the rank of each.
-        top_k: K.
+        slot_ptr: `[n + 1]`, of the leg, as is what follows.
+        slot: `[m]`.
+        target: `[m]`.
+        sum_segment: `[T, K]`.
         base: `[P]`, address of slot 0 on each rank.
     """
-    for pair in range(slot.size):
-        if slot[pair] >= 0:
-            to = base[target[pair]] + slot[pair] * row_bytes
-            copy_row(to, source + pair // top_k * row_bytes, row_bytes)
+    for token in range(sum_segment.shape[0]):
+        row = source + token * row_bytes
+        for segment in sum_segment[token]:
+            if segment >= 0:
+                for i in range(slot_ptr[segment], slot_ptr[segment + 1]):
+                    copy_row(base[target[i]] + slot[i] * row_bytes, row, row_bytes)
 
 
 @kernel
-def scatter_values(source: int, slot: Ints, target: Ints, base: Ints) -> None:
-    """Write the float32 of each pair to its slot; arguments as in `scatter_rows`."""
-    for pair in range(slot.size):
-        if slot[pair] >= 0:
-            copy(base[target[pair]] + slot[pair] * 4, source + pair * 4, 4)
+def scatter_values(source: int, pair: Ints, slot: Ints, target: Ints, base: Ints) -> None:
+    """Write the float32 of each pair to its slot.
+
+    Args:
+        source: address of the values, `[T * K]`.
+        pair: `[m]`, of the leg, as are `slot` and `target`.
+        slot: `[m]`.
+        target: `[m]`.
+        base: `[P]`, address of slot 0 on each rank.
+    """
+    for i in range(pair.size):
+        copy(base[target[i]] + slot[i] * 4, source + pair[i] * 4, 4)
 
 
 @kernel
-def ship_slots(
-    peer_ptr: Ints, slot_ptr: Ints, slot: Ints, counts_at: Ints, slots_at: Ints, per_segment: Ints
-) -> None:
+def ship_slots(peer_ptr: Ints, slot_ptr: Ints, slot: Ints, counts_at: Ints, slots_at: Ints) -> None:
     """Send every rank the slot lists of its segments.
 
     Args:
@@ -56,10 +65,8 @@ def ship_slots(
         slot: `[m]`.
         counts_at: `[P]`, address on each rank for the slots per segment.
         slots_at: `[P]`, address on each rank for the slots.
-        per_segment: `[n]`, filled here with the slots per segment.
     """
-    for segment in range(per_segment.size):
-        per_segment[segment] = slot_ptr[segment + 1] - slot_ptr[segment]
+    per_segment = slot_ptr[1:] - slot_ptr[:-1]
     for peer in range(peer_ptr.size - 1):
         begin, end = peer_ptr[peer], peer_ptr[peer + 1]
         first, last = slot_ptr[begin], slot_ptr[end]

@@ -7,7 +7,6 @@ import numpy as np
 from fusco.engines.cpu.kernels import memory, plan, reduce, scatter
 
 _ELEMENTS = (
-    (np.uint32, np.float32),
     (np.uint16, np.float32),
     (np.int16, np.float32),
     (np.float32, np.float32),
@@ -17,23 +16,25 @@ _ELEMENTS = (
 
 def warm_up() -> None:
     """Run every kernel on nothing, once for each dtype."""
-    none, one, table = (np.zeros(shape, dtype=np.int64) for shape in (0, 1, (0, 1)))
+    none, one, table, square = (np.zeros(n, dtype=np.int64) for n in (0, 1, (0, 1), (1, 1)))
     flag = np.zeros(1, dtype=np.int32)
     memory.publish(flag.ctypes.data, 0)
     memory.spin(flag.ctypes.data, 0, 1)
+    memory.first_behind(none, 0, 1)
+    memory.collect(none, 1, 0)
     plan.count_pairs(table, one, one, 1)
-    plan.describe(table, one, one, one, 1, one, np.zeros(2, np.int64), np.zeros(2, np.int64), True)
-    plan.name_rows(one, none, 0)
-    scatter.by_pair(none, none, none)
-    scatter.scatter_rows(0, 0, none, none, 1, none)
-    scatter.scatter_values(0, none, none, none)
-    scatter.ship_slots(one, one, none, none, none, none)
+    records = np.zeros((1, 8), dtype=np.int64)[:, 1:]
+    plan.measure_traffic(records, one, one, 0, 1, True)
+    plan.describe(table, one, one, one, 1, one, one, one, True)
+    plan.read_arrival(none, none, square, square, 0, np.int64(0))
+    scatter.scatter_rows(0, 0, one, none, none, table, none)
+    scatter.scatter_values(0, none, none, none, none)
+    scatter.ship_slots(one, one, none, none, none)
     scatter.gather_segments(0, none, none, 0)
     scatter.scatter_segments(0, 0, none, none)
     values = np.empty(0, dtype=np.float32)
     reduce.send_values(values, one, none, one, none, values)
     for element, wide in _ELEMENTS:
-        rows, sums = np.empty(0, dtype=element), np.empty(0, dtype=wide)
-        reduce.send_partials(rows, 1, sums, one, none, one, 0, none, sums, rows)
-        own = (one, none, 0, 0, 0)
-        reduce.sum_tokens(rows, 1, sums, *own, rows, table, table, sums, sums, *[rows] * 4)
+        rows, terms = np.empty(0, dtype=element), reduce.new_terms(1, wide)
+        reduce.send_partials(rows, 1, 0, one, none, one, none, terms)
+        reduce.sum_tokens(rows, 1, none, none, 0, one, none, none, table, table, 0, terms)

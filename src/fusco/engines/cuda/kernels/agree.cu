@@ -3,7 +3,7 @@
 #include "agree.cuh"
 
 extern "C" __global__ void agree(const __grid_constant__ World world,
-                                      const __grid_constant__ Call call) {
+                                 const __grid_constant__ Call call) {
   State& state = state_of(world);
   const u32 epoch = state.epoch + 1;
   agree(world, call, epoch);

@@ -23,7 +23,8 @@ __device__ __forceinline__ i64* record_in(const World& world, u64 window, u32 ep
   return at_bytes<i64>(window, world.records_at + index * world.record_bytes);
 }
 
-__device__ __forceinline__ u64* record_flag_in(const World& world, u64 window, u32 epoch, int rank) {
+__device__ __forceinline__ u64* record_flag_in(const World& world, u64 window, u32 epoch,
+                                               int rank) {
   i64 index = (epoch & 1) * world.num_ranks + rank;
   return at_bytes<u64>(window, world.record_flags_at + index * 8);
 }
@@ -66,10 +67,11 @@ __device__ __forceinline__ bool wait_until(const World& world, Ready ready) {
   }
 }
 
-// As `wait_until`, for something that rank `awaited` does; gives up for the whole device, and says so.
+// As `wait_until`, for something that rank `awaited` does; gives up for the whole device, and says
+// so.
 template <typename Ready>
-__device__ __forceinline__ bool wait_for(const World& world, const Call& call, i32 awaited, i64 item,
-                                         Ready ready) {
+__device__ __forceinline__ bool wait_for(const World& world, const Call& call, i32 awaited,
+                                         i64 item, Ready ready) {
   if (wait_until(world, ready)) return true;
   atomicExch(&state_of(world).lost, 1u);
   report_failure(world, call, kLost, awaited, item, 0);
@@ -130,7 +132,8 @@ __device__ __forceinline__ i32 agree(const World& world, const Call& call, u32 e
 
 __device__ __forceinline__ void report_to_host(const World& world, const Call& call, i32 verdict,
                                                i64 num_rows, i64 num_pairs, i64 need) {
-  volatile Report* report = reinterpret_cast<volatile Report*>(world.reports) + call.ticket % kReports;
+  volatile Report* report =
+      reinterpret_cast<volatile Report*>(world.reports) + call.ticket % kReports;
   report->verdict = verdict;
   report->num_rows = num_rows;
   report->num_pairs = num_pairs;

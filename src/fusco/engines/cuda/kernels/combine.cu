@@ -1,10 +1,10 @@
 // Combine: the rank of an expert sums a token's rows there and sends one row, its partial, to the
 // token's rank, which adds the partials up in the order of the contract (engines/base.py).
 //
-// A block is a pipeline. Its first warp takes segments to return or tokens to sum, items, and fetches
-// piece by piece of their rows into shared memory; two groups of warps sum these there, an item each
-// in turn; the last few warps send the sums on, likewise. Half of the blocks begin with returning,
-// which never waits for others, and go on with summing, which does.
+// A block is a pipeline. Its first warp takes segments to return or tokens to sum, items, and
+// fetches piece by piece of their rows into shared memory; two groups of warps sum these there, an
+// item each in turn; the last few warps send the sums on, likewise. Half of the blocks begin with
+// returning, which never waits for others, and go on with summing, which does.
 
 #include "agree.cuh"
 #include "element.cuh"
@@ -13,23 +13,23 @@
 
 // What becomes of a row of a piece.
 enum Op : u32 {
-  kEndTerm = 1,   // the sum so far is one of several partials: it is rounded and added to its node's
-  kEndNode = 2,   // that of the node is one of several: it is rounded and added to the token's
+  kEndTerm = 1,  // the sum so far is one of several partials: it is rounded and added to its node's
+  kEndNode = 2,  // that of the node is one of several: it is rounded and added to the token's
 };
 
 struct alignas(16) Row {
-  i32 at;   // where it lies among the rows in shared memory
+  i32 at;  // where it lies among the rows in shared memory
   u32 op;
   float weight;
   i32 unused;
 };
 
 struct Piece {
-  u8* out;         // where the sum goes
-  u64* flag;       // what to set then; null for none
-  i32 size;        // bytes of each row; negative where there are no more pieces
+  u8* out;    // where the sum goes
+  u64* flag;  // what to set then; null for none
+  i32 size;   // bytes of each row; negative where there are no more pieces
   i32 num_rows;
-  u32 ops;         // all that its rows have
+  u32 ops;  // all that its rows have
   i32 unused;
   Row rows[kWarp];
 };
@@ -91,7 +91,8 @@ struct Fetcher {
   }
 
   __device__ __forceinline__ float weight_of(i32 slot) const {
-    return args.row_weights && slot >= 0 ? reinterpret_cast<const float*>(args.row_weights)[slot] : 1;
+    return args.row_weights && slot >= 0 ? reinterpret_cast<const float*>(args.row_weights)[slot]
+                                         : 1;
   }
 
   __device__ __forceinline__ u32 lanes_of(int item) const {
@@ -155,7 +156,7 @@ struct Fetcher {
   // Which segment the lanes of an item look at, of those that arrived from other ranks.
   struct Segment {
     int rank;
-    i32 number;   // -1 for none
+    i32 number;  // -1 for none
   };
 
   __device__ __forceinline__ Segment arrived(u32 first, u32 end) const {
@@ -179,7 +180,8 @@ struct Fetcher {
     const i64 return_row = links.return_at[to] + segment.number;
     if (args.row_values && slot >= 0) {
       float* values = at_bytes<float>(window_of(world, to), world.values_at);
-      values[return_row * world.top_k + index] = reinterpret_cast<const float*>(args.row_values)[slot];
+      values[return_row * world.top_k + index] =
+          reinterpret_cast<const float*>(args.row_values)[slot];
     }
     const u32 filled = __ballot_sync(kFullWarp, slot >= 0);
     for (int i = 0; i < num_items; ++i) {
@@ -235,7 +237,8 @@ struct Fetcher {
     asm volatile("fence.proxy.async;" ::: "memory");
 #endif
     const i32 node = rank >= 0 ? reinterpret_cast<const i32*>(world.node_of_rank)[rank] : 0;
-    const u32 terms = __ballot_sync(kFullWarp, is_there), own_terms = __ballot_sync(kFullWarp, is_own);
+    const u32 terms = __ballot_sync(kFullWarp, is_there),
+              own_terms = __ballot_sync(kFullWarp, is_own);
     const u32 filled = __ballot_sync(kFullWarp, slot >= 0);
     const u8* own_row = row_at(slot);
     for (int i = 0; i < num_items && first + i < args.num_tokens; ++i) {
@@ -362,16 +365,16 @@ struct Sum {
 };
 
 // Sums every kGroups-th item. Its pieces go to one sender, which so knows when all are there.
-__device__ __forceinline__ void sum_items(Shared& shared, const CombineArgs& args, int group, int thread,
-                                          const u8* rows, u8* sums) {
-  constexpr int kStride = kGroupThreads * 16, kAtOnce = 3;
+__device__ __forceinline__ void sum_items(Shared& shared, const CombineArgs& args, int group,
+                                          int thread, const u8* rows, u8* sums) {
+  constexpr int kStride = kGroupThreads * 16, kAtOnce = FUSCO_BULK ? 2 : 1;
   const u32 num_pieces = (args.row_bytes + args.piece_bytes - 1) / args.piece_bytes;
   int num_ends = 0;
   for (u32 item = group; num_ends < kSenders / kGroups; item += kGroups) {
     i32 size = 0;
     for (u32 i = 0; i < num_pieces; ++i) {
       const u32 number = item * num_pieces + i, place = number % kPieces;
-      const u32 given = item / kSenders * num_pieces + i;   // to this sender before
+      const u32 given = item / kSenders * num_pieces + i;  // to this sender before
       const u32 buffer = item % kSenders * kBuffers + given % kBuffers;
       shared.full[place].wait(number / kPieces & 1);
       const Piece& piece = shared.pieces[place];
@@ -422,8 +425,8 @@ __device__ __forceinline__ void sum_items(Shared& shared, const CombineArgs& arg
 }
 
 // Sends the sums of every kSenders-th item.
-__device__ __forceinline__ void send_sums(Shared& shared, const CombineArgs& args, int sender, u32 epoch,
-                                          const u8* sums) {
+__device__ __forceinline__ void send_sums(Shared& shared, const CombineArgs& args, int sender,
+                                          u32 epoch, const u8* sums) {
   for (u32 number = 0;; ++number) {
     const u32 buffer = sender * kBuffers + number % kBuffers;
     shared.sum_full[buffer].wait(number / kBuffers & 1);

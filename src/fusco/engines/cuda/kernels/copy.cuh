@@ -1,6 +1,7 @@
-// A warp's slot in shared memory, through which a row passes on its way: in once, out to many places.
-// Hopper and later move it by bulk asynchronous copies, which one lane starts and no lane attends;
-// older GPUs by 16-byte loads and stores of the whole warp. Sizes and addresses are multiples of 16.
+// A warp's slot in shared memory, through which a row passes on its way: in once, out to many
+// places. Hopper and later move it by bulk asynchronous copies, which one lane starts and no lane
+// attends; older GPUs by 16-byte loads and stores of the whole warp. Sizes and addresses are
+// multiples of 16.
 #pragma once
 
 #include "device.cuh"
@@ -30,19 +31,19 @@ struct RowSlot {
 #endif
   }
 
-  // Brings `size` bytes in, and returns when every lane sees them. `was_written_here`: by threads or
-  // bulk copies that this thread has acquired, rather than before the kernel began.
+  // Brings `size` bytes in, and returns when every lane sees them. `was_written_here`: by threads
+  // or bulk copies that this thread has acquired, rather than before the kernel began.
   __device__ __forceinline__ void fill(const u8* from, i32 size, bool was_written_here = false) {
 #if FUSCO_BULK
     if (lane_id() == 0) {
       if (was_written_here) asm volatile("fence.proxy.async;" ::: "memory");
-      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                       shared_address(barrier)),
-                   "r"(size)
-                   : "memory");
       asm volatile(
-          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-              shared_address(bytes)),
+          "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+          "r"(size)
+          : "memory");
+      asm volatile(
+          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+              "r"(shared_address(bytes)),
           "l"(from), "r"(size), "r"(shared_address(barrier))
           : "memory");
     }

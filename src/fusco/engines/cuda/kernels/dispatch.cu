@@ -6,9 +6,9 @@
 // sending and go on with receiving, which waits; since sending never waits and any warp may do it,
 // all is sent in the end, however few blocks run at once.
 //
-// Compiled with FUSCO_ELEMENT it is the backward of a combine: rows are gradients of sums, and what is
-// written to a slot is its weight times the gradient, and instead of the weight the dot product of
-// the gradient and the row that was combined, which is the gradient of the weight.
+// Compiled with FUSCO_ELEMENT it is the backward of a combine: rows are gradients of sums, and what
+// is written to a slot is its weight times the gradient, and instead of the weight the dot product
+// of the gradient and the row that was combined, which is the gradient of the weight.
 
 #include "agree.cuh"
 #include "copy.cuh"
@@ -56,7 +56,7 @@ struct Dispatch {
   __device__ __forceinline__ float weigh(i32 row, bool wants, i32 at, i32 size) const {
     float mine = 0;
 #ifdef FUSCO_ELEMENT
-    constexpr int kInFlight = 7;
+    constexpr int kInFlight = FUSCO_BULK ? 7 : 4;
     const i32 row_bytes = args.row_bytes[0];
     for (u32 left = __ballot_sync(kFullWarp, wants); left; left &= left - 1) {
       const int lane = __ffs(left) - 1;
@@ -65,7 +65,8 @@ struct Dispatch {
       const u8* combined = reinterpret_cast<const u8*>(args.combined) + its_row * row_bytes + at;
       u8* out = places[world.rank].part[0] + its_row * row_bytes + at;
       Wide dot = 0;
-      for (i32 first = lane_id() * 16; first - lane_id() * 16 < size; first += kInFlight * kWarp * 16) {
+      for (i32 first = lane_id() * 16; first - lane_id() * 16 < size;
+           first += kInFlight * kWarp * 16) {
         Vector loaded[kInFlight];
 #pragma unroll
         for (int i = 0; i < kInFlight; ++i) {
@@ -130,7 +131,8 @@ struct Dispatch {
     float dot = 0;
     for (int part = 0; part < args.num_parts; ++part) {
       const i32 row_bytes = args.row_bytes[part];
-      const u8* row = reinterpret_cast<const u8*>(args.rows[part]) + static_cast<i64>(token) * row_bytes;
+      const u8* row =
+          reinterpret_cast<const u8*>(args.rows[part]) + static_cast<i64>(token) * row_bytes;
       const bool wants = is_own || is_first;
       u8* to = wants ? places[rank].part[part] + static_cast<i64>(to_slot) * row_bytes : nullptr;
       for (i32 at = 0; at < row_bytes; at += args.slot_bytes) {
@@ -190,7 +192,8 @@ struct Dispatch {
   }
 
   __device__ __forceinline__ void send_all(State& state) const {
-    for (u32 token = claim(&state.queue[0]); token < args.num_tokens; token = claim(&state.queue[0])) {
+    for (u32 token = claim(&state.queue[0]); token < args.num_tokens;
+         token = claim(&state.queue[0])) {
       send(static_cast<i32>(token));
     }
   }
@@ -218,7 +221,8 @@ struct Dispatch {
     const Place& own = places[world.rank];
     slot.clear(args.slot_bytes);
     const int num_warps = gridDim.x * (blockDim.x / kWarp);
-    for (int expert = blockIdx.x + gridDim.x * warp_id(); expert < world.num_local; expert += num_warps) {
+    for (int expert = blockIdx.x + gridDim.x * warp_id(); expert < world.num_local;
+         expert += num_warps) {
       const i32 begin = expert_offsets[expert] + static_cast<i32>(tokens_per_expert[expert]);
       const i32 end = expert_offsets[expert + 1];
       for (i32 base = begin; base < end; base += kWarp) {
@@ -259,11 +263,15 @@ __device__ __forceinline__ void find_places(const World& world, const DispatchAr
     for (int rank = threadIdx.x; rank < world.num_ranks; rank += blockDim.x) {
       reinterpret_cast<u64*>(world.sent_bytes)[rank] += links.sends[rank] * row_bytes;
     }
+    const i64* tokens_per_expert = reinterpret_cast<const i64*>(args.tokens_per_expert);
+    for (int i = threadIdx.x; i < world.num_local; i += blockDim.x) {
+      atomicAdd(&state_of(world).num_rows, static_cast<u64>(tokens_per_expert[i]));
+    }
   }
   __syncthreads();
 }
 
-extern "C" __global__ void __launch_bounds__(kWeighs ? 576 : 448)
+extern "C" __global__ void __launch_bounds__(kWeighs ? 512 : 448, 1)
     dispatch(const __grid_constant__ World world, const __grid_constant__ Call call,
              const __grid_constant__ DispatchArgs args) {
   extern __shared__ __align__(128) u8 shared[];
@@ -279,10 +287,12 @@ extern "C" __global__ void __launch_bounds__(kWeighs ? 576 : 448)
     if (verdict == kGo && !*links.is_valid) verdict = kInvalid;
     i64 need = 0;
     for (int rank = 0; verdict == kGo && rank < world.num_ranks; ++rank) {
-      need = max(need, block_bytes(args.row_bytes, args.num_parts, rows_of_block(world, links, rank)));
+      need =
+          max(need, block_bytes(args.row_bytes, args.num_parts, rows_of_block(world, links, rank)));
     }
     for (int rank = 0; verdict == kGo && rank < world.num_ranks; ++rank) {
-      const i64 bytes = block_bytes(args.row_bytes, args.num_parts, rows_of_block(world, links, rank));
+      const i64 bytes =
+          block_bytes(args.row_bytes, args.num_parts, rows_of_block(world, links, rank));
       if (bytes > record_of(world, epoch, rank)[kCapacity]) verdict = kShort;
     }
     if (blockIdx.x == 0 && threadIdx.x == 0) {

@@ -39,9 +39,13 @@ __device__ __forceinline__ Vector narrow(const Wide (&values)[kPerVector]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
 #if FUSCO_ELEMENT == 0
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(vector.word[i]) : "f"(values[2 * i + 1]), "f"(values[2 * i]));
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;"
+        : "=r"(vector.word[i])
+        : "f"(values[2 * i + 1]), "f"(values[2 * i]));
 #elif FUSCO_ELEMENT == 1
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(vector.word[i]) : "f"(values[2 * i + 1]), "f"(values[2 * i]));
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;"
+        : "=r"(vector.word[i])
+        : "f"(values[2 * i + 1]), "f"(values[2 * i]));
 #elif FUSCO_ELEMENT == 2
     vector.word[i] = __float_as_uint(values[i]);
 #else

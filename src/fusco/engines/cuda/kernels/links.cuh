@@ -36,8 +36,8 @@ __device__ __forceinline__ i64 rows_of_block(const World& world, const Links& li
   return world.static_rows ? world.static_rows : links.rows[rank];
 }
 
-// Where part `part` begins in the block of a rank that receives `num_rows` rows; the part behind the
-// last are the row weights.
+// Where part `part` begins in the block of a rank that receives `num_rows` rows; the part behind
+// the last are the row weights.
 __device__ __forceinline__ i64 part_at(const i32* row_bytes, int part, i64 num_rows) {
   i64 at = 0;
   for (int i = 0; i < part; ++i) at += round_up(num_rows * row_bytes[i], kBlockAlignment);

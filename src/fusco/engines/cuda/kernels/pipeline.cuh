@@ -14,9 +14,9 @@ struct Barrier {
   }
 
   __device__ __forceinline__ void arrive() {
-    asm volatile("{ .reg .b64 t; mbarrier.arrive.shared::cta.b64 t, [%0]; }" ::"r"(
-                     shared_address(&word))
-                 : "memory");
+    asm volatile(
+        "{ .reg .b64 t; mbarrier.arrive.shared::cta.b64 t, [%0]; }" ::"r"(shared_address(&word))
+        : "memory");
   }
 
   // Until the phase of that parity is over.
@@ -45,7 +45,8 @@ constexpr u32 kFillArrivals = FUSCO_BULK ? 1 : kWarp;
 
 // Called by a whole warp: lanes below `count` each bring `size` bytes to their own place, and
 // `barrier` learns of it.
-__device__ __forceinline__ void fill_each(u8* to, const u8* from, i32 count, i32 size, Barrier* barrier) {
+__device__ __forceinline__ void fill_each(u8* to, const u8* from, i32 count, i32 size,
+                                          Barrier* barrier) {
 #if FUSCO_BULK
   if (lane_id() == 0) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
@@ -56,8 +57,8 @@ __device__ __forceinline__ void fill_each(u8* to, const u8* from, i32 count, i32
   __syncwarp();
   if (lane_id() < count) {
     asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-            shared_address(to)),
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+            "r"(shared_address(to)),
         "l"(from), "r"(size), "r"(shared_address(&barrier->word))
         : "memory");
   }
@@ -70,8 +71,9 @@ __device__ __forceinline__ void fill_each(u8* to, const u8* from, i32 count, i32
                    : "memory");
     }
   }
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&barrier->word))
-               : "memory");
+  asm volatile(
+      "cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&barrier->word))
+      : "memory");
 #endif
 }
 

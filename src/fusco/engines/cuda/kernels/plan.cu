@@ -1,5 +1,6 @@
-// Planning where the routing lies: count, exchange counts through the windows, and give every pair its
-// final slot. What it computes is what `planner.plan_sends` says; see plan.py for the arguments.
+// Planning where the routing lies: count, exchange counts through the windows, and give every pair
+// its final slot. What it computes is what `planner.plan_sends` says; see plan.py for the
+// arguments.
 //
 // Each block owns a run of consecutive tokens. The last one to have counted is the leader: it knows
 // the rank's totals, exchanges them, and from everybody's computes where each expert's rows begin.
@@ -12,10 +13,10 @@
 constexpr u32 kNone = 0xffffffffu;
 
 struct Pair {
-  bool is_there;   // not beyond the last token, and with an expert
+  bool is_there;  // not beyond the last token, and with an expert
   u32 expert, rank;
-  u32 same_rank;   // the lanes of its token whose experts are on the same rank
-  bool is_first;   // the first of these
+  u32 same_rank;  // the lanes of its token whose experts are on the same rank
+  bool is_first;  // the first of these
 };
 
 __device__ __forceinline__ Pair describe(u32 id, int token_in_warp, int num_ranks) {
@@ -23,15 +24,16 @@ __device__ __forceinline__ Pair describe(u32 id, int token_in_warp, int num_rank
   pair.is_there = id != kNone;
   pair.expert = id & 0xffff;
   pair.rank = id >> 16;
-  i32 key = pair.is_there ? token_in_warp * num_ranks + static_cast<i32>(pair.rank) : -1 - lane_id();
+  i32 key =
+      pair.is_there ? token_in_warp * num_ranks + static_cast<i32>(pair.rank) : -1 - lane_id();
   pair.same_rank = __match_any_sync(kFullWarp, key);
   pair.is_first = pair.is_there && !(pair.same_rank & lanes_below());
   return pair;
 }
 
 struct Chunk {
-  int begin, size;        // tokens of this block
-  int tokens_per_warp;    // a warp looks at so many tokens at once
+  int begin, size;      // tokens of this block
+  int tokens_per_warp;  // a warp looks at so many tokens at once
 };
 
 __device__ __forceinline__ void count(const World& world, const PlanArgs& args, const Chunk& chunk,
@@ -53,7 +55,8 @@ __device__ __forceinline__ void count(const World& world, const PlanArgs& args, 
         atomicMax(&state.highest_id, static_cast<i32>(min(expert, 0x7fffffffLL)));
         expert = -1;
       }
-      if (expert >= 0) id = static_cast<u32>(rank_of_expert[expert]) << 16 | static_cast<u32>(expert);
+      if (expert >= 0)
+        id = static_cast<u32>(rank_of_expert[expert]) << 16 | static_cast<u32>(expert);
       ids[first * top_k + lane_id()] = id;
       pair_rank[at] = expert >= 0 ? static_cast<i32>(id >> 16) : -1;
     }
@@ -64,10 +67,10 @@ __device__ __forceinline__ void count(const World& world, const PlanArgs& args, 
 }
 
 // Where the rows of each expert begin on its rank, and how many rows each rank receives, from the
-// records of all ranks. `start` has room for E + 1 numbers. Leaves what the neediest rank needs, and
-// returns whether every rank has room.
-__device__ __forceinline__ bool lay_out(const World& world, const PlanArgs& args, u32 epoch, i32* start,
-                                        i32* num_pairs, i64* need) {
+// records of all ranks. `start` has room for E + 1 numbers. Leaves what the neediest rank needs,
+// and returns whether every rank has room.
+__device__ __forceinline__ bool lay_out(const World& world, const PlanArgs& args, u32 epoch,
+                                        i32* start, i32* num_pairs, i64* need) {
   const i32* device_major = reinterpret_cast<const i32*>(world.device_major);
   const i32* first_place = reinterpret_cast<const i32*>(world.first_place);
   i32* slot_base = reinterpret_cast<i32*>(world.slot_base);
@@ -187,8 +190,8 @@ __device__ __forceinline__ void lead(const World& world, const Call& call, const
   report_to_host(world, call, verdict, is_laid_out ? links.rows[world.rank] : 0, num_pairs, need);
 }
 
-// Gives the pairs of this block's tokens their slots, in order. One warp counts experts, another the
-// segments, that is, first pairs.
+// Gives the pairs of this block's tokens their slots, in order. One warp counts experts, another
+// the segments, that is, first pairs.
 __device__ __forceinline__ void place(const World& world, const PlanArgs& args, const Chunk& chunk,
                                       const u32* ids, i32* counters) {
   const int top_k = world.top_k, stride = chunk.tokens_per_warp;
@@ -221,7 +224,8 @@ __device__ __forceinline__ void place(const World& world, const PlanArgs& args, 
     if (pair.is_first && before == 0) *counter += __popc(same);
     __syncwarp();
     if (pair.is_first) {
-      links.token_segment[static_cast<i64>(chunk.begin + token) * world.num_ranks + pair.rank] = segment;
+      links.token_segment[static_cast<i64>(chunk.begin + token) * world.num_ranks + pair.rank] =
+          segment;
     }
   }
 }
@@ -239,8 +243,8 @@ extern "C" __global__ void __launch_bounds__(512)
   const Links links(world, args.num_tokens, args.links);
 
   Chunk chunk;
-  chunk.begin = static_cast<int>(min(static_cast<i64>(blockIdx.x) * args.chunk_tokens,
-                                     static_cast<i64>(args.num_tokens)));
+  chunk.begin = static_cast<int>(
+      min(static_cast<i64>(blockIdx.x) * args.chunk_tokens, static_cast<i64>(args.num_tokens)));
   chunk.size = min(args.chunk_tokens, args.num_tokens - chunk.begin);
   chunk.tokens_per_warp = kWarp / world.top_k;
 

@@ -150,6 +150,18 @@ class CombineArgs(ctypes.Structure):
     )
 
 
+class ReachArgs(ctypes.Structure):
+    """Of kernels/reach.cu."""
+
+    _fields_ = (
+        ("there", c_uint64),
+        ("here", c_uint64),
+        ("num_vectors", c_int64),
+        ("salt", c_uint32),
+        ("is_read", c_int32),
+    )
+
+
 class State(ctypes.Structure):
     """What the kernels of one rank tell each other, in device memory."""
 
@@ -164,6 +176,7 @@ class State(ctypes.Structure):
         ("lowest_id", c_int32),
         ("highest_id", c_int32),
         ("unused", c_uint32),
+        ("num_rows", c_uint64),
         ("queue", c_uint32 * 2),
     )
 
@@ -195,6 +208,17 @@ class Report(ctypes.Structure):
 
 COMBINE_SHARED_BYTES = 10240
 """Room in shared memory for what the warps of such a block tell each other."""
+_STRUCTURES: tuple[Any, ...] = (
+    World,
+    Call,
+    PlanArgs,
+    DispatchArgs,
+    CombineArgs,
+    ReachArgs,
+    State,
+    Failure,
+    Report,
+)
 _C_NAMES: dict[Any, str] = {
     c_int32: "int",
     c_uint32: "unsigned int",
@@ -225,7 +249,7 @@ def declarations() -> str:
         "kCombineSharedBytes": COMBINE_SHARED_BYTES,
     }
     lines = [f"enum : int {{ {name} = {int(value)} }};" for name, value in constants.items()]
-    for structure in (World, Call, PlanArgs, DispatchArgs, CombineArgs, State, Failure, Report):
+    for structure in _STRUCTURES:
         lines.append(f"struct {structure.__name__} {{")
         lines += [f"  {_member(name, kind)};" for name, kind in structure._fields_]
         lines.append("};")

@@ -82,7 +82,7 @@ _ENGINES: dict[tuple[dist.ProcessGroup, str], Engine] = {}
 def _engine(group: dist.ProcessGroup, name: str, timeout_s: float | None) -> Engine:
     key = (group, name)
     if key not in _ENGINES:
-        meeting = meet("exchange", group, {}, engine=name, timeout_s=timeout_s)
+        meeting = meet("exchange", group, {}, engine=name, timeout_s=timeout_s, without=("cuda",))
         topology = Topology(rank=group.rank(), node_of_rank=meeting.node_of_rank, rank_of_expert=())
         world = World(
             group=group,

@@ -1,0 +1,74 @@
+"""`fusco warmup`: compiles the kernels of the CUDA engine before anybody waits for them."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+from fusco.cli.failures import short_failures
+
+
+def warmup(
+    arch: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Compile for it, such as sm_90a; may be repeated.",
+            show_default="the GPUs of this machine",
+        ),
+    ] = None,
+) -> None:
+    """Compile all GPU kernels into the cache, a line each. Needs no GPU where --arch is given."""
+    with short_failures():
+        architectures = _architectures(arch or [])
+        from fusco.engines.cuda.jit import VARIANTS, cache_folder, cubin, cubin_path
+
+        for name in architectures:
+            for variant in VARIANTS:
+                was_there = cubin_path(variant, name).exists()
+                begin = time.perf_counter()
+                size = len(cubin(variant, name))
+                took = "was there" if was_there else f"{time.perf_counter() - begin:.2f} s"
+                label = f"{variant.name} {variant.element}".strip()
+                typer.echo(f"{name:<8}  {label:<20}  {size >> 10:>5} KiB  {took}")
+        typer.echo(f"Kernels are in {cache_folder()}")
+
+
+def _architectures(asked: list[str]) -> list[str]:
+    """Those asked for, or those of the GPUs here.
+
+    Raises:
+        InputError: the compiler does not know one, or there is no GPU and none was asked for.
+        EngineUnavailableError: the compiler is not installed.
+    """
+    import torch
+
+    from fusco.engines import missing_cuda_package
+    from fusco.errors import EngineUnavailableError, input_error
+
+    if missing := missing_cuda_package():
+        raise EngineUnavailableError(f"warmup: {missing}")
+    from fusco.engines.cuda.jit import known_architectures
+    from fusco.engines.cuda.launch import architecture
+
+    here = [architecture(index) for index in range(torch.cuda.device_count())]
+    if not asked and not here:
+        raise input_error(
+            "warmup",
+            "arch",
+            got="none, and no GPU",
+            expected="the name of an architecture",
+            remedy="pass for example --arch sm_90a, for an H100 or H200",
+        )
+    for name in asked:
+        if name not in known_architectures():
+            raise input_error(
+                "warmup",
+                "arch",
+                got=repr(name),
+                expected=f"one of {', '.join(known_architectures())}",
+                remedy="use the architecture of the GPU, sm_90a for an H100 or H200",
+            )
+    return asked or list(dict.fromkeys(here))

@@ -1,0 +1,185 @@
+"""The checks of a machine with GPUs, beside those of `fusco selftest`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import fusco
+from fusco.testing.cases import Case, device_of, draw, expect, sizes
+from fusco.testing.conformance import Check
+from fusco.testing.gpu.plans import random_plans
+from fusco.testing.gpu.trips import held_for_many_layers, random_trips, trips, tuple_of_four
+from fusco.testing.gradients import expect_gradients
+from fusco.testing.mistakes import (
+    CASE,
+    CUDA_MISTAKES,
+    MISTAKES,
+    Mistake,
+    expect_mistake,
+    make_mistake,
+)
+
+Group = dist.ProcessGroup | None
+_NUM_SEEDS = 4
+
+
+def _gradients(**changes: Any) -> Callable[[Group, str], None]:
+    def check(group: Group, engine: str) -> None:
+        tokens = changes.get("num_tokens", (9, 0, 20, 3))
+        case = Case(
+            hidden_size=6,
+            top_k=4,
+            num_experts=2 * dist.get_world_size(group),
+            dtype=torch.float64,
+            device=device_of(engine),
+            **changes | {"num_tokens": sizes(tokens, group)},
+        )
+        expect_gradients(case, group, engine)
+
+    return check
+
+
+def _mistakes(mistakes: Mapping[str, Mistake]) -> Callable[[Group, str], None]:
+    """Only on a group of as many ranks as the mistakes are made by."""
+
+    def check(group: Group, engine: str) -> None:
+        if dist.get_world_size(group) != len(CASE.num_tokens):
+            return
+        if mistakes is CUDA_MISTAKES and engine != "cuda":
+            return
+        failures = []
+        for name, mistake in mistakes.items():
+            outcome = make_mistake(mistake, group, engine)
+            try:
+                expect_mistake(mistake, outcome, dist.get_rank(group))
+            except AssertionError as failure:
+                failures.append(f"{name}: {failure}")
+        expect(not failures, "; ".join(failures))
+
+    return check
+
+
+def _size_hint(group: Group, engine: str) -> None:
+    """What one rank takes that receives everything is what was predicted."""
+    rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
+    case = Case(
+        num_tokens=(200,) * num_ranks,
+        hidden_size=1024,
+        top_k=4,
+        num_experts=2 * num_ranks,
+        routing="one-expert",
+        expert_alignment=16,
+        device=device_of(engine),
+    )
+    hint = fusco.buffer_size_hint(
+        num_ranks=num_ranks,
+        num_experts=case.num_experts,
+        hidden_size=case.hidden_size,
+        top_k=case.top_k,
+        max_tokens=200,
+        dtype=case.dtype,
+        num_alive=3,
+        imbalance=num_ranks,
+        expert_alignment=16,
+    )
+    inputs = draw(case)
+    with case.shuffle(group, engine) as shuffle:
+        held = [shuffle.dispatch(inputs.x[rank], inputs.topk_idx[rank]) for _ in range(3)]
+        used = shuffle.stats().window_bytes
+        shuffle.combine(held[0].tokens, held[0])
+        shuffle.synchronize()
+    if engine == "cuda":
+        told = f"{used} bytes are used, {hint} was predicted"
+        expect(hint.total_bytes // 2 <= used <= hint.total_bytes, told)
+
+
+GPU_CHECKS: tuple[Check, ...] = (
+    *(
+        Check(
+            name=f"random-{seed}",
+            description="random shapes, payloads, routings and placements",
+            fn=random_trips(seed, 6),
+        )
+        for seed in range(_NUM_SEEDS)
+    ),
+    *(
+        Check(
+            name=f"plans-{seed}",
+            description="plans equal the planner's, bit for bit",
+            fn=random_plans(100 + seed, 10),
+        )
+        for seed in range(_NUM_SEEDS)
+    ),
+    Check(
+        name="wide-rows",
+        description="rows wider than a warp's slot in shared memory",
+        fn=trips(hidden_size=7168, dtype=torch.float32, num_tokens=(9, 4), top_k=3),
+    ),
+    Check(
+        name="model-rows",
+        description="rows of a large model, top-8",
+        fn=trips(
+            hidden_size=7168, dtype=torch.bfloat16, num_tokens=(40, 64), top_k=8, num_experts=8
+        ),
+    ),
+    Check(
+        name="many-tokens",
+        description="more tokens than the planning kernel has blocks for at first",
+        fn=trips(hidden_size=4, num_tokens=(9001, 100), top_k=2),
+    ),
+    Check(
+        name="many-experts",
+        description="more experts than threads of a block",
+        fn=trips(hidden_size=8, num_experts=700, num_tokens=(300, 17), top_k=6),
+    ),
+    Check(name="top-16", description="the widest top-k", fn=trips(top_k=16, num_experts=16)),
+    Check(
+        name="nodes-of-one",
+        description="every rank a node of its own in the order of sums",
+        fn=trips(ranks_per_node=1, dtype=torch.bfloat16, top_k=7),
+    ),
+    Check(name="size-hint", description="windows are as large as predicted", fn=_size_hint),
+    Check(name="tuple-of-four", description="four tensors at once", fn=tuple_of_four),
+    Check(
+        name="held", description="rows of many dispatches stay as they are", fn=held_for_many_layers
+    ),
+    Check(
+        name="gradients-repeated",
+        description="gradients with repeated experts and padding",
+        fn=_gradients(routing="repeated", expert_alignment=4),
+    ),
+    Check(
+        name="gradients-holes",
+        description="gradients with tokens without experts",
+        fn=_gradients(routing="holes", ranks_per_node=1),
+    ),
+    Check(
+        name="gradients-one-rank",
+        description="gradients where only the last rank receives rows",
+        fn=_gradients(routing="one-expert", num_tokens=(5, 0, 0, 2)),
+    ),
+    Check(
+        name="gradients-nobody",
+        description="gradients where no token has an expert",
+        fn=_gradients(routing="nobody"),
+    ),
+    Check(
+        name="gradients-unweighted",
+        description="gradients of plain sums",
+        fn=_gradients(weighted=False),
+    ),
+    Check(
+        name="mistakes",
+        description="wrong calls raise on all ranks, and the next call works (3 ranks)",
+        fn=_mistakes(MISTAKES),
+    ),
+    Check(
+        name="gpu-mistakes",
+        description="wrong calls that only this engine knows (3 ranks)",
+        fn=_mistakes(CUDA_MISTAKES),
+    ),
+)

@@ -1,0 +1,69 @@
+"""Gradients of one dispatch and combine, against autograd of the dense code."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fusco.testing import dense
+from fusco.testing.cases import Case, Inputs, draw, expect_close
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
+
+
+def expect_gradients(case: Case, group: dist.ProcessGroup | None, engine: str) -> None:
+    """Gradients of rows, expert outputs and weights equal the dense ones on this rank.
+
+    Args:
+        case: of rows in fp64.
+        group: as many ranks as the case has.
+        engine: the engine to check.
+    """
+    rank, inputs = dist.get_rank(group), draw(case)
+    x, weights, biases = leaves(inputs)
+    mine = [x[rank], biases[rank], *([] if weights is None else [weights[rank]])]
+    with case.shuffle(group, engine) as shuffle:
+        d = shuffle.dispatch(
+            x[rank], inputs.topk_idx[rank], None if weights is None else weights[rank]
+        )
+        y = shuffle.combine(expert(d.tokens, biases[rank]), d)
+        got = torch.autograd.grad((y.cos() * y).sum(), mine)
+    want = _dense_gradients(inputs.host or inputs, rank)
+    for name, one, other in zip(("x", "outputs", "topk_weights"), got, want, strict=False):
+        expect_close(one, other, TOLERANCE[one.dtype], f"gradient of {name}")
+
+
+def expert(rows: Tensor, bias: Tensor) -> Tensor:
+    """Not linear, and told apart by row, so that a misplaced gradient shows."""
+    return (rows * 1.5).sin() * bias
+
+
+def leaves(inputs: Inputs) -> tuple[list[Tensor], list[Tensor] | None, list[Tensor]]:
+    """Rows, weights and a per-row factor of the experts, of every rank, that want gradients."""
+
+    def wanting(tensors: tuple[Tensor, ...]) -> list[Tensor]:
+        return [each.detach().clone().requires_grad_() for each in tensors]
+
+    weights = inputs.topk_weights
+    x: tuple[Tensor, ...] = inputs.x  # type: ignore[assignment] # not of tuples
+    return wanting(x), None if weights is None else wanting(weights), wanting(inputs.outputs)
+
+
+def _dense_gradients(inputs: Inputs, rank: int) -> list[Tensor]:
+    x, weights, biases = leaves(inputs)
+    everyone = range(inputs.case.num_ranks)
+    outputs = [expert(dense.dispatch(inputs.layout, x, r), biases[r]) for r in everyone]
+    sums = [
+        dense.combine(
+            inputs.layout,
+            outputs,
+            r,
+            None if weights is None else weights[r],
+            node_of_rank=inputs.case.node_of_rank,
+        )
+        for r in everyone
+    ]
+    loss = torch.stack([(y.cos() * y).sum() for y in sums]).sum()
+    wanted = [x[rank], biases[rank], *([] if weights is None else [weights[rank]])]
+    return list(torch.autograd.grad(loss, wanted, materialize_grads=True))

@@ -1,0 +1,58 @@
+"""Kernels can be compiled ahead, also on a machine without a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fusco import env
+from fusco.cli import app
+from fusco.engines.cuda.jit import VARIANTS
+
+pytest.importorskip("cuda.core")
+
+
+@pytest.fixture(autouse=True)
+def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv(env.CACHE_DIR.name, str(tmp_path))
+    return tmp_path / "kernels"
+
+
+def test_every_kernel_is_compiled_once(folder: Path) -> None:
+    first = CliRunner().invoke(app, ["warmup", "--arch", "sm_80", "--arch", "sm_90a"])
+    assert first.exit_code == 0, first.output
+    lines = first.output.splitlines()
+    assert len(lines) == 2 * len(VARIANTS) + 1
+    assert all(line.startswith(("sm_80", "sm_90a")) for line in lines[:-1])
+    assert len(list(folder.iterdir())) == 2 * len(VARIANTS)
+    assert str(folder) in lines[-1]
+    second = CliRunner().invoke(app, ["warmup", "--arch", "sm_90a"])
+    assert second.output.count("was there") == len(VARIANTS)
+
+
+def test_an_unknown_architecture() -> None:
+    result = CliRunner().invoke(app, ["warmup", "--arch", "sm_1"])
+    assert result.exit_code == 2
+    assert "sm_90a" in result.output + result.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs to compile for")
+def test_without_a_gpu_an_architecture_must_be_named() -> None:
+    result = CliRunner().invoke(app, ["warmup"])
+    assert result.exit_code == 2
+    assert "--arch" in result.output + result.stderr
+
+
+@pytest.mark.gpu
+def test_every_gpu_reaches_every_other() -> None:
+    from fusco.engines.cuda.peers import try_link
+
+    for source in range(torch.cuda.device_count()):
+        for target in range(torch.cuda.device_count()):
+            if source != target and torch.cuda.can_device_access_peer(source, target):
+                link = try_link(source, target)
+                assert not link.problem
+                assert min(link.write_gbps, link.read_gbps) > 1

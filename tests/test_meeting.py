@@ -1,0 +1,96 @@
+"""Which engine a group gets: the fastest that all of its ranks can use, and a reason if none."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+
+import fusco
+from fusco import meeting
+from fusco.devices import Reach, why_not_joined
+from fusco.testing.ranks import RankPool, subgroup
+
+MEMBERS = (0, 1, 2)
+JOINED = tuple(Reach(device=f"gpu-{rank}", backend="nccl") for rank in MEMBERS)
+APART = (*JOINED[:2], Reach(device="gpu-2", apart=["gpu-9", "gpu-0"], backend="nccl"))
+NO_GPU = (JOINED[0], Reach(problem="needs a CUDA device", backend="nccl"), JOINED[2])
+GLOO = tuple(Reach(device=f"gpu-{rank}", backend="gloo") for rank in MEMBERS)
+
+
+def choose(
+    rank: int,
+    reaches: tuple[Reach, ...],
+    asked: str,
+    settings: dict[str, object],
+    sends: tuple[str, ...],
+) -> str:
+    """The engine that ranks with such GPUs get, or why they get none."""
+    group = subgroup(MEMBERS)
+    if group is None:
+        return ""
+    with (
+        mock.patch.object(meeting, "_reach", return_value=reaches[rank]),
+        mock.patch.object(meeting, "group_device_types", return_value=sends),
+    ):
+        try:
+            return meeting.meet("Shuffle", group, settings, engine=asked).engine
+        except fusco.EngineUnavailableError as error:
+            return str(error)
+
+
+BOTH = ("cpu", "cuda")
+CASES = {
+    "joined": (JOINED, "auto", {}, BOTH, "cuda"),
+    "joined-nccl-only": (JOINED, "auto", {}, ("cuda",), "cuda"),
+    "apart": (APART, "auto", {}, BOTH, "cpu"),
+    "one-without": (NO_GPU, "auto", {}, BOTH, "cpu"),
+    "cuda-tensors-over-gloo": (GLOO, "auto", {}, BOTH, "cpu"),
+    "cuda-tensors-over-gloo-asked": (GLOO, "cuda", {}, BOTH, "cuda"),
+    "ablation": (JOINED, "auto", {"ablation": {"fusion": False}}, BOTH, "cpu"),
+    "apart-asked": (APART, "cuda", {}, BOTH, "rank 2 has no access to the memory of rank 0's"),
+    "one-without-asked": (NO_GPU, "cuda", {}, BOTH, "rank 1 needs a CUDA device"),
+    "ablation-asked": (JOINED, "cuda", {"ablation": {"fusion": False}}, BOTH, "switched off"),
+    "apart-nccl-only": (APART, "auto", {}, ("cuda",), "cpu:gloo,cuda:nccl"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_choice(pool: RankPool, name: str) -> None:
+    reaches, asked, settings, sends, want = CASES[name]
+    got = pool.run(choose, reaches, asked, settings, sends)[: len(MEMBERS)]
+    assert len(set(got)) == 1, got
+    assert got[0] == want or (want not in ("cpu", "cuda") and want in got[0])
+
+
+def test_ranks_that_share_a_gpu_are_joined() -> None:
+    assert why_not_joined([JOINED[0], JOINED[0]]) == ""
+
+
+def ask_for_cuda(rank: int) -> str:
+    try:
+        fusco.Shuffle(num_experts=8, hidden_size=16, top_k=1, max_tokens=4, engine="cuda")
+    except fusco.EngineUnavailableError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs")
+def test_without_gpus_every_rank_says_so(pool: RankPool) -> None:
+    for text in pool.run(ask_for_cuda):
+        assert "engine 'cuda' cannot serve these ranks: rank 0 needs a CUDA device" in text
+
+
+def exchange_by_cuda(rank: int) -> str:
+    nothing = torch.zeros(0, dtype=torch.uint8)
+    none = [fusco.Segments(offset=torch.zeros(0), size=torch.zeros(0))] * 8
+    try:
+        fusco.exchange(nothing, none, nothing, none, engine="cuda")
+    except fusco.EngineUnavailableError as error:
+        return str(error)
+    return ""
+
+
+def test_exchange_has_no_cuda_engine(pool: RankPool) -> None:
+    assert all("does not serve exchange" in text for text in pool.run(exchange_by_cuda))
