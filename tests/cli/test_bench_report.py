@@ -130,6 +130,14 @@ def test_report_shows_every_number_in_80_columns() -> None:
     assert "faster than the baselines in every operation" in text
 
 
+def test_report_of_gpus_fits_in_80_columns() -> None:
+    gpu = [replace(m, device="cuda", mode="queued") for m in made()]
+    gpu += [replace(gpu[2], engine="deepep-v2", num_sms=24), replace(gpu[2], op="forward_backward")]
+    text = printed(gpu)
+    assert "deepep-v2, 24 SMs, queued" in text
+    assert "…" not in text
+
+
 def test_report_says_where_fusco_loses() -> None:
     slow = [replace(m, p50_ms=1e3) if (m.engine, m.op) == ("cpu", "combine") else m for m in made()]
     text = " ".join(printed(slow).split())

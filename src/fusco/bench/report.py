@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FLOOR_TARGET = 2.0
+SHORT_OPS = {"forward_backward": "fw + bw"}
 COMPARED_BY = (
     "op",
     "engine",
@@ -106,7 +107,7 @@ def _table(measurements: Sequence[Measurement]) -> Table:
         of_op = [m for m in measurements if m.op == op]
         for m in of_op:
             table.add_row(
-                m.op,
+                SHORT_OPS.get(m.op, m.op),
                 m.label,
                 _ms(m.p50_ms),
                 _ms(m.p10_ms),
