@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 import fusco
-from fusco.testing.cases import Case, device_of, draw, expect, sizes
+from fusco.testing.cases import Case, device_of, draw, expect, expect_round_trip, sizes
 from fusco.testing.conformance import Check
 from fusco.testing.gpu.plans import random_plans
 from fusco.testing.gpu.trips import held_for_many_layers, random_trips, trips, tuple_of_four
@@ -61,6 +61,24 @@ def _mistakes(mistakes: Mapping[str, Mistake]) -> Callable[[Group, str], None]:
         expect(not failures, "; ".join(failures))
 
     return check
+
+
+def _nccl_group(group: Group, engine: str) -> None:
+    """A group that has only NCCL meets through its store, and gets the CUDA engine by itself."""
+    num_ranks = dist.get_world_size(group)
+    if engine != "cuda" or num_ranks > torch.cuda.device_count():
+        return
+    ranks = dist.get_process_group_ranks(group)
+    alone = dist.new_group(ranks, backend="nccl", use_local_synchronization=True)
+    case = Case(
+        num_tokens=sizes((30, 0, 41), group),
+        num_experts=4 * num_ranks,
+        dtype=torch.bfloat16,
+        device=device_of(engine),
+    )
+    with case.shuffle(alone, "auto") as shuffle:
+        expect_round_trip(shuffle, draw(case), dist.get_rank(group))
+        expect(shuffle.engine_name == "cuda", f"engine {shuffle.engine_name}")
 
 
 def _size_hint(group: Group, engine: str) -> None:
@@ -143,6 +161,11 @@ GPU_CHECKS: tuple[Check, ...] = (
         fn=trips(ranks_per_node=1, dtype=torch.bfloat16, top_k=7),
     ),
     Check(name="size-hint", description="windows are as large as predicted", fn=_size_hint),
+    Check(
+        name="nccl-group",
+        description="a group of NCCL alone gets this engine by itself (a GPU a rank)",
+        fn=_nccl_group,
+    ),
     Check(name="tuple-of-four", description="four tensors at once", fn=tuple_of_four),
     Check(
         name="held", description="rows of many dispatches stay as they are", fn=held_for_many_layers
