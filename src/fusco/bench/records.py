@@ -147,7 +147,7 @@ class Measurement:
             parts.append(f"{self.num_sms} SMs")
         if self.device == "cuda" or self.mode != "eager":
             parts.append(self.mode)
-        return ", ".join(parts)
+        return " ".join(parts)
 
     @property
     def floor_fraction(self) -> float:

@@ -101,7 +101,7 @@ def _software(one: Measurement) -> str:
 
 def _table(measurements: Sequence[Measurement]) -> Table:
     table = _ruled("op", "engine")
-    for heading in ("p50 ms", "p10", "p90", "wire MB", "floor", "ratio"):
+    for heading in ("p50 ms", "p10", "p90", "MB", "floor", "ratio"):
         table.add_column(heading, justify="right", no_wrap=True)
     for op in OPS:
         of_op = [m for m in measurements if m.op == op]
@@ -139,7 +139,7 @@ def _verdict(measurements: Sequence[Measurement]) -> list[str]:
     total = next(m for m in measurements if m.op == "total")
     ours = [m for m in measurements if not m.is_baseline]
     baselines = [m for m in measurements if m.is_baseline]
-    lines = [_floor_text(total)]
+    lines = ["MB: bytes of all ranks that go from rank to rank.", _floor_text(total)]
     if baselines:
         lines.append(f"ratio: the p50 of {baselines[0].engine} over this one.")
     lines += [f"{name}: {reason}." for name, reason in total.left_out.items()]
