@@ -11,8 +11,8 @@ rotation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ from fusco.bench.summary import summarise
 from fusco.bench.trace import check_trace, load_trace
 from fusco.errors import input_error
 from fusco.meeting import host_id
+from fusco.testing.cluster import Cluster
 from fusco.testing.ranks import RankPool
 
 POOL_TIMEOUT_S = 900.0
@@ -67,13 +68,26 @@ def run_bench(
         runs: list[Any] = [None] * config.num_ranks
         dist.all_gather_object(runs, measure_rank(dist.get_rank(), config, routing))
         return summarise(config, runs)
-    with RankPool(
-        config.num_ranks,
-        device=config.device,
-        timeout_s=POOL_TIMEOUT_S,
-        threads_per_rank=max(1, num_cores() // config.num_ranks),
-    ) as own:
+    with _own_pool(config) as own:
         return summarise(config, own.run(measure_rank, config, routing))
+
+
+@contextmanager
+def _own_pool(config: BenchConfig) -> Iterator[RankPool]:
+    with ExitStack() as stack:
+        seats = None
+        if config.nic is not None:
+            cluster = Cluster(config.ranks_of_host, rate=config.nic)
+            seats = stack.enter_context(cluster).seats
+        yield stack.enter_context(
+            RankPool(
+                config.num_ranks,
+                device=config.device,
+                seats=seats,
+                timeout_s=POOL_TIMEOUT_S,
+                threads_per_rank=max(1, num_cores() // config.num_ranks),
+            )
+        )
 
 
 def measure_rank(rank: int, config: BenchConfig, routing: RoutingSet | None) -> RankRun:
