@@ -51,7 +51,8 @@ class CombineCargo(Cargo):
         self._node = node
         self._blocks = blocks
         self._meanwhile = meanwhile
-        self._widths = [bytes_per_row(each) for each in rows]
+        # Values alone may return; then all slices are empty.
+        self._widths = [bytes_per_row(each) for each in rows] or [0]
         self.sums = [each.new_empty(plan.num_tokens, *each.shape[1:]) for each in rows]
         sources = lanes_of(plan.received.peer_ptr, topology, away=-1)
         forwarders = lanes_of(plan.far.peer_ptr, topology, away=1)
@@ -68,15 +69,16 @@ class CombineCargo(Cargo):
         own = -(-self._plan.num_tokens // self._size.tokens)
         slices = max(own, self._plan.partials.slice_ptr.shape[0] - 1)
         lanes = (len(lane.sizes) for lane in self.outgoing)
-        return max(slices * len(self._rows), *lanes, 0)
+        # At least one, in which a rank without rows tells its node that it has begun.
+        return max(slices * len(self._widths), *lanes, 1)
 
     def stride(self, step: int) -> int:
-        return self._size.rows * self._widths[step % len(self._rows)]
+        return self._size.rows * self._widths[step % len(self._widths)]
 
     def begin(self, step: int) -> None:
-        number, part = divmod(step, len(self._rows))
+        number, part = divmod(step, len(self._widths))
         partials = self._plan.partials
-        if number + 1 < partials.slice_ptr.shape[0]:
+        if self._rows and number + 1 < partials.slice_ptr.shape[0]:
             begin, end = partials.slice_ptr[number : number + 2].tolist()
             self._blocks.push_sums(
                 part,
@@ -90,7 +92,7 @@ class CombineCargo(Cargo):
         self._blocks.reach(step)
 
     def load(self, step: int, lane: int, slot: Tensor) -> None:
-        number, part = divmod(step, len(self._rows))
+        number, part = divmod(step, len(self._widths))
         self._blocks.wait(step)
         first = self._plan.num_tokens
         chosen = self._leaving[lane][number]
@@ -101,10 +103,10 @@ class CombineCargo(Cargo):
             self._meanwhile()
 
     def end(self, step: int, slots: Tensor) -> None:
-        number, part = divmod(step, len(self._rows))
+        number, part = divmod(step, len(self._widths))
         begin = number * self._size.tokens
         end = min(begin + self._size.tokens, self._plan.num_tokens)
-        if begin >= end:
+        if begin >= end or not self._rows:
             return
         self._blocks.wait(step)
         width, own = self._widths[part], len(self.incoming) * self.stride(step)
