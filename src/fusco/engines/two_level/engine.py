@@ -106,6 +106,9 @@ class TwoLevelEngine(Engine):
             self._session.mailbox, source, send, out, receive, operation=call.operation.text
         )
 
+    def synchronize(self) -> None:
+        pass
+
     def stats(self) -> Stats:
         return self.meter.stats(window_bytes=self._session.node.window_bytes)
 
