@@ -81,7 +81,8 @@ class Swap:
         self._mailbox = mailbox
         self._operation = operation
         self._deadline = time.monotonic() + mailbox.timeout_s
-        self._works: list[tuple[int, dist.Work]] = []
+        # With their tensors, which a message under way does not keep alive.
+        self._works: list[tuple[int, dist.Work, Tensor]] = []
 
     def receive(self, tensor: Tensor, peer: int, tag: int) -> None:
         """Begin to fill a tensor from a rank."""
@@ -90,7 +91,7 @@ class Swap:
         except RuntimeError as error:
             raise self._error(peer) from error
         assert work is not None, "this rank is a member of its group"
-        self._works.append((peer, work))
+        self._works.append((peer, work, tensor))
 
     def send(self, tensor: Tensor, peer: int, tag: int) -> None:
         """Begin to send a tensor to a rank."""
@@ -99,7 +100,7 @@ class Swap:
         except RuntimeError as error:
             raise self._error(peer) from error
         assert work is not None, "this rank is a member of its group"
-        self._works.append((peer, work))
+        self._works.append((peer, work, tensor))
 
     def wait(self) -> None:
         """Until everything has come and gone.
@@ -107,7 +108,7 @@ class Swap:
         Raises:
             PeerError: a rank died, or was late.
         """
-        for peer, work in self._works:
+        for peer, work, _ in self._works:
             start = time.monotonic()
             try:
                 work.wait(timeout=timedelta(seconds=max(self._deadline - start, 0.001)))

@@ -146,7 +146,7 @@ def dispatch_new(
             ablation=world.ablation,
         )
         hops = Hops.of(sends.traffic)
-        list_lens = node_list_lens(hops)[list(session.node.ranks)]
+        list_lens = node_list_lens(hops)
     assert sends.forward is not None
     sections = _sections(rows, sends.traffic.rows.numpy(), list_lens.sum(dim=0).numpy())
     agreement = session.fit(call, block, records, sections.total)
@@ -221,9 +221,8 @@ class _Planning:
         section = len(self._job.rows) + 1
         near_slice = near.row // session.size.tokens
         relay_slice = self._in_slice[self._relay.row]
-        place = session.node.ranks.index(topology.rank)
         for mate in session.node.ranks:
-            first = int(self._list_lens[:place, mate].sum())
+            first = int(self._list_lens[: topology.rank, mate].sum())
             own = node_lists(near, near_slice, mate)
             blocks.put(section, mate, first, own)
             blocks.put(
