@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusco.planner.balance import assign_forwarders
+from fusco.planner.balance import choose_forwarders
 from fusco.topology import Topology
 from fusco.types import Ablation, Counts
 
@@ -88,7 +88,7 @@ def measure_traffic(
     far_segments, far_pairs = segments.masked_fill(is_near, 0), pairs.masked_fill(is_near, 0)
     none = torch.zeros_like(pairs)
     if ablation.deduplicate:
-        forwarders = assign_forwarders(counts, topology, balance=ablation.balance)
+        forwarders = choose_forwarders(counts, topology, balance=ablation.balance)
         through = forwarders[:, node]
         # forwarders[p, n] differ along n, and a rank forwards nothing to itself.
         sent = none.scatter(1, forwarders, counts.tokens_to_node).fill_diagonal_(0)

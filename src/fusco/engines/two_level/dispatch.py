@@ -15,7 +15,8 @@ from fusco.engines.node import NodeBlocks
 from fusco.engines.two_level.dispatch_cargo import DispatchCargo
 from fusco.engines.two_level.plans import (
     Hops,
-    finish_plan,
+    final_lists,
+    held_lists,
     node_list_lens,
     node_lists,
     pack_lists,
@@ -228,22 +229,37 @@ class _Planning:
             blocks.put(
                 section, mate, first + own.shape[0], node_lists(self._relay, relay_slice, mate)
             )
+        with stage("plan"):
+            self._held = held_lists(near, self._relay)
+            assert self._sends.forward is not None
+            self._final = final_lists(near, self._sends.forward, topology, session.size)
         return self._received
 
     def finish(self, identity: Tensor) -> SlicedPlan:
         """The whole plan, once all ranks of the node have written."""
         session = self._job.session
-        topology = session.world.topology
+        rank = session.world.topology.rank
         lists = self._job.blocks.view(len(self._job.rows) + 1, torch.empty(0, dtype=torch.int64))
-        partials = read_partials(lists, self._hops, session.node.ranks, topology.rank)
-        return finish_plan(
-            identity,
-            self._sends,
-            (self._received, self._in_slice),
-            self._relay,
-            partials,
-            topology,
-            session.size,
+        partials = read_partials(lists, self._hops, session.node.ranks, rank)
+        sends = self._sends
+        assert sends.forward is not None
+        is_padding = torch.ones(int(sends.traffic.rows[rank]), dtype=torch.bool)
+        is_padding[partials.slot] = False
+        return SlicedPlan(
+            identity=identity,
+            tokens_per_expert=sends.tokens_per_expert,
+            expert_offsets=sends.expert_offsets,
+            row_is_padding=is_padding,
+            near=sends.direct,
+            far=sends.forward,
+            received=self._received,
+            received_slice=self._in_slice,
+            relay_pair=self._relay.pair,
+            partials=partials,
+            held_ptr=self._held[0],
+            held=self._held[1],
+            final_ptr=self._final[0],
+            final=self._final[1],
         )
 
 

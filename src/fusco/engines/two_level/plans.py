@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fusco.engines.two_level.lanes import SliceSize, lanes_of
-from fusco.planner import HopSizes, Sends, Traffic, offsets
+from fusco.planner import HopSizes, Traffic, offsets
 from fusco.planner.legs import mirror
 from fusco.topology import Topology
-from fusco.types import Arrival, Leg, Partials, SlicedPlan
+from fusco.types import Arrival, Leg, Partials
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,46 +115,7 @@ def read_partials(lists: Tensor, hops: Hops, node: Sequence[int], rank: int) -> 
     )
 
 
-def finish_plan(
-    identity: Tensor,
-    sends: Sends,
-    received: tuple[Arrival, Tensor],
-    relay: Leg,
-    partials: Partials,
-    topology: Topology,
-    size: SliceSize,
-) -> SlicedPlan:
-    """The plan, once everything that others send is known."""
-    assert sends.forward is not None
-    near, far = sends.direct, sends.forward
-    is_padding = torch.ones(int(sends.traffic.rows[topology.rank]), dtype=torch.bool)
-    is_padding[partials.slot] = False
-    held_ptr, held = _held(near, relay)
-    final_ptr, final = _final(near, far, topology, size)
-    return SlicedPlan(
-        identity=identity,
-        tokens_per_expert=sends.tokens_per_expert,
-        expert_offsets=sends.expert_offsets,
-        row_is_padding=is_padding,
-        near=near,
-        far=far,
-        received=received[0],
-        received_slice=received[1],
-        relay_pair=relay.pair,
-        partials=partials,
-        held_ptr=held_ptr,
-        held=held,
-        final_ptr=final_ptr,
-        final=final,
-    )
-
-
-def _ranges(leg: Leg, peer: int) -> tuple[slice, slice]:
-    begin, end = leg.peer_ptr[peer : peer + 2].tolist()
-    return slice(begin, end), slice(int(leg.slot_ptr[begin]), int(leg.slot_ptr[end]))
-
-
-def _held(near: Leg, relay: Leg) -> tuple[Tensor, Tensor]:
+def held_lists(near: Leg, relay: Leg) -> tuple[Tensor, Tensor]:
     """Lists of the partials of every row held: own tokens, then rows received."""
     num_near = near.row.shape[0]
     is_near = (near.sum_segment >= 0) & (near.sum_segment < num_near)
@@ -164,7 +125,7 @@ def _held(near: Leg, relay: Leg) -> tuple[Tensor, Tensor]:
     return offsets(counts), torch.cat(items)
 
 
-def _final(near: Leg, far: Leg, topology: Topology, size: SliceSize) -> tuple[Tensor, Tensor]:
+def final_lists(near: Leg, far: Leg, topology: Topology, size: SliceSize) -> tuple[Tensor, Tensor]:
     """Lists of the nodes' sums of every token, as rows of the staging memory of its slice.
 
     There each lane has `size.rows` rows; the own node's sums come behind the last lane.
@@ -190,3 +151,8 @@ def _final(near: Leg, far: Leg, topology: Topology, size: SliceSize) -> tuple[Te
     is_far = segment >= num_near
     item[is_far] = far_item[segment[is_far] - num_near]
     return offsets(is_listed.sum(dim=1)), item[is_listed]
+
+
+def _ranges(leg: Leg, peer: int) -> tuple[slice, slice]:
+    begin, end = leg.peer_ptr[peer : peer + 2].tolist()
+    return slice(begin, end), slice(int(leg.slot_ptr[begin]), int(leg.slot_ptr[end]))
