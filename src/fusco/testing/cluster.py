@@ -68,8 +68,15 @@ class Cluster:
         self.rate = rate
         self._prefix = f"{namespace_prefix()}{next(_numbers)}-"
         self._hosts = [host for host, ranks in enumerate(ranks_of_host) for _ in range(ranks)]
+        self._switch = f"{self._prefix}switch"
         self.seats = tuple(
-            Seat(namespace=f"{self._prefix}rank{rank}", interface="eth", node=host)
+            Seat(
+                namespace=f"{self._prefix}rank{rank}",
+                interface="eth",
+                switch=self._switch,
+                port=_port(rank),
+                node=host,
+            )
             for rank, host in enumerate(self._hosts)
         )
 
@@ -92,8 +99,8 @@ class Cluster:
     def link_bytes(self) -> LinkBytes:
         """What has gone over the links so far, from the counters of their queues."""
         return LinkBytes(
-            sent=tuple(queue_bytes(seat.namespace, "eth") for seat in self.seats),
-            received=tuple(queue_bytes(self._switch, _port(r)) for r in range(len(self.seats))),
+            sent=tuple(queue_bytes(seat.namespace, seat.interface) for seat in self.seats),
+            received=tuple(queue_bytes(seat.switch, seat.port) for seat in self.seats),
         )
 
     def cut(self, rank: int) -> None:
@@ -113,10 +120,6 @@ class Cluster:
         for direction in ("ingress", "egress"):
             lines.append(f"filter add dev {port} {direction} bpf da bytecode {_drop(fraction)}")
         tc(self._switch, lines)
-
-    @property
-    def _switch(self) -> str:
-        return f"{self._prefix}switch"
 
     def _build(self) -> None:
         add_namespaces([self._switch, *(seat.namespace for seat in self.seats)])

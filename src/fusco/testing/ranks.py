@@ -78,11 +78,14 @@ class Seat:
     Attributes:
         namespace: the network namespace.
         interface: its network interface there.
+        switch: the namespace of the switch, and `port` the end of the link there.
         node: the node that the rank is told it is on.
     """
 
     namespace: str
     interface: str
+    switch: str
+    port: str
     node: int
 
     def take(self) -> None:

@@ -59,7 +59,7 @@ class CpuNode(Node):
             payload=np.empty((0, 0), dtype=np.int64),
         )
         self._session.control.begin()
-        own = sections.start + self._session.addresses(agreement, base + sections.total)
+        own = sections.start + self._session.addresses(base + sections.total) + base
         at = np.zeros((own.shape[0], self._num_ranks), dtype=np.int64)
         at[:, self.ranks] = own
         return _CpuBlocks(self._session, agreement, sections, at, self._top_k)

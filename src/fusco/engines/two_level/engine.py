@@ -73,7 +73,7 @@ class TwoLevelEngine(Engine):
         slots = torch.cat((plan.near.target, plan.received.target))
         sent = torch.bincount(slots, minlength=num_ranks) + plan.far.peer_ptr.diff()
         self.meter.moved((sent * _total_bytes(rows)).tolist())
-        self.meter.dispatched(plan)
+        self.meter.dispatched(int(plan.tokens_per_expert.sum()))
         return delivery
 
     def combine(
