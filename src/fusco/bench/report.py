@@ -183,7 +183,8 @@ def _links(total: Measurement) -> str:
     )
     if not seen["plan_bytes"]:
         return f"{text}."
-    return f"{text}; all carry {seen['link_bytes'] / seen['plan_bytes'] - 1:.1%} more than the plan."
+    more = seen["link_bytes"] / seen["plan_bytes"] - 1
+    return f"{text}; all carry {more:.1%} more than the plan."
 
 
 def _floor_text(total: Measurement) -> str:
