@@ -332,11 +332,13 @@ def _join_group(settings: _Settings) -> None:
     torch.set_num_threads(settings.num_threads)
     if torch.cuda.is_available():
         torch.cuda.set_device(settings.rank % torch.cuda.device_count())
+    # Namespaces do not share the loopback, where the store is; a connection made before stays.
+    store = _tcp_store(settings.port, is_master=False)
     if settings.seat is not None:
         settings.seat.take()
     dist.init_process_group(
         settings.backend,
-        store=_tcp_store(settings.port, is_master=False),
+        store=store,
         rank=settings.rank,
         world_size=settings.num_ranks,
         timeout=timedelta(seconds=settings.timeout_s),
