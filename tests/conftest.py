@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 
 from fusco.testing.ranks import RankPool
 
-ENGINES = ("reference", "cpu")
+ENGINES = ("reference", "cpu", "two_level")
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 
 _COMMON = settings(

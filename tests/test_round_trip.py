@@ -74,9 +74,11 @@ def round_trips(rank: int, case: Case, first_rank: int, max_delay_s: float) -> N
             expect_dispatched(dispatched[number], inputs, rank)
             expect_same(sums[number], inputs.sums(rank), f"{engine}, round {number}, combine")
     # Compared as bytes, where the sign of a zero counts too.
-    for one, other in zip(*sums_of.values(), strict=True):
-        one, other = one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)
-        expect(torch.equal(one, other), "the engines' sums differ in the sign of a zero")
+    for first, *others in zip(*sums_of.values(), strict=True):
+        bits = first.contiguous().view(torch.uint8)
+        for other in others:
+            same = torch.equal(bits, other.contiguous().view(torch.uint8))
+            expect(same, "the engines' sums differ in the sign of a zero")
 
 
 LARGE = Case(

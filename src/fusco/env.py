@@ -39,8 +39,8 @@ class Variable(Generic[T]):
 
 
 def _engine(text: str) -> str:
-    if text not in ("auto", "reference", "cpu", "cuda"):
-        raise ValueError("one of auto, reference, cpu, cuda")
+    if text not in ("auto", "reference", "two_level", "cpu", "cuda"):
+        raise ValueError("one of auto, reference, two_level, cpu, cuda")
     return text
 
 

@@ -82,6 +82,7 @@ def meet(
             "settings": {**settings, "engine": asked},
             "host": host_id(),
             "node": node,
+            "has_gpu": torch.cuda.is_available(),
             "reach": asdict(_reach(group, asked)),
         },
         bound_s,
@@ -96,7 +97,7 @@ def meet(
         labels = [rank // ranks_per_node for rank in range(group.size())]
     return Meeting(
         node_of_rank=_number(labels),
-        engine=_choose(operation, group, greetings, without),
+        engine=_choose(operation, group, greetings, labels, without),
         timeout_s=bound_s,
     )
 
@@ -150,6 +151,7 @@ def _choose(
     operation: str,
     group: dist.ProcessGroup,
     greetings: Sequence[Mapping[str, Any]],
+    labels: Sequence[object],
     without: Sequence[str],
 ) -> str:
     """The engine; the same on all ranks, since it follows from their greetings."""
@@ -158,7 +160,15 @@ def _choose(
     if asked in ("cpu", "cuda") and not is_one_host:
         raise EngineUnavailableError(
             f"{operation}: engine {asked!r} needs all ranks on one host, where they can open each "
-            "other's memory; use engine='reference' between hosts"
+            "other's memory; use engine='two_level' or 'reference' between hosts"
+        )
+    hosts = [greeting["host"] for greeting in greetings]
+    shares_memory = len(set(zip(labels, hosts, strict=True))) == len(set(labels))
+    if asked == "two_level" and not shares_memory:
+        raise EngineUnavailableError(
+            f"{operation}: engine 'two_level' needs the ranks of a node on one host, where they "
+            "can open each other's memory; change ranks_per_node or FUSCO_NODE_ID, or use "
+            "engine='reference'"
         )
     why_no_cuda = _why_no_cuda(operation, greetings, is_one_host, without)
     if asked == "cuda" and why_no_cuda:
@@ -176,7 +186,13 @@ def _choose(
             f"{why_no_cuda}; for other engines make the group with backend='cpu:gloo,cuda:nccl'"
         )
     can_run = [each.name for each in probe() if each.available]
-    return "cpu" if is_one_host and "cpu" in can_run else "reference"
+    # Told by the environment, nodes of one host are meant as if they were apart.
+    is_apart = not is_one_host or len({greeting["node"] for greeting in greetings}) > 1
+    if not is_apart:
+        return "cpu" if "cpu" in can_run else "reference"
+    # Between nodes there is no engine for GPU tensors yet but the reference.
+    has_gpu = any(greeting["has_gpu"] for greeting in greetings)
+    return "two_level" if "two_level" in can_run and shares_memory and not has_gpu else "reference"
 
 
 def _why_no_cuda(

@@ -22,7 +22,7 @@ from fusco.engines.ids import find_bad_id
 from fusco.errors import ClosedError, PeerError
 from fusco.layout.records import Operation
 from fusco.layout.segments import describe_format
-from fusco.types import NUM_PLAN_TENSORS, Plan
+from fusco.types import NUM_PLAN_TENSORS, NUM_SLICED_TENSORS, Plan, SlicedPlan
 
 # torch.library.custom_op would do, but its first call imports the compiler, two seconds of work.
 _LIBRARY = torch.library.Library("fusco", "DEF")
@@ -410,10 +410,23 @@ def _fake_plan(topk_idx: Tensor, engine: Engine) -> list[Tensor]:
         torch.empty(2, dtype=torch.int64),
         int64(num_local),
         topk_idx.new_empty(num_local + 1, dtype=torch.int32),
-        int64(ctx.new_dynamic_size()),
-        *leg(num_tokens),
-        *arrival(),
     ]
+    if engine.plan_type is SlicedPlan:
+        lists, some = ctx.new_dynamic_size(min=1), ctx.new_dynamic_size
+        plan += [
+            topk_idx.new_empty(some(), dtype=torch.bool),
+            *leg(num_tokens),
+            *leg(num_tokens),
+            *arrival(),
+            *(int64(some()) for _ in range(8)),
+            int64(lists),
+            int64(some()),
+            int64(num_tokens + 1),
+            int64(some()),
+        ]
+        assert len(plan) == NUM_SLICED_TENSORS
+        return plan
+    plan += [int64(ctx.new_dynamic_size()), *leg(num_tokens), *arrival()]
     if engine.plans_two_levels:
         received = arrival()
         plan += [*leg(num_tokens), *received, *leg(received[3].shape[0] - 1), *arrival()]

@@ -175,6 +175,8 @@ class Plan(ABC):
         """The inverse of `to_tensors`, of any kind of plan."""
         if len(flat) == NUM_COMPACT_TENSORS:
             return CompactPlan.unflatten(flat)
+        if len(flat) == NUM_SLICED_TENSORS:
+            return SlicedPlan.unflatten(flat)
         return SegmentPlan.unflatten(flat)
 
 
@@ -295,10 +297,108 @@ class CompactPlan(Plan):
         )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Partials:
+    """What an expert's rank sums for the ranks of its node, slice by slice: lists of its rows.
+
+    Attributes:
+        slice_ptr: int64 `[slices + 1]`, sums of slice i are `slice_ptr[i]:slice_ptr[i + 1]`.
+        target: int64 `[n]`, the rank that gets each.
+        place: int64 `[n]`, its place among the partials that this rank gets.
+        slot_ptr: int64 `[n + 1]`, rows of sum i are `slot[slot_ptr[i]:slot_ptr[i + 1]]`.
+        slot: int64 `[m]`, k ascending within a sum.
+        pair_place: int64 `[m]`, the place of each row among the pairs that the rank gets.
+    """
+
+    slice_ptr: Tensor
+    target: Tensor
+    place: Tensor
+    slot_ptr: Tensor
+    slot: Tensor
+    pair_place: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SlicedPlan(Plan):
+    """A two-level plan whose rows cross between nodes in slices.
+
+    A rank *holds* its own tokens and, as a forwarder, the rows received from other nodes, in this
+    order. A slice of a combine is what belongs to a fixed number of consecutive tokens of one rank.
+
+    Attributes:
+        row_is_padding: bool `[R]`.
+        near: expert-level descriptors of this rank's own tokens, to the ranks of its node.
+        far: node-level forwarding descriptors, to the forwarders of other nodes.
+        received: what this rank receives as a forwarder.
+        received_slice: int64 `[n]`, the slice of its source that each row received belongs to.
+        relay_pair: int64, the pair, as a slot of `received`, that each pair relayed serves.
+        partials: what this rank sums for its node.
+        held_ptr: int64 `[held + 1]`, of the lists of partials that make up each row held.
+        held: int64, places of partials, in rank order within a list.
+        final_ptr: int64 `[T + 1]`, of the lists of nodes' sums that make up each token.
+        final: int64, rows of the staging memory, in node order within a list.
+    """
+
+    row_is_padding: Tensor
+    near: Leg
+    far: Leg
+    received: Arrival
+    received_slice: Tensor
+    relay_pair: Tensor
+    partials: Partials
+    held_ptr: Tensor
+    held: Tensor
+    final_ptr: Tensor
+    final: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return self.near.sum_segment.shape[0]
+
+    @property
+    def top_k(self) -> int:
+        return self.near.sum_segment.shape[1]
+
+    @property
+    def num_rows(self) -> int:
+        return self.row_is_padding.shape[0]
+
+    def to_tensors(self) -> list[Tensor]:
+        flat: list[Tensor] = []
+        for value in vars(self).values():
+            flat += [value] if isinstance(value, Tensor) else vars(value).values()
+        return flat
+
+    @classmethod
+    def unflatten(cls, flat: Sequence[Tensor]) -> SlicedPlan:
+        """The inverse of `to_tensors`."""
+        rest = iter(flat)
+        parts: dict[str, type[Leg | Arrival | Partials]] = {
+            "near": Leg,
+            "far": Leg,
+            "received": Arrival,
+            "partials": Partials,
+        }
+        values: dict[str, Tensor | Leg | Arrival | Partials] = {}
+        for field in fields(cls):
+            part = parts.get(field.name)
+            values[field.name] = (
+                next(rest) if part is None else part(**{f.name: next(rest) for f in fields(part)})
+            )
+        return cls(**values)  # type: ignore[arg-type]
+
+
 NUM_COMPACT_TENSORS = len(fields(CompactPlan))
 _LEG_FIELDS = tuple(field.name for field in fields(Leg))
 _ARRIVAL_FIELDS = tuple(field.name for field in fields(Arrival))
 _HOP = len(_LEG_FIELDS) + len(_ARRIVAL_FIELDS)
+NUM_SLICED_TENSORS = (
+    len(fields(SlicedPlan))
+    - 4
+    + 2 * len(_LEG_FIELDS)
+    + len(_ARRIVAL_FIELDS)
+    + len(fields(Partials))
+)
 NUM_PLAN_TENSORS = {1: 4 + _HOP, 2: 4 + 3 * _HOP}
 """Length of `SegmentPlan.to_tensors()` for plans of one and of two levels."""
 

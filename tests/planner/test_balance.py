@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusco import Topology
-from fusco.planner import assign_forwarders
+from fusco.planner import assign_forwarders, choose_forwarders
+from fusco.planner.balance import assign_by_received, received_load
 from fusco.types import Counts
 
 
@@ -73,3 +74,39 @@ def test_nodes_of_different_sizes_share_their_forwarders() -> None:
         chosen = assign_forwarders(counts, topology, balance=balance)
         assert chosen[:, 1].tolist() == [3, 3, 3, 3]
         assert chosen[:3, 0].tolist() == [0, 1, 2]
+
+
+def test_receivers_count_too_where_they_are_the_busier() -> None:
+    """Both heavy senders to node 2 would meet at one of its ranks; Algorithm 1 does not see it."""
+    topology = Topology(rank=0, node_of_rank=(0, 0, 1, 1, 2, 2), rank_of_expert=(0,))
+    counts = counts_of([[0, 5, 90], [0, 6, 1], [5, 0, 1], [6, 0, 80], [3, 2, 0], [2, 3, 0]])
+    algorithm = received_load(counts, topology, assign_forwarders(counts, topology, balance=True))
+    chosen = choose_forwarders(counts, topology, balance=True)
+    assert int(received_load(counts, topology, chosen).max()) <= int(algorithm.max())
+    assert int(received_load(counts, topology, chosen).max()) < 100
+    assert torch.equal(
+        choose_forwarders(counts, topology, balance=False),
+        assign_forwarders(counts, topology, balance=False),
+    )
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=5), st.integers(0, 2**31))
+def test_forwarders_by_received_are_of_their_nodes(sizes: list[int], seed: int) -> None:
+    nodes = tuple(node for node, size in enumerate(sizes) for _ in range(size))
+    topology = Topology(rank=0, node_of_rank=nodes, rank_of_expert=(0,))
+    generator = torch.Generator().manual_seed(seed)
+    loads = torch.randint(0, 9, (len(nodes), len(sizes)), generator=generator).tolist()
+    counts = counts_of(loads)
+    chosen = assign_by_received(counts, topology)
+    for rank, row in enumerate(chosen.tolist()):
+        assert row[nodes[rank]] == rank
+        assert [nodes[forwarder] for forwarder in row] == list(range(len(sizes)))
+    far = sum(n for rank, row in enumerate(loads) for m, n in enumerate(row) if m != nodes[rank])
+    assert int(received_load(counts, topology, chosen).sum()) == far
+    for node, size in enumerate(sizes):
+        for other, senders in enumerate(sizes):
+            if other != node:
+                served = [
+                    row[node] for row, at in zip(chosen.tolist(), nodes, strict=True) if at == other
+                ]
+                assert max(served.count(rank) for rank in served) <= -(-senders // size)

@@ -49,6 +49,8 @@ class BenchConfig:
         pattern: one of PATTERNS, or any label where a routing is given to `run_bench`.
         trace: the recorded routing that pattern "trace" reads.
         ranks_per_node: as `Shuffle` takes it; None is the nodes that are there.
+        num_hosts: hosts of a test cluster on this machine, with equally many ranks; needs `nic`.
+        nic: the rate of every rank's link there, such as "400mbit"; None: no test cluster.
         iterations: measured iterations of every contender.
         warmup: iterations before them that are not counted.
         seed: of rows and routings.
@@ -76,6 +78,8 @@ class BenchConfig:
     pattern: str = "uniform"
     trace: Path | None = None
     ranks_per_node: int | None = None
+    num_hosts: int = 1
+    nic: str | None = None
     iterations: int = 30
     warmup: int = 3
     seed: int = 0
@@ -144,6 +148,14 @@ class BenchConfig:
                 expected="a divisor of num_ranks",
                 remedy="change one of the two",
             )
+        if self.num_ranks % self.num_hosts or (self.num_hosts > 1 and self.nic is None):
+            raise input_error(
+                "bench",
+                "num_hosts",
+                got=f"{self.num_hosts} with {self.num_ranks} ranks and nic {self.nic}",
+                expected="a divisor of num_ranks, and a nic",
+                remedy="change one of the two, or give the rate of the links",
+            )
         if (self.pattern == "trace") != (self.trace is not None):
             raise InputError(
                 f"bench: pattern: got {self.pattern!r} and trace {self.trace}, expected a trace "
@@ -155,6 +167,11 @@ class BenchConfig:
         """The mode of the figures that count: that of a running model, but where a small batch
         takes the host longer than the device."""
         return "queued" if self.device == "cuda" and self.num_tokens >= LARGE_TOKENS else "eager"
+
+    @property
+    def ranks_of_host(self) -> tuple[int, ...]:
+        """How many ranks each host has."""
+        return (self.num_ranks // self.num_hosts,) * self.num_hosts
 
     @property
     def torch_dtype(self) -> torch.dtype:

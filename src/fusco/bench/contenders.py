@@ -62,6 +62,13 @@ class Fusco:
         by_rank = self._shuffle.stats().bytes_to_peer
         return sum(by_rank) - by_rank[self._shuffle.topology.rank]
 
+    @property
+    def planned_bytes(self) -> int:
+        """Row bytes sent to other nodes."""
+        topology = self._shuffle.topology
+        to_peer = zip(self._shuffle.stats().bytes_to_peer, topology.node_of_rank, strict=True)
+        return sum(sent for sent, node in to_peer if node != topology.node)
+
 
 def expert_outputs(contender: Contender, tokens: Tensor, outputs: Outputs) -> Tensor:
     """Rows to combine, where the contender wants them."""

@@ -11,32 +11,35 @@ rotation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from fusco.bench.batches import Outputs, make_batches
+from fusco.bench.batches import Batch, Outputs, make_batches
 from fusco.bench.config import BenchConfig, check_device, check_pattern
-from fusco.bench.contenders import Racer, make_shuffle, open_lineup
+from fusco.bench.contenders import Contender, Fusco, Racer, make_shuffle, open_lineup
 from fusco.bench.floor import Load, count_load
 from fusco.bench.graphs import GraphReplay
 from fusco.bench.machine import num_cores
+from fusco.bench.network import LinkUse, read_link
 from fusco.bench.patterns import RoutingSet
 from fusco.bench.place import find_place
 from fusco.bench.race import race
-from fusco.bench.records import Measurement, RankRun
+from fusco.bench.records import Entrant, Measurement, RankRun
 from fusco.bench.same import compare
 from fusco.bench.summary import summarise
 from fusco.bench.trace import check_trace, load_trace
 from fusco.errors import input_error
 from fusco.meeting import host_id
-from fusco.testing.ranks import RankPool
+from fusco.testing.cluster import Cluster
+from fusco.testing.ranks import RankPool, Seat
 
 POOL_TIMEOUT_S = 900.0
+LINK_REPEATS = 3
 
 
 def run_bench(
@@ -67,17 +70,35 @@ def run_bench(
         runs: list[Any] = [None] * config.num_ranks
         dist.all_gather_object(runs, measure_rank(dist.get_rank(), config, routing))
         return summarise(config, runs)
-    with RankPool(
-        config.num_ranks,
-        device=config.device,
-        timeout_s=POOL_TIMEOUT_S,
-        threads_per_rank=max(1, num_cores() // config.num_ranks),
-    ) as own:
-        return summarise(config, own.run(measure_rank, config, routing))
+    with _own_pool(config) as own:
+        return summarise(config, own.run(measure_rank, config, routing, own.seats))
 
 
-def measure_rank(rank: int, config: BenchConfig, routing: RoutingSet | None) -> RankRun:
-    """One rank's part, called by every rank of the default group."""
+@contextmanager
+def _own_pool(config: BenchConfig) -> Iterator[RankPool]:
+    with ExitStack() as stack:
+        seats = None
+        if config.nic is not None:
+            cluster = Cluster(config.ranks_of_host, rate=config.nic)
+            seats = stack.enter_context(cluster).seats
+        yield stack.enter_context(
+            RankPool(
+                config.num_ranks,
+                device=config.device,
+                seats=seats,
+                timeout_s=POOL_TIMEOUT_S,
+                threads_per_rank=max(1, num_cores() // config.num_ranks),
+            )
+        )
+
+
+def measure_rank(
+    rank: int,
+    config: BenchConfig,
+    routing: RoutingSet | None,
+    seats: Sequence[Seat] | None = None,
+) -> RankRun:
+    """One rank's part, called by every rank of the default group; `seats` of a test cluster."""
     place = find_place(config)
     with ExitStack() as stack:
         lineup = open_lineup(config, stack, has_nccl=place.has_nccl)
@@ -112,8 +133,36 @@ def measure_rank(rank: int, config: BenchConfig, routing: RoutingSet | None) -> 
             num_rows=num_rows,
             loads=loads,
             head_start_ms={mode: clock.head_start_ms for mode, clock in place.clocks.items()},
+            links={} if seats is None else _use_of_links(racers, batches[0], outputs, seats[rank]),
             left_out=lineup.left_out,
         )
+
+
+def _use_of_links(
+    racers: Sequence[Racer], batch: Batch, outputs: Outputs, seat: Seat
+) -> dict[Entrant, dict[str, LinkUse]]:
+    """Run a batch some more times on each, and read this rank's link before and after."""
+    found: dict[Entrant, dict[str, LinkUse]] = {}
+    for racer in racers:
+        contender = racer.contender
+        assert not isinstance(contender, GraphReplay), "test clusters have no GPUs"
+
+        def use(contender: Contender = contender) -> LinkUse:
+            return read_link(
+                seat, contender.planned_bytes if isinstance(contender, Fusco) else None
+            )
+
+        begin = use()
+        for _ in range(LINK_REPEATS):
+            d = contender.dispatch(*batch.arguments)
+        between = use()
+        for _ in range(LINK_REPEATS):
+            contender.combine(outputs.of(d.tokens), d)
+        found[racer.entrant] = {
+            "dispatch": between.since(begin, LINK_REPEATS),
+            "combine": use().since(between, LINK_REPEATS),
+        }
+    return found
 
 
 def _most_rows(loads: Sequence[Load]) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 from fusco.bench.clock import Span
 from fusco.bench.config import BASELINES
 from fusco.bench.floor import Load
+from fusco.bench.network import LinkUse
 
 PAIR_OPS = ("dispatch", "combine", "total")
 OPS = (*PAIR_OPS, "forward_backward")
@@ -51,6 +52,7 @@ class RankRun:
         loads: what each routing moves.
         head_start_ms: by mode.
         left_out: by baseline, why it is not measured.
+        links: by entrant and operation, the mean use of this rank's link in a test cluster.
     """
 
     host: str
@@ -64,6 +66,7 @@ class RankRun:
     loads: list[Load] = field(default_factory=list)
     head_start_ms: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    links: dict[Entrant, dict[str, LinkUse]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +97,7 @@ class Measurement:
         floor_link_ms: of the floor, what the links need; floor_memory_ms likewise.
         software: on GPUs the versions of driver, cuda, nccl, triton and deep_ep.
         left_out: by baseline, why it was not measured.
+        network: on a test cluster, what `network_facts` says.
     """
 
     op: str
@@ -133,6 +137,7 @@ class Measurement:
     floor_memory_ms: float | None = None
     software: dict[str, str | None] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    network: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_baseline(self) -> bool:

@@ -82,6 +82,7 @@ def _configuration(one: Measurement) -> Table:
     for name, value in (
         ("ranks", f"{one.num_ranks} on {one.num_nodes} node{'s' * (one.num_nodes > 1)}"),
         ("tokens", f"{one.num_tokens} a rank, hidden {one.hidden_size}, {one.dtype}"),
+        *([("network", _network(one))] if one.network else []),
         ("experts", f"top-{one.top_k} of {one.num_experts}"),
         ("pattern", f"{one.pattern}, busiest rank {one.load_imbalance:.2f} times the mean"),
         ("switched off", one.ablation),
@@ -92,6 +93,10 @@ def _configuration(one: Measurement) -> Table:
     ):
         grid.add_row(name, value)
     return grid
+
+
+def _network(one: Measurement) -> str:
+    return f"{one.network['hosts']} hosts, a link of {one.network['nic']} a rank"
 
 
 def _software(one: Measurement) -> str:
@@ -155,6 +160,7 @@ def _verdict(measurements: Sequence[Measurement]) -> list[str]:
     if baselines and not slower:
         slower.append(f"{total.engine} is faster than the baselines in every operation.")
     lines += slower
+    lines += [f"{m.engine}: {_links(m)}" for m in measurements if m.network and m.op == "total"]
     if total.device == "cuda":
         lines.append(
             "eager: the GPU is idle when the host begins. queued: the host has a head start of "
@@ -167,6 +173,18 @@ def _verdict(measurements: Sequence[Measurement]) -> list[str]:
             f"More than {FLOOR_TARGET:.0f} times the floor: {', '.join(far)} of {total.engine}."
         )
     return lines
+
+
+def _links(total: Measurement) -> str:
+    seen = total.network
+    text = (
+        f"links: the busiest carries {seen['busiest_bytes'] / 1e6:.1f} MB, which takes it "
+        f"{seen['link_fraction']:.1%} of the time"
+    )
+    if not seen["plan_bytes"]:
+        return f"{text}."
+    more = seen["link_bytes"] / seen["plan_bytes"] - 1
+    return f"{text}; all carry {more:.1%} more than the plan."
 
 
 def _floor_text(total: Measurement) -> str:

@@ -17,6 +17,7 @@ from fusco.bench.config import BenchConfig
 from fusco.bench.floor import Floor, floor_ms, gpu_floors, mean_floors
 from fusco.bench.machine import gpu_software, hardware, source_commit
 from fusco.bench.meters import copy_gbps, link_gbps
+from fusco.bench.network import network_facts
 from fusco.bench.records import Entrant, Measurement, RankRun
 
 
@@ -77,6 +78,7 @@ def summarise(config: BenchConfig, runs: Sequence[RankRun]) -> list[Measurement]
             permutes=entrant.permutes,
             head_start_ms=_rounded(first.head_start_ms.get(entrant.mode, 0.0)),
             left_out=first.left_out,
+            network=_network(config, runs, entrant, op, p50[entrant, op]),
             **_gpu_facts(yardstick, floor),
         )
 
@@ -110,6 +112,17 @@ def _yardstick(config: BenchConfig, runs: Sequence[RankRun]) -> _Yardstick:
     one_way = Floor(ms=ms, link_ms=0.0, memory_ms=ms)
     floors_by_op = {"dispatch": one_way, "combine": one_way, "total": one_way + one_way}
     return _Yardstick(copy_gbps=gbps, link_gbps=None, floors=floors_by_op)
+
+
+def _network(
+    config: BenchConfig, runs: Sequence[RankRun], entrant: Entrant, op: str, p50_ms: float
+) -> dict[str, Any]:
+    uses = [run.links[entrant] for run in runs if entrant in run.links]
+    if not uses:
+        return {}
+    if op == "total":
+        return network_facts(config, [use["dispatch"] + use["combine"] for use in uses], p50_ms)
+    return network_facts(config, [use[op] for use in uses], p50_ms)
 
 
 def _gpu_facts(yardstick: _Yardstick, floor: Floor) -> dict[str, Any]:

@@ -71,6 +71,18 @@ def bench(
             show_default="by host; half of the ranks for single-node and imbalanced",
         ),
     ] = None,
+    hosts: Annotated[
+        int | None,
+        typer.Option(
+            help="Measure on a test cluster of so many hosts: network namespaces on this machine. "
+            "Linux and root only.",
+            show_default="none",
+        ),
+    ] = None,
+    ranks_per_host: Annotated[int, typer.Option(help="Ranks of each host.")] = 2,
+    nic: Annotated[
+        str, typer.Option(metavar="RATE", help="Of every rank's link between hosts.")
+    ] = "400mbit",
     iterations: Annotated[int, typer.Option(help="Iterations that count.")] = 30,
     warmup: Annotated[int, typer.Option(help="Iterations before them.")] = 3,
     seed: Annotated[int, typer.Option(help="Of rows and routing.")] = 0,
@@ -123,8 +135,15 @@ def bench(
         if trace is not None:
             recorded = load_trace(trace)
             default_experts, default_top_k = recorded.num_experts, recorded.top_k
+        if hosts is not None and num_ranks is None and launched_ranks() is None:
+            num_ranks = hosts * ranks_per_host
         total = choose_num_ranks("bench", num_ranks, default_num_ranks(device))
-        if ranks_per_node is None and pattern in NODE_PATTERNS and launched_ranks() is None:
+        if (
+            hosts is None
+            and ranks_per_node is None
+            and pattern in NODE_PATTERNS
+            and launched_ranks() is None
+        ):
             ranks_per_node = 1 if total % 2 else total // 2
         config = BenchConfig(
             num_ranks=total,
@@ -138,6 +157,8 @@ def bench(
             pattern=pattern,
             trace=trace,
             ranks_per_node=ranks_per_node,
+            num_hosts=hosts or 1,
+            nic=None if hosts is None else nic,
             iterations=iterations,
             warmup=warmup,
             seed=seed,

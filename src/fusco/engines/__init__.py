@@ -49,9 +49,17 @@ def _make_cuda(world: World) -> Engine:
     return CudaEngine(world)
 
 
+def _make_two_level(world: World) -> Engine:
+    from fusco.engines.cpu.node import CpuNode
+    from fusco.engines.two_level import TwoLevelEngine
+
+    return TwoLevelEngine(world, CpuNode)
+
+
 FACTORIES: dict[str, Callable[[World], Engine]] = {
     "cuda": _make_cuda,
     "cpu": _make_cpu,
+    "two_level": _make_two_level,
     "reference": _make_reference,
 }
 """Fastest first: the order in which `engine="auto"` tries them."""
@@ -71,6 +79,11 @@ def probe() -> tuple[EngineProbe, ...]:
             name="cpu",
             available=not reason,
             reason=reason or "shared-memory windows between the ranks of this host",
+        ),
+        EngineProbe(
+            name="two_level",
+            available=not reason,
+            reason=reason or "the cpu engine on every host, and torch.distributed messages between",
         ),
         EngineProbe(
             name="reference",

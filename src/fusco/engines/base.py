@@ -18,7 +18,7 @@ from fusco.engines.meter import Meter
 from fusco.errors import input_error
 from fusco.layout.records import HEADER
 from fusco.topology import Topology
-from fusco.types import Ablation, Plan, Segments, Stats
+from fusco.types import Ablation, Plan, SegmentPlan, Segments, Stats
 
 Result = TypeVar("Result")
 TEXT_BYTES = 2048
@@ -123,6 +123,9 @@ class Engine(ABC):
     """Rows must be a multiple of so many bytes."""
     max_parts: ClassVar[int | None] = None
     """The most tensors of a tuple that are moved at once; None: any number."""
+
+    plan_type: ClassVar[type[Plan]] = SegmentPlan
+    """The kind of plan it makes."""
 
     def __init__(self, world: World) -> None:
         self.world = world

@@ -21,19 +21,29 @@ class Sections:
     """Consecutive sections of one block a rank.
 
     Attributes:
+        size: int64 `[sections, P]`, bytes.
         start: int64 `[sections, P]`, where each begins in its block, bytes.
         total: int64 `[P]`, the size of each rank's block, bytes.
     """
 
+    size: Ints
     start: Ints
     total: Ints
 
     @classmethod
     def stack(cls, sizes: Sequence[Ints]) -> Sections:
         """Lay sections of these sizes, int64 `[P]` each, one behind the other."""
-        padded = (np.array(sizes) + (ALIGNMENT - 1)) & -ALIGNMENT
+        size = np.array(sizes)
+        padded = (size + (ALIGNMENT - 1)) & -ALIGNMENT
         end = padded.cumsum(axis=0)
-        return cls(start=end - padded, total=end[-1])
+        return cls(size=size, start=end - padded, total=end[-1])
+
+    def of(self, ranks: Sequence[int]) -> Sections:
+        """The same for some of the ranks, in this order."""
+        chosen = list(ranks)
+        return Sections(
+            size=self.size[:, chosen], start=self.start[:, chosen], total=self.total[chosen]
+        )
 
 
 def dispatch_sections(

@@ -4,7 +4,7 @@ topk_idx -> sort_pairs -> count_pairs -> (exchange of counts) -> plan_sends
 -> (exchange of slot lists) -> assemble
 """
 
-from fusco.planner.balance import assign_forwarders
+from fusco.planner.balance import assign_forwarders, choose_forwarders
 from fusco.planner.cluster import plan_cluster
 from fusco.planner.compact import plan_compact
 from fusco.planner.counts import SortedPairs, count_pairs, sort_pairs
@@ -27,6 +27,7 @@ __all__ = [
     "assemble",
     "assemble_rows",
     "assign_forwarders",
+    "choose_forwarders",
     "count_pairs",
     "expert_layout",
     "measure_traffic",

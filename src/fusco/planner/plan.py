@@ -60,11 +60,11 @@ def plan_sends(
     num_tokens, top_k = pairs.pair.shape
     slot = _final_slots(pairs, counts, traffic, topology)
     near = pairs.rank
-    if traffic.forwarders is not None:
+    if two_level:
         near = near.masked_fill(pairs.node != topology.node, num_ranks)
-    is_first = pairs.is_first_of_rank
+    is_first, is_first_far = pairs.is_first_of_rank, pairs.is_first_of_node
     if not ablation.deduplicate:
-        is_first = pairs.rank != num_ranks
+        is_first = is_first_far = pairs.rank != num_ranks
     flat_pair = pairs.pair.flatten()
     hop = HopPairs(
         peer=near.flatten(),
@@ -77,13 +77,13 @@ def plan_sends(
     direct = describe(hop, traffic.direct, rank)
     segments = direct.opened
     forward: Leg | None = None
-    if traffic.forward is not None and traffic.forwarders is not None:
-        own_node = torch.tensor([topology.node], device=near.device)
-        to_node = traffic.forwarders[rank].index_fill(0, own_node, num_ranks)
-        to_node = torch.cat((to_node, to_node.new_tensor([num_ranks])))
+    if traffic.forward is not None and traffic.through is not None:
+        node = topology.tensors(near.device).node_of_rank
+        through = traffic.through[rank].masked_fill(node == topology.node, num_ranks)
+        through = torch.cat((through, through.new_tensor([num_ranks])))
         far_hop = HopPairs(
-            peer=to_node[pairs.node].flatten(),
-            is_first=pairs.is_first_of_node.flatten(),
+            peer=through[pairs.rank].flatten(),
+            is_first=is_first_far.flatten(),
             row=hop.row,
             slot=hop.slot,
             pair=flat_pair,

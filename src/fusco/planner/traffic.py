@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusco.planner.balance import assign_forwarders
+from fusco.planner.balance import choose_forwarders
 from fusco.topology import Topology
 from fusco.types import Ablation, Counts
 
@@ -28,7 +28,8 @@ class Traffic:
         direct: from a token's rank straight to its experts' ranks.
         forward: from a token's rank to the forwarder of another node; None in one-level plans.
         relay: from forwarders to the ranks of their node; None in one-level plans.
-        forwarders: int64 `[P, N]`, see `assign_forwarders`; None in one-level plans.
+        through: int64 `[P, P]`, the rank that receives what rank p sends to rank q of another
+            node; None in one-level plans.
         expert_start: int64 `[E]`, the first slot of each expert on its rank, in device-major
             order of experts.
         rows: int64 `[P]`, rows each rank receives, padding counted.
@@ -37,7 +38,7 @@ class Traffic:
     direct: HopSizes
     forward: HopSizes | None
     relay: HopSizes | None
-    forwarders: Tensor | None
+    through: Tensor | None
     expert_start: Tensor
     rows: Tensor
 
@@ -56,8 +57,8 @@ def measure_traffic(
         counts: of all ranks.
         topology: ranks, nodes and placement.
         alignment: every expert's rows are padded to a multiple of it.
-        two_level: send through forwarders what goes to other nodes. Without deduplication there
-            is nothing to forward, and the plan has one level.
+        two_level: send through forwarders what goes to other nodes. Without deduplication every
+            rank is the forwarder of its own rows.
         ablation: mechanisms that are switched off.
     """
     facts = topology.tensors(counts.pairs.device)
@@ -72,36 +73,38 @@ def measure_traffic(
     num_ranks = topology.num_ranks
     pairs = per_place.new_zeros(num_ranks, num_ranks).index_add_(1, rank_of_place, per_place)
     segments = counts.tokens_to_rank if ablation.deduplicate else pairs
-    if not (two_level and ablation.deduplicate and topology.num_nodes > 1):
+    if not two_level:
         return Traffic(
             direct=HopSizes(segments=segments, pairs=pairs),
             forward=None,
             relay=None,
-            forwarders=None,
+            through=None,
             expert_start=expert_start,
             rows=bounds.diff(),
         )
 
     node = facts.node_of_rank
     is_near = node[:, None] == node
-    forwarders = assign_forwarders(counts, topology, balance=ablation.balance)
-    pairs_to_node = pairs.new_zeros(num_ranks, topology.num_nodes).index_add_(1, node, pairs)
-    # forwarders[p, n] differ along n, and a rank forwards nothing to itself.
+    far_segments, far_pairs = segments.masked_fill(is_near, 0), pairs.masked_fill(is_near, 0)
     none = torch.zeros_like(pairs)
-    forward = HopSizes(
-        segments=none.scatter(1, forwarders, counts.tokens_to_node).fill_diagonal_(0),
-        pairs=none.scatter(1, forwarders, pairs_to_node).fill_diagonal_(0),
-    )
-    through = forwarders[:, node]
+    if ablation.deduplicate:
+        forwarders = choose_forwarders(counts, topology, balance=ablation.balance)
+        through = forwarders[:, node]
+        # forwarders[p, n] differ along n, and a rank forwards nothing to itself.
+        sent = none.scatter(1, forwarders, counts.tokens_to_node).fill_diagonal_(0)
+    else:
+        through = torch.arange(num_ranks, device=node.device).expand(num_ranks, num_ranks)
+        sent = far_pairs
+    forward = HopSizes(segments=sent, pairs=none.scatter_add(1, through, far_pairs))
     relay = HopSizes(
-        segments=none.scatter_add(0, through, segments.masked_fill(is_near, 0)),
-        pairs=none.scatter_add(0, through, pairs.masked_fill(is_near, 0)),
+        segments=none.scatter_add(0, through, far_segments),
+        pairs=none.scatter_add(0, through, far_pairs),
     )
     return Traffic(
         direct=HopSizes(segments=segments * is_near, pairs=pairs * is_near),
         forward=forward,
         relay=relay,
-        forwarders=forwarders,
+        through=through,
         expert_start=expert_start,
         rows=bounds.diff(),
     )

@@ -29,6 +29,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fusco import env
+from fusco.testing.namespaces import enter_namespace
+
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 _LOCALHOST = "127.0.0.1"
 _FINISH = b""
@@ -68,6 +71,30 @@ class RankFailure(RuntimeError):
         super().__init__("\n".join(lines))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Seat:
+    """Where one rank of a test cluster runs.
+
+    Attributes:
+        namespace: the network namespace.
+        interface: its network interface there.
+        switch: the namespace of the switch, and `port` the end of the link there.
+        node: the node that the rank is told it is on.
+    """
+
+    namespace: str
+    interface: str
+    switch: str
+    port: str
+    node: int
+
+    def take(self) -> None:
+        """Move this process there, before it opens a connection or starts a thread for one."""
+        enter_namespace(self.namespace)
+        os.environ["GLOO_SOCKET_IFNAME"] = self.interface
+        os.environ[env.NODE_ID.name] = str(self.node)
+
+
 class RankPool:
     """A context manager of `num_ranks` processes that share a default group on loopback.
 
@@ -77,6 +104,7 @@ class RankPool:
         num_ranks: how many workers.
         device: "cpu": the group is gloo's. "cuda": CUDA tensors go through NCCL, which refuses
             ranks that share a GPU, but only once it is used.
+        seats: one a rank, instead of the loopback: the ranks of a `Cluster`.
         timeout_s: longest a `run` takes, and the timeout of the group, in seconds.
         threads_per_rank: threads of torch, OpenMP and numba in each worker.
         grace_s: how long the other ranks may go on, in seconds, once one has failed.
@@ -87,12 +115,14 @@ class RankPool:
         num_ranks: int,
         *,
         device: str = "cpu",
+        seats: Sequence[Seat] | None = None,
         timeout_s: float = 180.0,
         threads_per_rank: int = 1,
         grace_s: float = 10.0,
     ) -> None:
         self.num_ranks = num_ranks
         self.device = device
+        self.seats = seats
         self.timeout_s = timeout_s
         self.threads_per_rank = threads_per_rank
         self.grace_s = grace_s
@@ -161,6 +191,7 @@ class RankPool:
                         port=store.port,
                         timeout_s=self.timeout_s,
                         num_threads=self.threads_per_rank,
+                        seat=None if self.seats is None else self.seats[rank],
                     )
                     process = context.Process(target=_work, args=(settings, theirs), daemon=True)
                     process.start()
@@ -234,6 +265,7 @@ class _Settings:
     port: int
     timeout_s: float
     num_threads: int
+    seat: Seat | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,9 +332,13 @@ def _join_group(settings: _Settings) -> None:
     torch.set_num_threads(settings.num_threads)
     if torch.cuda.is_available():
         torch.cuda.set_device(settings.rank % torch.cuda.device_count())
+    # Namespaces do not share the loopback, where the store is; a connection made before stays.
+    store = _tcp_store(settings.port, is_master=False)
+    if settings.seat is not None:
+        settings.seat.take()
     dist.init_process_group(
         settings.backend,
-        store=_tcp_store(settings.port, is_master=False),
+        store=store,
         rank=settings.rank,
         world_size=settings.num_ranks,
         timeout=timedelta(seconds=settings.timeout_s),

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import time
 from collections.abc import Sequence
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusco.errors import PeerError
+from fusco.transports.notices import notices_of
 
 _TAG = 0xF05C
-_NOTICE_TAG = 0xF05D
-_NOBODY = -1
-_TELL_S = 1.0
 
 
 class Mailbox:
@@ -38,7 +32,7 @@ class Mailbox:
         self.group = group
         self.timeout_s = timeout_s
         self.wait_s = [0.0] * group.size() if wait_s is None else wait_s
-        self._notices = _notices(group)
+        self.notices = notices_of(group)
 
     def swap(self, sends: Sequence[Tensor], receives: Sequence[Tensor], *, operation: str) -> None:
         """Send `sends[p]` to rank p and fill `receives[p]` from it; empty ones stay at home.
@@ -46,84 +40,84 @@ class Mailbox:
         Raises:
             PeerError: a rank died, or did not send or take its part within the timeout.
         """
-        rank = self.group.rank()
+        self.start(sends, receives, operation=operation).wait()
+
+    def start(self, sends: Sequence[Tensor], receives: Sequence[Tensor], *, operation: str) -> Swap:
+        """The same without waiting; the tensors are not to be touched before `Swap.wait`."""
+        rank, num_ranks = self.group.rank(), self.group.size()
         receives[rank].copy_(sends[rank])
-        peers = [p for p in range(self.group.size()) if p != rank]
-        works: list[tuple[int, dist.Work]] = []
-        deadline = time.monotonic() + self.timeout_s
-        waited_for = rank
+        swap = Swap(self, operation)
         # The next rank first, so that not all ranks send to rank 0 at once.
-        peers = peers[rank:] + peers[:rank]
+        peers = [(rank + step) % num_ranks for step in range(1, num_ranks)]
+        for peer in peers:
+            if receives[peer].numel():
+                swap.receive(receives[peer], peer, _TAG)
+        for peer in peers:
+            if sends[peer].numel():
+                swap.send(sends[peer], peer, _TAG)
+        return swap
+
+    def share(self, mine: Tensor, among: Sequence[int], *, operation: str) -> Tensor:
+        """What each of the ranks `among`, this one too, shares: `[len(among), n]`, in that order.
+
+        Args:
+            mine: `[n]`.
+            among: ranks of the group that all call this.
+            operation: what to call it in errors.
+        """
+        gathered = mine.new_empty(len(among), mine.shape[0])
+        nothing = [mine.new_empty(0)] * self.group.size()
+        sends, receives = list(nothing), list(nothing)
+        for place, peer in enumerate(among):
+            sends[peer], receives[peer] = mine, gathered[place]
+        self.swap(sends, receives, operation=operation)
+        return gathered
+
+
+class Swap:
+    """Messages under way. A wait, or a message that cannot be begun, raises PeerError."""
+
+    def __init__(self, mailbox: Mailbox, operation: str) -> None:
+        self._mailbox = mailbox
+        self._operation = operation
+        self._deadline = time.monotonic() + mailbox.timeout_s
+        # With their tensors, which a message under way does not keep alive.
+        self._works: list[tuple[int, dist.Work, Tensor]] = []
+
+    def receive(self, tensor: Tensor, peer: int, tag: int) -> None:
+        """Begin to fill a tensor from a rank."""
         try:
-            for waited_for in peers:
-                if receives[waited_for].numel():
-                    works.append((waited_for, self._receive(receives[waited_for], waited_for)))
-            for waited_for in peers:
-                if sends[waited_for].numel():
-                    works.append((waited_for, self._send(sends[waited_for], waited_for)))
-            for waited_for, work in works:
-                start = time.monotonic()
-                work.wait(timeout=timedelta(seconds=max(deadline - start, 0.001)))
-                self.wait_s[waited_for] += time.monotonic() - start
+            work = dist.irecv(tensor, group=self._mailbox.group, group_src=peer, tag=tag)
         except RuntimeError as error:
-            late = time.monotonic() >= deadline
-            what = f"did not arrive within {self.timeout_s:g} s" if late else "is gone"
-            lost = self._notices.blame(waited_for)
-            if lost != waited_for:
-                what = f"is lost, as rank {waited_for} has found"
-            self._notices.tell(lost)
-            raise PeerError(
-                f"{operation}: rank {lost} {what} (waited for by rank {rank}); "
-                "this Shuffle is closed for good, restart the ranks",
-                operation=operation,
-                rank=lost,
-            ) from error
-
-    def _receive(self, tensor: Tensor, peer: int) -> dist.Work:
-        work = dist.irecv(tensor, group=self.group, group_src=peer, tag=_TAG)
+            raise self._error(peer) from error
         assert work is not None, "this rank is a member of its group"
-        return work
+        self._works.append((peer, work, tensor))
 
-    def _send(self, tensor: Tensor, peer: int) -> dist.Work:
-        work = dist.isend(tensor, group=self.group, group_dst=peer, tag=_TAG)
+    def send(self, tensor: Tensor, peer: int, tag: int) -> None:
+        """Begin to send a tensor to a rank."""
+        try:
+            work = dist.isend(tensor, group=self._mailbox.group, group_dst=peer, tag=tag)
+        except RuntimeError as error:
+            raise self._error(peer) from error
         assert work is not None, "this rank is a member of its group"
-        return work
+        self._works.append((peer, work, tensor))
 
+    def wait(self) -> None:
+        """Until everything has come and gone.
 
-class _Notices:
-    """Who was lost, told by ranks that leave because of it.
+        Raises:
+            PeerError: a rank died, or was late.
+        """
+        for peer, work, _ in self._works:
+            start = time.monotonic()
+            try:
+                work.wait(timeout=timedelta(seconds=max(self._deadline - start, 0.001)))
+            except RuntimeError as error:
+                raise self._error(peer) from error
+            self._mailbox.wait_s[peer] += time.monotonic() - start
+        self._works.clear()
 
-    A rank that raises and ends looks dead to those that wait for it next. So it tells them first;
-    the messages are expected from the start, since a closed connection takes no new ones.
-    """
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
-        self._told = torch.full((group.size(), 1), _NOBODY)
-        self._works = [
-            dist.irecv(self._told[peer], group=group, group_src=peer, tag=_NOTICE_TAG)
-            for peer in range(group.size())
-            if peer != group.rank()
-        ]
-
-    def blame(self, rank: int) -> int:
-        """The rank that was lost first, where `rank` is missed."""
-        told = int(self._told[rank])
-        return rank if told == _NOBODY else told
-
-    def tell(self, lost: int) -> None:
-        """Tell all others, as far as they can still be reached."""
-        message = torch.tensor([lost])
-        for peer in range(self._group.size()):
-            if peer in (lost, self._group.rank()):
-                continue
-            # Whoever cannot be reached has left already, and knows.
-            with contextlib.suppress(RuntimeError):
-                work = dist.isend(message, group=self._group, group_dst=peer, tag=_NOTICE_TAG)
-                assert work is not None, "this rank is a member of its group"
-                work.wait(timeout=timedelta(seconds=_TELL_S))
-
-
-@functools.cache
-def _notices(group: dist.ProcessGroup) -> _Notices:
-    return _Notices(group)
+    def _error(self, peer: int) -> Exception:
+        is_late = time.monotonic() >= self._deadline
+        mailbox = self._mailbox
+        return mailbox.notices.error(self._operation, peer, mailbox.timeout_s, is_late=is_late)

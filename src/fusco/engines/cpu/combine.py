@@ -105,7 +105,7 @@ class _Line:
         self.like = rows
         self.rows = rows.contiguous()
         self.row_bytes = bytes_per_row(rows)
-        self.elements = self.rows.view(-1).view(_SEEN_AS.get(rows.dtype, rows.dtype)).numpy()
+        self.elements = self.rows.view(-1).view(SEEN_AS.get(rows.dtype, rows.dtype)).numpy()
         self.weights_at = 0 if row_weights is None else row_weights.data_ptr()
         wide = np.float64 if rows.dtype == torch.float64 else np.float32
         self.terms = new_terms(top_k, wide)
@@ -154,7 +154,7 @@ class _Line:
         return out
 
 
-_SEEN_AS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+SEEN_AS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 """How numba sees elements that it has no type for; see kernels/elements.py."""
 
 

@@ -29,17 +29,20 @@ _LOOK_EVERY_S = 0.05
 _SPINS = 2000
 
 
+_STAGES = 1 << 16
+
+
 class Stage(IntEnum):
-    """How far a rank has come within an operation."""
+    """How far a rank has come within an operation. Some have steps, which count from `STEP` on."""
 
     PUBLISHED = 1
     GROWN = 2
     TOLD = 3
-    DONE = 4
-    READ = 5
+    STEP = 4
+    DONE = _STAGES - 2
+    READ = _STAGES - 1
 
 
-_STAGES = 8
 _OPEN, _CLOSED, _LOST = 0, 1, 2
 
 
@@ -66,9 +69,25 @@ class Control:
     """This rank's control block and those of its peers.
 
     Progress is one int32 counter a rank, `_STAGES * epoch + stage`, which wraps around.
+
+    Args:
+        ranks: the numbers in the group of the ranks that share this memory. Within it a rank is
+            named by its place among them.
+        rank: this one's place.
+        record_len: int64 that a rank publishes at once.
+        timeout_s: bound of every wait, seconds.
+        wait_s: by number in the group, where to add up the seconds waited.
     """
 
-    def __init__(self, rank: int, record_len: int, timeout_s: float, wait_s: list[float]) -> None:
+    def __init__(
+        self,
+        ranks: tuple[int, ...],
+        rank: int,
+        record_len: int,
+        timeout_s: float,
+        wait_s: list[float],
+    ) -> None:
+        self._ranks = ranks
         self._rank = rank
         self._layout = _Layout(record_len=record_len)
         self._timeout_s = timeout_s
@@ -127,13 +146,13 @@ class Control:
         texts = [peer.text.tobytes() for peer in self._peers]
         return [each.decode(errors="ignore").rstrip() for each in texts]
 
-    def reach(self, stage: Stage) -> None:
+    def reach(self, stage: int) -> None:
         """Publish that this rank has come to a stage, and all that it wrote before."""
         address = self.mapping.address + self._layout.progress
         publish(address, self._value(stage))
         futex.wake(address)
 
-    def wait_all(self, stage: Stage, operation: str) -> None:
+    def wait_all(self, stage: int, operation: str) -> None:
         """Until all ranks have come to a stage of this operation.
 
         Raises:
@@ -144,7 +163,7 @@ class Control:
             self._wait(rank, stage, operation)
 
     def close(self, lost: int | None) -> None:
-        """Tell the others that this rank is gone, and which rank it lost, if any."""
+        """Tell the others that this rank is gone, and which rank of the group it lost, if any."""
         state = _CLOSED if lost is None else _LOST + lost
         publish(self.mapping.address + self._layout.state, state)
         futex.wake(self.mapping.address + self._layout.progress)
@@ -152,10 +171,10 @@ class Control:
             peer.close()
         self._peers.clear()
 
-    def _value(self, stage: Stage) -> int:
+    def _value(self, stage: int) -> int:
         return int(wrapped_difference(self._epoch * _STAGES + stage, 0))
 
-    def _wait(self, rank: int, stage: Stage, operation: str) -> None:
+    def _wait(self, rank: int, stage: int, operation: str) -> None:
         peer, value = self._peers[rank], self._value(stage)
         flag = peer.mapping.address + self._layout.progress
         seen = spin(flag, value, self._spins)
@@ -166,31 +185,34 @@ class Control:
         while wrapped_difference(seen, value) < 0:
             left_s = deadline - time.monotonic()
             if left_s <= 0:
-                raise self._error(operation, rank, f"did not arrive within {self._timeout_s:g} s")
+                what = f"did not arrive within {self._timeout_s:g} s"
+                raise self._error(operation, self._ranks[rank], f"{what} ({self._progress(rank)})")
             futex.wait(flag, seen, min(left_s, _LOOK_EVERY_S))
             before = seen
             seen = spin(flag, value, 1)
             if seen == before:
                 self._look_after(rank, value, operation)
-        self._wait_s[rank] += time.monotonic() - start
+        self._wait_s[self._ranks[rank]] += time.monotonic() - start
 
     def _look_after(self, rank: int, value: int, operation: str) -> None:
         """Raise if the rank waited for will never come, naming the rank to blame."""
         for other, peer in enumerate(self._peers):
             # A rank that has done its part may end before others have.
             if peer.has_ended() and wrapped_difference(self._seen(other), value) < 0:
-                raise self._error(operation, other, "has died")
+                what = f"has died ({self._progress(other)})"
+                raise self._error(operation, self._ranks[other], what)
         state = spin(self._peers[rank].mapping.address + self._layout.state, _CLOSED, 1)
         if state >= _LOST:
             lost = state - _LOST
-            raise self._error(operation, lost, f"is lost, as rank {rank} has found")
+            what = f"is lost, as rank {self._ranks[rank]} has found"
+            raise self._error(operation, lost, what)
         if state == _CLOSED:
-            raise self._error(operation, rank, "has closed its Shuffle")
+            raise self._error(operation, self._ranks[rank], "has closed its Shuffle")
 
     def _error(self, operation: str, rank: int, what: str) -> PeerError:
-        here = f"rank {self._rank} waited in operation {self._epoch}"
+        here = f"rank {self._ranks[self._rank]} waited in operation {self._epoch}"
         return PeerError(
-            f"{operation}: rank {rank} {what} ({here}, {self._progress(rank)}); "
+            f"{operation}: rank {rank} {what}; {here}; "
             "this Shuffle is closed for good, restart the ranks",
             operation=operation,
             rank=rank,
@@ -202,8 +224,10 @@ class Control:
     def _progress(self, rank: int) -> str:
         epoch, stage = divmod(self._seen(rank), _STAGES)
         if stage == 0:
-            return f"rank {rank} has begun none"
-        return f"rank {rank} came to {Stage(stage).name.lower()} of operation {epoch}"
+            return "it has begun no operation"
+        if Stage.STEP <= stage < Stage.DONE:
+            return f"it came to step {stage - Stage.STEP} of operation {epoch}"
+        return f"it came to {Stage(stage).name.lower()} of operation {epoch}"
 
 
 class _Peer:

@@ -49,15 +49,25 @@ class Agreement:
 
 
 class Session:
-    """Windows of all ranks, and the protocol by which every operation begins and ends."""
+    """Windows of all ranks, and the protocol by which every operation begins and ends.
 
-    def __init__(self, world: World, wait_s: list[float]) -> None:
+    Args:
+        world: what it is made for.
+        wait_s: by rank, where to add up the seconds waited.
+        ranks: those that share this memory; None: the whole group. Here a rank is named by its
+            place among them.
+    """
+
+    def __init__(
+        self, world: World, wait_s: list[float], ranks: tuple[int, ...] | None = None
+    ) -> None:
         self.world = world
-        self.rank = world.topology.rank
+        self._ranks = tuple(range(world.topology.num_ranks)) if ranks is None else ranks
+        self.rank = self._ranks.index(world.topology.rank)
         mailbox = Mailbox(world.group, max(world.timeout_s, _COMPILE_S), wait_s)
         self._warm_up(mailbox)
         self.window = Window(_INITIAL_WINDOW_BYTES)
-        self.control = Control(self.rank, world.record_len, world.timeout_s, wait_s)
+        self.control = Control(self._ranks, self.rank, world.record_len, world.timeout_s, wait_s)
         self._windows = self._connect(mailbox)
         self._addresses = np.array([mapping.address for mapping in self._windows])
         self._sizes = np.array([mapping.size for mapping in self._windows])
@@ -66,8 +76,7 @@ class Session:
         """One rank compiles the kernels, then the others find them on disk."""
         if self.rank == 0:
             warm_up()
-        ready = torch.zeros(self.world.topology.num_ranks, 1)
-        mailbox.swap([ready[0]] * len(ready), list(ready.clone().unbind()), operation="Shuffle")
+        mailbox.share(torch.zeros(1), self._ranks, operation="Shuffle")
         if self.rank != 0:
             warm_up()
 
@@ -77,10 +86,8 @@ class Session:
         return Block(base=0, size=0)
 
     def _connect(self, mailbox: Mailbox) -> list[Mapping]:
-        num_ranks = self.world.topology.num_ranks
         mine = [os.getpid(), self.control.mapping.file, self.window.mapping.file]
-        theirs = torch.empty(num_ranks, len(mine), dtype=torch.int64)
-        mailbox.swap([torch.tensor(mine)] * num_ranks, list(theirs.unbind()), operation="Shuffle")
+        theirs = mailbox.share(torch.tensor(mine), self._ranks, operation="Shuffle")
         processes, controls, windows = theirs.T.tolist()
         problem = ""
         try:
@@ -88,11 +95,10 @@ class Session:
             mapped = [Mapping.open(*each) for each in zip(processes, windows, strict=True)]
         except OSError as error:
             problem = f"{error.strerror}: {error.filename}"
-        failed = torch.empty(num_ranks, 1, dtype=torch.int64)
         flag = torch.tensor([int(bool(problem))])
-        mailbox.swap([flag] * num_ranks, list(failed.unbind()), operation="Shuffle")
+        failed = mailbox.share(flag, self._ranks, operation="Shuffle")
         if failed.any():
-            rank = int(failed.argmax())
+            rank = self._ranks[int(failed.argmax())]
             raise EngineUnavailableError(
                 f"Shuffle: engine 'cpu': rank {rank} cannot open the windows of its peers "
                 f"({problem or 'see its own error'}); ranks must run as one user, or use "

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fusco.engines.agreement import Call, disagreement, is_agreed
-from fusco.engines.base import (
-    TEXT_BYTES,
-    Delivery,
-    Engine,
-    Returned,
-    World,
-)
+from fusco.engines.agreement import Call
+from fusco.engines.base import Delivery, Engine, Returned, World
+from fusco.engines.mail import share_records, swap_segments
 from fusco.engines.reference.hops import Hop, ship_slots
 from fusco.engines.reference.sums import node_sums, partial_sums
 from fusco.engines.segments import check_exchange, exchange_payload
@@ -108,11 +102,7 @@ class ReferenceEngine(Engine):
     ) -> None:
         records = self._agree(call, exchange_payload(send, receive))
         check_exchange(records[:, HEADER:], self.world.topology.rank)
-        sends = [_gather(source, segments) for segments in send]
-        receives = [out.new_empty(int(segments.size.sum())) for segments in receive]
-        self.mailbox.swap(sends, receives, operation=call.operation.text)
-        for segments, received in zip(receive, receives, strict=True):
-            _scatter(received, out, segments)
+        swap_segments(self.mailbox, source, send, out, receive, operation=call.operation.text)
 
     def synchronize(self) -> None:
         pass
@@ -138,23 +128,7 @@ class ReferenceEngine(Engine):
         record[:HEADER] = torch.tensor(call.head(self._epoch))
         if payload is not None:
             record[HEADER : HEADER + payload.shape[0]] = payload
-        records = self._share(record, call)
-        if is_agreed(records.numpy()):
-            return records
-        text = call.text.encode()[:TEXT_BYTES].ljust(TEXT_BYTES)
-        texts = self._share(torch.frombuffer(bytearray(text), dtype=torch.uint8), call)
-        raise disagreement(
-            call,
-            records.numpy(),
-            [row.tobytes().decode(errors="ignore").rstrip() for row in np.asarray(texts)],
-            self.world.topology.rank,
-        )
-
-    def _share(self, mine: Tensor, call: Call) -> Tensor:
-        gathered = mine.new_empty(self.world.topology.num_ranks, mine.shape[0])
-        sends = [mine] * gathered.shape[0]
-        self.mailbox.swap(sends, list(gathered.unbind()), operation=call.operation.text)
-        return gathered
+        return share_records(self.mailbox, call, record)
 
     def _make_plan(self, call: Call, topk_idx: Tensor) -> SegmentPlan:
         world, topology = self.world, self.world.topology
@@ -244,18 +218,3 @@ class ReferenceEngine(Engine):
             held[level.relay.pair] = hops[2].return_pairs(values[level.relay_arrival.slot])
             returned[level.send.pair] = hops[1].return_pairs(held)
         return returned.view(plan.num_tokens, plan.top_k)
-
-
-def _gather(source: Tensor, segments: Segments) -> Tensor:
-    parts = [
-        source[offset : offset + size]
-        for offset, size in zip(segments.offset.tolist(), segments.size.tolist(), strict=True)
-    ]
-    return torch.cat(parts) if parts else source.new_empty(0)
-
-
-def _scatter(received: Tensor, out: Tensor, segments: Segments) -> None:
-    begin = 0
-    for offset, size in zip(segments.offset.tolist(), segments.size.tolist(), strict=True):
-        out[offset : offset + size] = received[begin : begin + size]
-        begin += size

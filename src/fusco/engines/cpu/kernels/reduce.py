@@ -48,14 +48,14 @@ def send_partials(
         first, last = peer_ptr[peer], peer_ptr[peer + 1]
         if base[peer] == 0 or first == last:
             continue
-        count = _take_rows(
+        count = take_rows(
             rows_at, row_bytes, weights_at, slot_ptr, slot, first, at[0], weight[0], 0
         )
         for segment in range(first, last):
             i = (segment - first) % 2
             ahead = 0
             if segment + 1 < last:
-                ahead = _take_rows(
+                ahead = take_rows(
                     rows_at,
                     row_bytes,
                     weights_at,
@@ -129,7 +129,7 @@ def sum_tokens(
                     ahead += 1
                     continue
                 before = ahead
-                ahead = _take_rows(
+                ahead = take_rows(
                     rows_at[rank],
                     row_bytes,
                     weights_at[rank],
@@ -188,7 +188,7 @@ def new_terms(top_k: int, wide: Any) -> tuple[Ints, Any, Ints]:
 
 
 @inner
-def _take_rows(
+def take_rows(
     rows_at: int,
     row_bytes: int,
     weights_at: int,

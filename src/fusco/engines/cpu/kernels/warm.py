@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fusco.engines.cpu.kernels import memory, plan, reduce, scatter
+from fusco.engines.cpu.kernels import lists, memory, plan, reduce, scatter
 
 _ELEMENTS = (
     (np.uint16, np.float32),
@@ -30,6 +30,7 @@ def warm_up() -> None:
     scatter.scatter_rows(0, 0, one, none, none, table, none)
     scatter.scatter_values(0, none, none, none, none)
     scatter.ship_slots(one, one, none, none, none)
+    lists.scatter_lists(0, 0, none, one, none, none, none)
     scatter.gather_segments(0, none, none, 0)
     scatter.scatter_segments(0, 0, none, none)
     values = np.empty(0, dtype=np.float32)
@@ -37,4 +38,5 @@ def warm_up() -> None:
     for element, wide in _ELEMENTS:
         rows, terms = np.empty(0, dtype=element), reduce.new_terms(1, wide)
         reduce.send_partials(rows, 1, 0, one, none, one, none, terms)
+        lists.sum_lists(rows, 1, 0, 0, one, none, none, none, none, terms)
         reduce.sum_tokens(rows, 1, none, none, 0, one, none, none, table, table, 0, terms)

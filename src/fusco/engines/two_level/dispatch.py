@@ -1,0 +1,269 @@
+"""Dispatch between nodes: plan, send slices to forwarders, spread what arrives, wrap what came."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fusco.engines.agreement import Call
+from fusco.engines.base import Delivery
+from fusco.engines.node import NodeBlocks
+from fusco.engines.two_level.dispatch_cargo import DispatchCargo
+from fusco.engines.two_level.plans import (
+    Hops,
+    final_lists,
+    held_lists,
+    node_list_lens,
+    node_lists,
+    pack_lists,
+    packed_len,
+    read_partials,
+    unpack_lists,
+)
+from fusco.engines.two_level.session import Session
+from fusco.layout.blocks import Ints, Sections
+from fusco.layout.records import HEADER
+from fusco.layout.segments import bytes_per_row, from_segments
+from fusco.planner import Sends, count_pairs, offsets, plan_relay, plan_sends, sort_pairs
+from fusco.profiling import stage
+from fusco.types import Arrival, Counts, Leg, SlicedPlan
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Job:
+    """One dispatch: what is moved and where it lands. Section i holds the rows of tensor i, then
+    come the row weights and the lists that ranks of a node tell each other."""
+
+    session: Session
+    operation: str
+    blocks: NodeBlocks
+    rows: tuple[Tensor, ...]
+    weights: Tensor | None
+
+    def move(
+        self, near: Leg, far: Leg, segments: Tensor, pairs: Tensor, learn: Callable[[], Arrival]
+    ) -> None:
+        """Bring all rows and weights to their slots.
+
+        Args:
+            near: of own tokens to the own node.
+            far: of own tokens to forwarders.
+            segments: int64 `[P]`, segments that arrive here from each rank.
+            pairs: int64 `[P]`, likewise pairs.
+            learn: tells what arrives here.
+        """
+        session = self.session
+        received_weights = self._start_weights(far, pairs)
+
+        def meanwhile() -> Arrival:
+            for part, each in enumerate(self.rows):
+                self.blocks.scatter(part, each, near.row, near.slot_ptr, near.slot, near.target)
+            if self.weights is not None:
+                self._write_weights(self.weights.flatten()[near.pair], near.slot, near.target)
+            received = learn()
+            if self.weights is not None:
+                self._write_weights(received_weights(), received.slot, received.target)
+            return received
+
+        cargo = DispatchCargo(
+            self.rows,
+            far,
+            offsets(segments),
+            session.world.topology,
+            session.size.rows,
+            self.blocks,
+            meanwhile,
+        )
+        with stage("slices"):
+            session.transport.run(cargo, self.operation)
+        with stage("wait"):
+            self.blocks.finish()
+
+    def deliver(self, plan: SlicedPlan) -> Delivery:
+        """Rows become tensors where they lie."""
+        padding = plan.row_is_padding
+        row_weights = (~padding).to(torch.float32)
+        if self.weights is not None:
+            row_weights = self.blocks.view(len(self.rows), row_weights).masked_fill(padding, 0)
+        got = []
+        for like, kept in zip(self.rows, self.blocks.keep(len(self.rows)), strict=True):
+            segments = kept.view(plan.num_rows, bytes_per_row(like))
+            if self.session.world.alignment > 1:
+                segments[padding] = 0
+            got.append(from_segments(segments, like))
+        return Delivery(rows=tuple(got), row_weights=row_weights, plan=plan)
+
+    def _start_weights(self, far: Leg, pairs: Tensor) -> Callable[[], Tensor]:
+        """Send forwarders the weights of what they get; returns how to wait for those from here."""
+        if self.weights is None:
+            return lambda: torch.empty(0)
+        bounds = far.slot_ptr[far.peer_ptr]
+        sends = self.weights.flatten()[far.pair].split(bounds.diff().tolist())
+        received = self.weights.new_empty(int(pairs.sum()))
+        swap = self.session.mailbox.start(
+            sends, received.split(pairs.tolist()), operation=self.operation
+        )
+
+        def wait() -> Tensor:
+            swap.wait()
+            return received
+
+        return wait
+
+    def _write_weights(self, values: Tensor, slot: Tensor, target: Tensor) -> None:
+        each = torch.arange(values.shape[0] + 1)
+        self.blocks.scatter(len(self.rows), values, None, each, slot, target)
+
+
+def dispatch_new(
+    session: Session,
+    call: Call,
+    rows: tuple[Tensor, ...],
+    weights: Tensor | None,
+    topk_idx: Tensor,
+    new_identity: Callable[[], Tensor],
+) -> tuple[Delivery, Tensor]:
+    """Plan and dispatch; also the rows that each rank receives, int64 `[P]`."""
+    world, topology, rank = session.world, session.world.topology, session.world.topology.rank
+    with stage("plan"):
+        pairs = sort_pairs(topk_idx, topology)
+        packed = count_pairs(pairs, topology)
+    with stage("agree"):
+        block = session.node.reserve_largest()
+        records = session.agree(call, block, packed)
+    identity = new_identity()
+    with stage("plan"):
+        counts = Counts.split(records[:, HEADER:], topology.num_experts, topology.num_ranks)
+        sends = plan_sends(
+            pairs,
+            counts,
+            topology,
+            alignment=world.alignment,
+            two_level=True,
+            ablation=world.ablation,
+        )
+        hops = Hops.of(sends.traffic)
+        list_lens = node_list_lens(hops)
+    assert sends.forward is not None
+    sections = _sections(rows, sends.traffic.rows.numpy(), list_lens.sum(dim=0).numpy())
+    agreement = session.fit(call, block, records, sections.total)
+    blocks = session.open(agreement, sections.of(session.node.ranks))
+    job = _Job(
+        session=session, operation=call.operation.text, blocks=blocks, rows=rows, weights=weights
+    )
+    planning = _Planning(job, sends, hops, list_lens)
+    segments, arriving = hops.far.segments[:, rank], hops.far.pairs[:, rank]
+    job.move(sends.direct, sends.forward, segments, arriving, planning.learn)
+    with stage("plan"):
+        plan = planning.finish(identity)
+    return job.deliver(plan), sends.traffic.rows
+
+
+def dispatch_planned(
+    session: Session, call: Call, rows: tuple[Tensor, ...], weights: Tensor | None, plan: SlicedPlan
+) -> Delivery:
+    """Dispatch by an existing plan: every rank knows its need, and says how many rows it gets."""
+    own = _sections(rows, np.array([plan.num_rows]), np.zeros(1, dtype=np.int64))
+    with stage("agree"):
+        call, block = session.reserve(call, int(own.total[0]))
+        records = session.agree(call, block, torch.tensor([plan.num_rows]))
+    num_rows = records[:, HEADER].numpy()
+    sections = _sections(rows, num_rows, np.zeros_like(num_rows))
+    agreement = session.agreed(call, block, records)
+    blocks = session.open(agreement, sections.of(session.node.ranks))
+    job = _Job(
+        session=session, operation=call.operation.text, blocks=blocks, rows=rows, weights=weights
+    )
+    received = plan.received
+    pairs = received.slot_ptr[received.peer_ptr].diff()
+    job.move(plan.near, plan.far, received.peer_ptr.diff(), pairs, lambda: received)
+    return job.deliver(plan)
+
+
+class _Planning:
+    """A plan that becomes whole while rows are on their way."""
+
+    def __init__(self, job: _Job, sends: Sends, hops: Hops, list_lens: Tensor) -> None:
+        assert sends.forward is not None
+        session, rank = job.session, job.session.world.topology.rank
+        self._job = job
+        self._sends = sends
+        self._hops = hops
+        self._list_lens = list_lens
+        self._lists = [
+            torch.empty(packed_len(hops.far, sender, rank), dtype=torch.int32)
+            for sender in range(session.world.topology.num_ranks)
+        ]
+        # Before any slice, so that forwarders know what to do with the first that comes.
+        self._swap = session.mailbox.start(
+            [
+                pack_lists(sends.forward, peer, session.size.tokens)
+                for peer in range(session.world.topology.num_ranks)
+            ],
+            self._lists,
+            operation=job.operation,
+        )
+
+    def learn(self) -> Arrival:
+        """What arrives here; the ranks of the node are told what they get."""
+        session, blocks = self._job.session, self._job.blocks
+        world, topology = session.world, session.world.topology
+        near = self._sends.direct
+        self._swap.wait()
+        with stage("plan"):
+            self._received, self._in_slice = unpack_lists(
+                self._lists, self._hops.far, topology.rank
+            )
+            self._relay = plan_relay(self._received, self._hops.relay, topology, world.top_k)
+        section = len(self._job.rows) + 1
+        near_slice = near.row // session.size.tokens
+        relay_slice = self._in_slice[self._relay.row]
+        for mate in session.node.ranks:
+            first = int(self._list_lens[: topology.rank, mate].sum())
+            own = node_lists(near, near_slice, mate)
+            blocks.put(section, mate, first, own)
+            blocks.put(
+                section, mate, first + own.shape[0], node_lists(self._relay, relay_slice, mate)
+            )
+        with stage("plan"):
+            self._held = held_lists(near, self._relay)
+            assert self._sends.forward is not None
+            self._final = final_lists(near, self._sends.forward, topology, session.size)
+        return self._received
+
+    def finish(self, identity: Tensor) -> SlicedPlan:
+        """The whole plan, once all ranks of the node have written."""
+        session = self._job.session
+        rank = session.world.topology.rank
+        lists = self._job.blocks.view(len(self._job.rows) + 1, torch.empty(0, dtype=torch.int64))
+        partials = read_partials(lists, self._hops, session.node.ranks, rank)
+        sends = self._sends
+        assert sends.forward is not None
+        is_padding = torch.ones(int(sends.traffic.rows[rank]), dtype=torch.bool)
+        is_padding[partials.slot] = False
+        return SlicedPlan(
+            identity=identity,
+            tokens_per_expert=sends.tokens_per_expert,
+            expert_offsets=sends.expert_offsets,
+            row_is_padding=is_padding,
+            near=sends.direct,
+            far=sends.forward,
+            received=self._received,
+            received_slice=self._in_slice,
+            relay_pair=self._relay.pair,
+            partials=partials,
+            held_ptr=self._held[0],
+            held=self._held[1],
+            final_ptr=self._final[0],
+            final=self._final[1],
+        )
+
+
+def _sections(rows: Sequence[Tensor], num_rows: Ints, num_lists: Ints) -> Sections:
+    return Sections.stack(
+        [*(num_rows * bytes_per_row(each) for each in rows), num_rows * 4, num_lists * 8]
+    )

@@ -1,0 +1,188 @@
+"""One rank's place in a group of nodes: its node, its mail, its slices, and agreement."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fusco.engines.agreement import Call
+from fusco.engines.base import World
+from fusco.engines.mail import share_records
+from fusco.engines.node import Node, NodeBlocks
+from fusco.engines.two_level.lanes import SliceSize, most_lanes
+from fusco.errors import DisagreementError, EngineUnavailableError, InputError, WindowMemoryError
+from fusco.layout.blocks import Ints, Sections
+from fusco.layout.heap import Block, align
+from fusco.layout.records import HEADER, Field, Status
+from fusco.transports.mailbox import Mailbox
+from fusco.transports.notices import notices_of
+from fusco.transports.slices import SliceTransport
+
+SLICE_BYTES = 512 << 10
+"""The largest slice, where a row is not larger: 10 ms on a link of 400 Mbit/s."""
+DEPTH = 3
+"""Slices on their way to and from each peer: one is loaded, one travels, one waits."""
+_MOST_STEPS = 1 << 14
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Agreement:
+    """What all ranks have agreed on.
+
+    Attributes:
+        operation: its name, for errors.
+        block: this rank's block, for what it receives.
+        base: int64 `[P]`, where each rank's block begins in its memory, bytes.
+        payload: int64 `[P, payload]`, what each rank published.
+    """
+
+    operation: str
+    block: Block
+    base: Ints
+    payload: Tensor
+
+
+class Session:
+    """A node of this rank, and what joins it to the others.
+
+    Args:
+        world: what it is made for.
+        make_node: see `TwoLevelEngine`.
+        wait_s: by rank, where to add up the seconds waited.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        make_node: Callable[[World, list[float], tuple[int, ...]], Node],
+        wait_s: list[float],
+    ) -> None:
+        if not world.ablation.fusion:
+            raise EngineUnavailableError(
+                "Shuffle: engine 'two_level' has no form without fusion; leave Ablation.fusion on, "
+                "or use engine='reference'"
+            )
+        topology = world.topology
+        self.world = world
+        self.mailbox = Mailbox(world.group, world.timeout_s, wait_s)
+        mates = (rank for rank, node in enumerate(topology.node_of_rank) if node == topology.node)
+        self.node = make_node(world, wait_s, tuple(mates))
+        most_segments = 1 if world.ablation.deduplicate else world.top_k
+        fitting = SLICE_BYTES // (max(world.row_bytes, 1) * most_segments)
+        tokens = max(1, fitting, -(-world.max_tokens // _MOST_STEPS))
+        self.size = SliceSize(tokens=tokens, rows=tokens * most_segments)
+        lanes = most_lanes(topology, forwarders=world.ablation.deduplicate)
+        self.transport = SliceTransport(
+            world.group,
+            slot_bytes=align(self.size.rows * world.row_bytes),
+            # The sums of the own node lie beside those that arrive.
+            num_lanes=lanes + 1,
+            depth=DEPTH,
+            device=self.node.device_types[0],
+            timeout_s=world.timeout_s,
+            wait_s=wait_s,
+        )
+        self._epoch = 0
+        self._process = os.getpid()
+        self.is_closed = False
+
+    def agree(
+        self, call: Call, block: Block | None = None, payload: Tensor | None = None
+    ) -> Tensor:
+        """Everybody's records, int64 `[P, HEADER + payload]`, if all can go on together.
+
+        Raises:
+            InputError, DisagreementError, WindowMemoryError: on all ranks.
+            PeerError: a rank did not come.
+        """
+        self._epoch += 1
+        record = torch.zeros(self.world.record_len, dtype=torch.int64)
+        place = (block.base, block.size) if block is not None else (0, 0)
+        record[:HEADER] = torch.tensor(call.head(self._epoch, *place))
+        if payload is not None:
+            record[HEADER : HEADER + payload.shape[0]] = payload
+        try:
+            return share_records(self.mailbox, call, record)
+        except (InputError, DisagreementError, WindowMemoryError):
+            if block is not None:
+                self.node.release(block)
+            raise
+
+    def reserve(self, call: Call, size: int) -> tuple[Call, Block]:
+        """A block for what this rank will receive; a lack of memory becomes the call's error."""
+        try:
+            return call, self.node.reserve(size)
+        except MemoryError as error:
+            return call.failed(_no_memory(call.operation.text, error)), _NOTHING
+
+    def agreed(self, call: Call, block: Block, records: Tensor) -> Agreement:
+        """What all ranks have agreed on, where each has reserved what it needs."""
+        return Agreement(
+            operation=call.operation.text,
+            block=block,
+            base=records[:, Field.BASE].numpy(),
+            payload=records[:, HEADER:],
+        )
+
+    def fit(self, call: Call, block: Block, records: Tensor, needs: Ints) -> Agreement:
+        """Shrink this rank's block to its need; where one is too small, its rank reserves another,
+        and all ranks learn the new place.
+
+        Args:
+            call: what was agreed on.
+            block: reserved before needs were known.
+            records: of all ranks.
+            needs: int64 `[P]`, bytes each rank needs, the same on all ranks.
+        """
+        rank, operation = self.world.topology.rank, call.operation.text
+        short = needs > records[:, Field.CAPACITY].numpy()
+        problem: MemoryError | None = None
+        if short[rank]:
+            self.node.release(block)
+            try:
+                block = self.node.reserve(int(needs[rank]))
+            except MemoryError as error:
+                block, problem = _NOTHING, error
+        else:
+            block = self.node.shrink(block, int(needs[rank]))
+        if not short.any():
+            return self.agreed(call, block, records)
+        status = Status.READY if problem is None else Status.NO_MEMORY
+        mine = torch.tensor([block.base, status])
+        everybody = range(self.world.topology.num_ranks)
+        places = self.mailbox.share(mine, everybody, operation=operation).numpy()
+        if places[:, 1].any():
+            self.node.release(block)
+            culprit = int(np.flatnonzero(places[:, 1])[0])
+            text = problem or f"rank {culprit}: no memory left to grow its window"
+            raise _no_memory(operation, text)
+        return replace(self.agreed(call, block, records), base=places[:, 0])
+
+    def open(self, agreement: Agreement, sections: Sections) -> NodeBlocks:
+        """Begin the operation on this node; `sections` are of all ranks of the node."""
+        base = agreement.base[list(self.node.ranks)]
+        return self.node.open(agreement.operation, agreement.block, base, sections)
+
+    def close(self, lost: int | None) -> None:
+        """Release everything. Idempotent."""
+        # A forked child shares the memory, but must not speak for the rank.
+        if self.is_closed or self._process != os.getpid():
+            return
+        self.is_closed = True
+        if lost is not None:
+            notices_of(self.world.group).tell(lost)
+        self.node.close(lost)
+
+
+_NOTHING = Block(base=0, size=0)
+
+
+def _no_memory(operation: str, what: object) -> WindowMemoryError:
+    return WindowMemoryError(
+        f"{operation}: {what}; free memory, dispatch fewer tokens, or balance the routing"
+    )
