@@ -40,6 +40,29 @@ def test_gradients_equal_dense(pool: RankPool, engine: str, name: str) -> None:
     pool.run(gradients, on(CASES[name], engine), engine)
 
 
+def weights_alone(rank: int, case: Case, engine: str) -> None:
+    """Their gradients are the same where rows want none."""
+    group = subgroup(range(case.num_ranks))
+    if group is None:
+        return
+    inputs, found = draw(case), []
+    assert inputs.topk_weights is not None
+    with case.shuffle(group, engine) as shuffle:
+        for also_rows in (True, False):
+            x = inputs.x[rank]
+            assert isinstance(x, Tensor)
+            x = x.clone().requires_grad_(also_rows)
+            weights = inputs.topk_weights[rank].clone().requires_grad_()
+            d = shuffle.dispatch(x, inputs.topk_idx[rank], weights)
+            y = shuffle.combine(expert(d.tokens, inputs.outputs[rank]), d)
+            found.append(torch.autograd.grad(y.square().sum(), weights)[0])
+    expect_close(found[1], found[0], 1e-6, "gradient of topk_weights alone")
+
+
+def test_weights_alone_may_want_gradients(pool: RankPool, engine: str) -> None:
+    pool.run(weights_alone, on(CASE, engine), engine)
+
+
 def directional(rank: int, case: Case, engine: str) -> tuple[float, float]:
     """Along one direction of all ranks' rows: by autograd, and by central differences."""
     group = subgroup(range(case.num_ranks))

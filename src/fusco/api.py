@@ -57,8 +57,9 @@ class Shuffle:
         timeout_s: bound of every wait in seconds; None: the group's.
         max_recv_tokens: room for so many rows on every rank, always: dispatch returns outputs of
             that size without waiting for the GPU, and can be captured in a CUDA graph. Rows behind
-            the last are not written. If a rank would receive more, nothing is stored and every
-            rank raises at its next call. None: outputs have as many rows as arrive. "cuda" only.
+            the last are not written, nor are their gradients. If a rank would receive more,
+            nothing is stored and every rank raises at its next call. None: outputs have as many
+            rows as arrive. "cuda" only.
         num_sms: the most multiprocessors of a GPU that an operation takes; None: all.
         ablation: mechanisms to switch off, for measurements.
 
@@ -213,7 +214,8 @@ class Shuffle:
         """
         if not async_op:
             return self._dispatch(x, topk_idx, topk_weights, plan)
-        tensors = (*as_tuple(x), topk_idx, topk_weights)
+        planned = [] if plan is None else plan.to_tensors()
+        tensors = (*as_tuple(x), topk_idx, topk_weights, *planned)
         return self._beside(lambda: self._dispatch(x, topk_idx, topk_weights, plan), tensors)
 
     def _dispatch(
@@ -308,7 +310,8 @@ class Shuffle:
         """
         if not async_op:
             return self._combine(expert_outputs, dispatched, weighted)
-        tensors = (*as_tuple(expert_outputs), dispatched.row_weights)
+        planned = dispatched.plan.to_tensors()
+        tensors = (*as_tuple(expert_outputs), dispatched.row_weights, *planned)
         return self._beside(lambda: self._combine(expert_outputs, dispatched, weighted), tensors)
 
     def _combine(

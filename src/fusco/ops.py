@@ -277,6 +277,9 @@ def _gather_gradients(
 ) -> tuple[list[Tensor | None], Tensor | None]:
     wanted = [grad.contiguous() for grad, need in zip(grads, ctx.needs, strict=True) if need]
     values = grad_row_weights.contiguous() if ctx.needs_weights else None
+    if not wanted and values is not None:
+        # Values travel beside rows: where only weights want gradients, beside the narrowest.
+        wanted = [values.new_zeros((values.shape[0], 4))]
     sums, grad_weights = dispatch_backward(wanted, values, list(ctx.saved_tensors), ctx.shuffle)
     rest = iter(sums)
     grad_rows = [next(rest) if need else None for need in ctx.needs]

@@ -30,13 +30,13 @@ def test_without_chunks_there_is_nothing() -> None:
     assert heap.num_bytes == 0
     assert heap.reserve_largest().block.size == 0
     assert heap.reserve(100).block.size == 0
-    assert heap.addresses.tolist() == [0] * NUM_RANKS
+    assert not heap.addresses.any()
 
 
 def test_kernels_find_each_chunk_of_each_rank() -> None:
     heap = make(CHUNKS)
     assert heap.num_bytes == sum(CHUNKS)
-    assert heap.addresses.tolist() == [[0, 1], [1000, 1001], [2000, 2001]]
+    assert heap.addresses[:3].tolist() == [[0, 1], [1000, 1001], [2000, 2001]]
 
 
 def test_the_largest_block_of_all_chunks_is_reserved_whole() -> None:

@@ -17,7 +17,7 @@ from fusco.engines.cuda.kernels.structs import MAX_PARTS, Verdict
 from fusco.engines.cuda.launch import Launcher
 from fusco.engines.cuda.session import MAX_PLAN_BLOCKS, Report, Session
 from fusco.engines.cuda.window import Place
-from fusco.errors import WindowMemoryError
+from fusco.errors import WindowMemoryError, input_error
 from fusco.layout.compact import links_len, part_starts
 from fusco.layout.segments import bytes_per_row
 from fusco.types import CompactPlan
@@ -124,7 +124,16 @@ class Dispatcher:
         args.expert_offsets = plan_args.expert_offsets = expert_offsets.data_ptr()
         args.is_planned = 0
         num_rows = session.world.max_recv_tokens
+        if num_rows is None and torch.cuda.is_current_stream_capturing():
+            raise input_error(
+                "dispatch",
+                "max_recv_tokens",
+                got="None while a CUDA graph is captured",
+                expected="a number of rows",
+                remedy="make the Shuffle with max_recv_tokens=; the host cannot wait in a graph",
+            )
         while True:
+            session.raise_failure()  # before a block is taken
             place = self._reserve(call, form, None)
             ticket = session.describe(call, place)
             self._launch_plan(stream, num_tokens)
@@ -173,6 +182,7 @@ class Dispatcher:
         args.expert_offsets = plan.expert_offsets.data_ptr()
         args.is_planned = 1
         while True:
+            session.raise_failure()
             place = self._reserve(call, form, num_rows)
             ticket = session.describe(call, place)
             kernel(stream, session.num_sms, form.threads, form.shared_bytes)
@@ -228,6 +238,7 @@ class Dispatcher:
     def _make_room(self, call: Call, place: Place, report: Report) -> None:
         self._session.heap.release(place)
         self._session.raise_failure()
+        assert report.verdict == Verdict.SHORT, "other verdicts are failures, raised above"
         self._session.grow(call.operation.text, report.need)
 
     def _set_rows(self, rows: tuple[Tensor, ...], weights: Tensor | None, work: _Work) -> _Format:
@@ -247,7 +258,9 @@ class Dispatcher:
 
     def _launch_plan(self, stream: int, num_tokens: int) -> None:
         session = self._session
-        chunk = max(_TOKENS_PER_PLAN_BLOCK, -(-num_tokens // MAX_PLAN_BLOCKS))
+        # Its blocks wait for each other, so all of them must run at once.
+        num_blocks = min(MAX_PLAN_BLOCKS, session.num_sms)
+        chunk = max(_TOKENS_PER_PLAN_BLOCK, -(-num_tokens // num_blocks))
         self._plan_args.chunk_tokens = chunk
         num_counts = session.constants.num_experts + session.num_ranks
         shared_bytes = 4 * (2 * num_counts + 1 + chunk * session.world.top_k)

@@ -59,7 +59,7 @@ class CudaEngine(Engine):
     ) -> Delivery:
         works = self._open()
         works.session.check_device(call, rows[0])
-        dense = tuple(each.contiguous() for each in rows)
+        dense = tuple(map(_dense, rows))
         weights = None if weights is None else weights.contiguous()
         if isinstance(routing, CompactPlan):
             got = works.dispatcher.dispatch_planned(call, dense, weights, routing)
@@ -85,10 +85,33 @@ class CudaEngine(Engine):
         works = self._open()
         works.session.check_device(call, rows[0])
         self.meter.combined()
-        dense = tuple(each.contiguous() for each in rows)
+        dense = tuple(map(_dense, rows))
         row_weights = None if row_weights is None else row_weights.contiguous()
         row_values = None if row_values is None else row_values.contiguous()
         return works.combiner.combine(call, dense, row_weights, plan, row_values)
+
+    def combine_backward(
+        self,
+        call: Call,
+        grads: tuple[Tensor, ...],
+        rows: tuple[Tensor, ...],
+        row_weights: Tensor | None,
+        plan: Plan,
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        if row_weights is None or len(grads) > 1:
+            return super().combine_backward(call, grads, rows, row_weights, plan)
+        assert isinstance(plan, CompactPlan), "plans come from this engine"
+        works = self._open()
+        works.session.check_device(call, grads[0])
+        self.meter.dispatched(0)
+        got = works.dispatcher.dispatch_planned(
+            call,
+            (_dense(grads[0]),),
+            row_weights.contiguous(),
+            plan,
+            combined=_dense(rows[0]),
+        )
+        return got.rows, got.row_weights
 
     def exchange(
         self,
@@ -150,6 +173,12 @@ class _Works:
         ranks, top_k = self.session.num_ranks, plan.top_k
         links = Links.split(plan.links, plan.num_tokens, ranks, top_k)
         return links.rows.cpu().to(torch.int64) if int(links.is_valid) else None
+
+
+def _dense(rows: Tensor) -> Tensor:
+    """The same rows one behind the other, at an address that is a multiple of 16."""
+    dense = rows.contiguous()
+    return dense if dense.data_ptr() % 16 == 0 else dense.clone()
 
 
 def _check_world(world: World) -> None:

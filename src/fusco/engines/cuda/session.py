@@ -237,13 +237,15 @@ class Session:
         self._tables["state"].view(torch.int32)[_REPORTED] = 0
 
     def _disagreement(self, failure: structs.Failure) -> FuscoError:
-        call = dict(self._calls)[failure.ticket]
         if failure.verdict == Verdict.SHORT:
             return WindowMemoryError(
-                f"{call.operation.text}: a rank receives {failure.need} rows, more than "
-                f"max_recv_tokens={self.world.max_recv_tokens}; nothing was stored; make the "
+                f"{Operation(failure.operation).text}: a rank receives {failure.need} rows, more "
+                f"than max_recv_tokens={self.world.max_recv_tokens}; nothing was stored; make the "
                 f"Shuffle with max_recv_tokens={failure.need} or more, or balance the routing"
             )
+        call = dict(self._calls).get(failure.ticket) or Call(
+            operation=Operation(failure.operation), form="too long ago to say with what"
+        )
         if failure.awaited == self.rank:
             num_experts = self.world.topology.num_experts
             call = replace(call, error=bad_ids(failure.item, failure.need, num_experts))
@@ -264,9 +266,9 @@ class Session:
         size = chunk_bytes(need)
         problem = ""
         try:
-            memory = self._allocator.allocate(size)
-        except torch.OutOfMemoryError as error:
-            problem = str(error)
+            memory = self._allocate(size)
+        except RuntimeError as error:  # of the driver, which torch does not tell apart
+            problem = str(error) or "out of memory"
         problems = self.bulletin.swap(f"growth {self._ticket}", problem)
         for rank, text in enumerate(problems):
             if text:
@@ -275,7 +277,13 @@ class Session:
                     "free memory, dispatch fewer tokens, or balance the routing"
                 )
         self.heap.add(self._allocator.connect(memory))
-        self.constants.heaps = self.heap.addresses.data_ptr()
+
+    def _allocate(self, size: int) -> Tensor:
+        try:
+            return self._allocator.allocate(size)
+        except RuntimeError:
+            torch.cuda.empty_cache()  # what torch keeps for itself is not free for windows
+            return self._allocator.allocate(size)
 
     def share_device(self) -> None:
         """Claim room on the device for kernels that run beside those of other Shuffles.

@@ -52,7 +52,8 @@ class Order:
         current = torch.cuda.current_stream(self._device)
         self._side.wait_stream(current)
         for tensor in inputs:
-            tensor.record_stream(self._side)
+            if tensor.is_cuda:
+                tensor.record_stream(self._side)
         with torch.cuda.stream(self._side):
             result = operation()
             event = self._side.record_event()

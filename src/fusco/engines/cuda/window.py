@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fusco.errors import WindowMemoryError
 from fusco.layout.compact import round_up
 from fusco.layout.heap import Block, Heap
 from fusco.topology import Topology
@@ -38,6 +39,9 @@ class Allocation:
     @functools.cached_property
     def base(self) -> int:
         return self.memory.data_ptr()
+
+
+_MAX_CHUNKS = 256
 
 
 class Allocator(ABC):
@@ -108,8 +112,9 @@ class SymmetricHeap:
         self._device = device
         self._chunks: list[tuple[Allocation, Heap]] = []
         self._captured: list[Place] = []
-        # Read also before there is a chunk, by ranks that receive nothing.
-        self.addresses = torch.zeros(num_ranks, dtype=torch.int64, device=device)
+        # One table for good: graphs hold its address. It is read also before there is a chunk, by
+        # ranks that receive nothing.
+        self.addresses = torch.zeros((_MAX_CHUNKS, num_ranks), dtype=torch.int64, device=device)
 
     @property
     def num_bytes(self) -> int:
@@ -118,9 +123,13 @@ class SymmetricHeap:
 
     def add(self, allocation: Allocation) -> None:
         """Add a chunk that all ranks have allocated."""
+        if len(self._chunks) == _MAX_CHUNKS:
+            raise WindowMemoryError(
+                f"the heap has grown {_MAX_CHUNKS} times, and grows no further; make a new Shuffle "
+                "and dispatch the largest load first"
+            )
+        self.addresses[len(self._chunks)] = torch.tensor(allocation.address, dtype=torch.int64)
         self._chunks.append((allocation, Heap(allocation.memory.numel())))
-        table = [allocation.address for allocation, _ in self._chunks]
-        self.addresses = torch.tensor(table, dtype=torch.int64, device=self._device)
 
     def reserve_largest(self) -> Place:
         """The largest free block of all chunks, whole."""

@@ -52,15 +52,17 @@ __device__ __forceinline__ void report_failure(const World& world, const Call& c
   failure->verdict = verdict;
 }
 
-// Spins until `ready()`, at most for the timeout; false where this rank has given up.
+// Spins until `ready()`, at most for `timeouts` times the timeout; false where this rank has given
+// up.
 template <typename Ready>
-__device__ __forceinline__ bool wait_until(const World& world, Ready ready) {
+__device__ __forceinline__ bool wait_until(const World& world, Ready ready, u64 timeouts = 1) {
   if (ready()) return true;
   const u64 begin = now_ns();
   const volatile u32* lost = &state_of(world).lost;
   for (u32 spin = 1;; ++spin) {
     if (ready()) return true;
-    if (spin % 64 == 0 && (*lost || now_ns() - begin > static_cast<u64>(world.timeout_ns))) {
+    if (spin % 64 == 0 &&
+        (*lost || now_ns() - begin > timeouts * static_cast<u64>(world.timeout_ns))) {
       return false;
     }
     __nanosleep(20);

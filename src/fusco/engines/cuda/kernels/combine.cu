@@ -233,6 +233,7 @@ struct Fetcher {
       partial = at_bytes<u8>(window, args.returns_at + row * args.row_bytes);
     }
     if (!__all_sync(kFullWarp, has_come)) return false;
+    __syncwarp();
 #if FUSCO_BULK
     asm volatile("fence.proxy.async;" ::: "memory");
 #endif

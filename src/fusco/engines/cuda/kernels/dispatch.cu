@@ -168,6 +168,7 @@ struct Dispatch {
     }
     count = __shfl_sync(kFullWarp, count, 0);
     if (count == 0) return false;
+    __syncwarp();
     Shipped shipped{-1, 0};
     if (lane < count) shipped = shipment(own.window, from, segment)[lane];
     if (lane < top_k) links.slots(world, from, segment)[lane] = shipped.slot;
@@ -299,7 +300,7 @@ extern "C" __global__ void __launch_bounds__(kWeighs ? 512 : 448, 1)
       report_to_host(world, call, verdict, links.rows[world.rank], 0, need);
     }
   } else {
-    verdict = state.verdict;
+    verdict = state.lost ? static_cast<i32>(kLost) : state.verdict;
   }
   if (verdict == kGo) {
     find_places(world, args, epoch, links, places);

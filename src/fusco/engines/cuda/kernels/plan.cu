@@ -269,9 +269,15 @@ extern "C" __global__ void __launch_bounds__(512)
 
   __shared__ bool goes_on;
   if (threadIdx.x == 0) {
-    // Its bound is the leader's; twice that, so that the leader's own report is the one.
-    goes_on = wait_until(world, [&] { return load_acquire_gpu(&state.planned) == epoch; });
-    goes_on = goes_on && state.verdict == kGo;
+    // The leader waits once for its peers; twice that, so that its own report is the one.
+    const bool is_led =
+        wait_until(world, [&] { return load_acquire_gpu(&state.planned) == epoch; }, 2);
+    if (!is_led) {
+      // Pairs without slots must not be moved.
+      atomicExch(&state.lost, 1u);
+      report_failure(world, call, kLost, world.rank, -1, 0);
+    }
+    goes_on = is_led && state.verdict == kGo;
   }
   __syncthreads();
   if (!goes_on) return;
