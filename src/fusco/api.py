@@ -19,7 +19,7 @@ from fusco.configuration import Configuration
 from fusco.engines import make_engine
 from fusco.engines.agreement import Call
 from fusco.engines.base import Delivery, Engine, World
-from fusco.errors import ClosedError, InputError
+from fusco.errors import ClosedError, EngineUnavailableError, InputError
 from fusco.groups import resolve_group
 from fusco.layout.records import Operation
 from fusco.meeting import meet
@@ -135,6 +135,11 @@ class Shuffle:
             timeout_s=meeting.timeout_s,
             ablation=configuration.ablation,
         )
+        if max_recv_tokens is not None and meeting.engine != "cuda":
+            raise EngineUnavailableError(
+                f"Shuffle: engine {meeting.engine!r} has no outputs of fixed size; leave out "
+                "max_recv_tokens, or use engine='cuda'"
+            )
         self._engine: Engine = make_engine(meeting.engine, world)
         self._limits = Limits(
             top_k=top_k,

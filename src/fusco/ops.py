@@ -20,6 +20,7 @@ from fusco.engines.agreement import Call
 from fusco.engines.base import Delivery, Engine, Returned
 from fusco.engines.ids import find_bad_id
 from fusco.errors import ClosedError, PeerError
+from fusco.layout.compact import links_len
 from fusco.layout.records import Operation
 from fusco.layout.segments import describe_format
 from fusco.types import NUM_PLAN_TENSORS, NUM_SLICED_TENSORS, Plan, SlicedPlan
@@ -409,6 +410,18 @@ def _fake_plan(topk_idx: Tensor, engine: Engine) -> list[Tensor]:
         return [*head, int64(ctx.new_dynamic_size(min=1)), int64(slots), int64(slots)]
 
     num_local = topology.num_local_experts[topology.rank]
+    if engine.has_compact_plans:
+        world = engine.world
+        size = links_len(num_tokens, num_ranks, world.max_tokens, top_k)
+        num_rows = world.max_recv_tokens or ctx.new_dynamic_size()
+        return [
+            torch.empty(2, dtype=torch.int64),
+            int64(num_local),
+            topk_idx.new_empty(num_local + 1, dtype=torch.int32),
+            topk_idx.new_empty((2, num_tokens, top_k), dtype=torch.int32),
+            topk_idx.new_empty(size, dtype=torch.int32),
+            topk_idx.new_empty(num_rows, dtype=torch.uint8),
+        ]
     plan = [
         torch.empty(2, dtype=torch.int64),
         int64(num_local),

@@ -119,6 +119,8 @@ class Engine(ABC):
     name: ClassVar[str]
     finds_bad_ids: ClassVar[bool] = False
     """Whether `dispatch` itself raises for expert ids out of range; else others check them."""
+    has_compact_plans: ClassVar[bool] = False
+    """Whether its plans are of the kind `CompactPlan`."""
     row_unit_bytes: ClassVar[int] = 1
     """Rows must be a multiple of so many bytes."""
     max_parts: ClassVar[int | None] = None

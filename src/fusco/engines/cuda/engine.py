@@ -27,6 +27,7 @@ class CudaEngine(Engine):
 
     name = "cuda"
     finds_bad_ids = True
+    has_compact_plans = True
     row_unit_bytes = 16
     max_parts = MAX_PARTS
 
