@@ -49,12 +49,12 @@ class Counts:
     tokens_to_node: Tensor
 
     @classmethod
-    def split(cls, packed: Tensor, num_experts: int, num_ranks: int) -> Counts:
-        """From the packed form `[P, E + P + N]` in which counts travel."""
+    def split(cls, packed: Tensor, num_experts: int, num_ranks: int, num_nodes: int) -> Counts:
+        """From the packed form `[P, E + P + N]` in which counts travel; what is behind is left."""
         return cls(
             pairs=packed[:, :num_experts],
             tokens_to_rank=packed[:, num_experts : num_experts + num_ranks],
-            tokens_to_node=packed[:, num_experts + num_ranks :],
+            tokens_to_node=packed[:, num_experts + num_ranks :][:, :num_nodes],
         )
 
 

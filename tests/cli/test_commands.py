@@ -169,12 +169,20 @@ def test_selftest_runs_under_torchrun() -> None:
 def test_selftest_refuses_an_engine_that_is_not_there() -> None:
     result = CliRunner().invoke(app, ["selftest", "--engine", "other"])
     assert result.exit_code == 2
-    assert "selftest: engine: got 'other', expected all, cuda, cpu, reference" in result.output
+    assert (
+        "selftest: engine: got 'other', expected all, cuda, cpu, two_level, reference"
+        in result.output
+    )
 
 
 def test_doctor_shows_the_same_in_both_forms() -> None:
     facts = json.loads(CliRunner().invoke(app, ["doctor", "--json"]).output)
-    assert {engine["name"] for engine in facts["engines"]} == {"cuda", "cpu", "reference"}
+    assert {engine["name"] for engine in facts["engines"]} == {
+        "cuda",
+        "cpu",
+        "two_level",
+        "reference",
+    }
     assert facts["healthy"] is True
     assert facts["fusco"] == fusco.__version__
     table = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200"}).output

@@ -180,7 +180,7 @@ def test_a_thousand_ranks() -> None:
     generator = torch.Generator().manual_seed(0)
     pairs = sort_pairs(torch.randint(0, num_experts, (512, 8), generator=generator), topology)
     packed = count_pairs(pairs, topology)
-    counts = Counts.split(packed.expand(num_ranks, -1), num_experts, num_ranks)
+    counts = Counts.split(packed.expand(num_ranks, -1), num_experts, num_ranks, topology.num_nodes)
     sends = plan_sends(pairs, counts, topology, two_level=True)
     assert sends.forward is not None
     assert int(sends.traffic.rows.sum()) == num_ranks * 512 * 8

@@ -38,7 +38,7 @@ def plan_cluster(
     top_k = topk_idx[0].shape[1]
     pairs = [sort_pairs(routing, topology) for routing in topk_idx]
     packed = torch.stack([count_pairs(each, topology) for each in pairs])
-    counts = Counts.split(packed, topology.num_experts, topology.num_ranks)
+    counts = Counts.split(packed, topology.num_experts, topology.num_ranks, topology.num_nodes)
     sends = [
         plan_sends(
             each,

@@ -138,7 +138,7 @@ class ReferenceEngine(Engine):
             packed = count_pairs(pairs, topology)
         records = self._agree(call, packed.cpu())
         packed = records[:, HEADER:].to(topk_idx.device)
-        counts = Counts.split(packed, topology.num_experts, topology.num_ranks)
+        counts = Counts.split(packed, topology.num_experts, topology.num_ranks, topology.num_nodes)
         sends = plan_sends(
             pairs,
             counts,

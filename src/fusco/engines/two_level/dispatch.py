@@ -137,7 +137,9 @@ def dispatch_new(
         records = session.agree(call, block, packed)
     identity = new_identity()
     with stage("plan"):
-        counts = Counts.split(records[:, HEADER:], topology.num_experts, topology.num_ranks)
+        counts = Counts.split(
+            records[:, HEADER:], topology.num_experts, topology.num_ranks, topology.num_nodes
+        )
         sends = plan_sends(
             pairs,
             counts,
