@@ -168,3 +168,10 @@ def _check_side(
                 expected=f"segments inside the {buffer.nbytes} bytes of {buffer_name}",
                 remedy="offsets and sizes count bytes",
             )
+
+
+def forget_engines() -> None:
+    """Close all engines of `exchange`, before their groups are destroyed; not collective."""
+    for engine in _ENGINES.values():
+        engine.close()
+    _ENGINES.clear()

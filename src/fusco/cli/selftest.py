@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fusco.cli.failures import FAILURE, short_failures
-from fusco.cli.launch import choose_num_ranks, is_speaker, launched_group, launched_ranks
+from fusco.cli.launch import (
+    choose_num_ranks,
+    is_speaker,
+    launched_group,
+    launched_ranks,
+    leave_launched,
+)
 
 if TYPE_CHECKING:
     from fusco.testing.conformance import Check
@@ -46,6 +52,7 @@ def selftest(
             else:
                 with RankPool(total) as pool:
                     num_failed = _run_checks(engines, pool)
+    leave_launched(FAILURE if num_failed else 0)
     if num_failed:
         raise typer.Exit(FAILURE)
 

@@ -75,3 +75,8 @@ class Notices:
 def notices_of(group: dist.ProcessGroup) -> Notices:
     """The notices of a group, expected from the first call on."""
     return Notices(group)
+
+
+def forget_notices() -> None:
+    """Expect no notices any more, before groups are destroyed."""
+    notices_of.cache_clear()
