@@ -14,6 +14,7 @@ from fusco.cli.launch import (
     is_speaker,
     launched_group,
     launched_ranks,
+    leave_launched,
 )
 
 if TYPE_CHECKING:
@@ -170,6 +171,7 @@ def bench(
             baselines=BASELINES[device],
         )
         _measure_and_report(config, output, compare)
+        leave_launched(0)
 
 
 def _measure_and_report(config: BenchConfig, output: Path | None, compare: Path | None) -> None:
