@@ -353,7 +353,9 @@ class Shuffle:
         """Return when all that this rank asked for is done, and raise what was found meanwhile.
 
         Only the engine "cuda" returns from `combine`, or with `max_recv_tokens` from `dispatch`,
-        before it is known whether all ranks agree; it raises at the next call, or here.
+        before it is known whether all ranks agree: the error is raised by the next dispatch, or
+        here. With `max_recv_tokens` calls raise it as soon as they know of it, until this has been
+        called on the same rank.
         """
         self._require_open()
         with ops.using(self._key) as engine:

@@ -26,7 +26,8 @@ class Links:
     """The parts of `CompactPlan.links`, int32.
 
     Attributes:
-        is_valid: `[1]`, whether the ranks agreed on the plan; if not, the rest means nothing.
+        number: `[1]`, the same on all ranks and for no other plan; 0: they did not agree on it, and
+            the rest means nothing.
         sends: `[P]`, segments sent to each rank, the own one included.
         arrivals: `[P]`, segments that arrive from each rank, the own one included.
         rows: `[P]`, rows that each rank receives, padding counted.
@@ -38,7 +39,7 @@ class Links:
             last.
     """
 
-    is_valid: Tensor
+    number: Tensor
     sends: Tensor
     arrivals: Tensor
     rows: Tensor
@@ -55,7 +56,7 @@ class Links:
         token_segment = rest[: num_tokens * num_ranks].view(num_tokens, num_ranks)
         arrival_slot = rest[num_tokens * num_ranks :].view(num_ranks, -1, top_k)
         return cls(
-            is_valid=links[:1],
+            number=links[:1],
             sends=head[0],
             arrivals=head[1],
             rows=head[2],

@@ -26,11 +26,12 @@ class Operation(IntEnum):
 
 
 class Status(IntEnum):
-    """Whether a rank can go on."""
+    """Whether a rank can go on. `PENDING`: not before it has raised an earlier failure."""
 
     READY = 0
     BAD_INPUT = 1
     NO_MEMORY = 2
+    PENDING = 3
 
 
 class Field(IntEnum):

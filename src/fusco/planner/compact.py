@@ -59,7 +59,7 @@ def plan_compact(
                 slot[source], owner[source] == me, goes[source][:, me]
             )
         links = Links(
-            is_valid=sends.new_ones(1),
+            number=sends.new_ones(1),
             sends=sends[me],
             arrivals=sends[:, me],
             rows=rows,

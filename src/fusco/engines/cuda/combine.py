@@ -7,9 +7,7 @@ from torch import Tensor
 
 from fusco.engines.agreement import Call
 from fusco.engines.base import Returned
-from fusco.engines.cuda.jit import Variant, element_of
 from fusco.engines.cuda.kernels import structs
-from fusco.engines.cuda.launch import Launcher
 from fusco.engines.cuda.session import Session
 from fusco.engines.cuda.window import NOWHERE
 from fusco.layout.compact import round_up
@@ -29,7 +27,7 @@ class Combiner:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._args = structs.CombineArgs()
-        self._kernels: dict[torch.dtype, Launcher] = {}
+        self._kernels = session.launchers("combine", self._args)
 
     def combine(
         self,
@@ -42,12 +40,16 @@ class Combiner:
         """See `Engine.combine`."""
         session, args = self._session, self._args
         stream = session.order.begin()
-        kernels = [self._kernel(each.dtype) for each in rows]
-        session.describe(call, NOWHERE)
+        kernels = [self._kernels(each.dtype) for each in rows]
         num_tokens = plan.num_tokens
         pair_values = None
-        if row_values is not None:
-            pair_values = row_values.new_empty((num_tokens, plan.top_k))
+        try:
+            sums = tuple(each.new_empty((num_tokens, *each.shape[1:])) for each in rows)
+            if row_values is not None:
+                pair_values = row_values.new_empty((num_tokens, plan.top_k))
+        except torch.OutOfMemoryError as error:
+            session.raise_out_of_memory(call, error)
+        session.describe(call, NOWHERE)
         args.row_values, args.pair_values = _address(row_values), _address(pair_values)
         args.row_weights = _address(row_weights)
         args.pairs, args.links = plan.pairs.data_ptr(), plan.links.data_ptr()
@@ -55,9 +57,7 @@ class Combiner:
         # Where there is little to do for each block, it takes less at a time.
         args.items_at_once = min(_ITEMS_AT_ONCE, 2 * num_tokens // (60 * session.num_sms) + 1)
         args.returns_at = session.constants.returns_at
-        sums = []
-        for part, each in enumerate(rows):
-            out = each.new_empty((num_tokens, *each.shape[1:]))
+        for part, (each, out) in enumerate(zip(rows, sums, strict=True)):
             args.rows, args.out = each.data_ptr(), out.data_ptr()
             args.row_bytes = bytes_per_row(each)
             args.part, args.is_last = part, part == len(rows) - 1
@@ -65,8 +65,7 @@ class Combiner:
             kernels[part](stream, session.num_sms, _THREADS, shared_bytes)
             args.returns_at += session.layout.num_returns * args.row_bytes
             args.row_values = args.pair_values = 0
-            sums.append(out)
-        return Returned(sums=tuple(sums), pair_values=pair_values)
+        return Returned(sums=sums, pair_values=pair_values)
 
     def _share(self, row_bytes: int) -> int:
         """Cut rows into pieces and shared memory into places for them; bytes of shared memory.
@@ -84,14 +83,6 @@ class Combiner:
             num_pieces += 1
         args.piece_bytes, args.num_slots = piece_bytes, num_slots
         return (num_slots + _NUM_BUFFERS) * piece_bytes + structs.COMBINE_SHARED_BYTES
-
-    def _kernel(self, dtype: torch.dtype) -> Launcher:
-        found = self._kernels.get(dtype)
-        if found is None:
-            variant = Variant(name="combine", element=element_of(dtype))
-            found = self._session.launcher(variant, self._args)
-            self._kernels[dtype] = found
-        return found
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,13 +12,12 @@ from torch import Tensor
 
 from fusco.engines.agreement import Call
 from fusco.engines.base import Delivery
-from fusco.engines.cuda.jit import Variant, element_of
+from fusco.engines.cuda.jit import Variant
 from fusco.engines.cuda.kernels import structs
 from fusco.engines.cuda.kernels.structs import MAX_PARTS, Verdict
-from fusco.engines.cuda.launch import Launcher
 from fusco.engines.cuda.session import MAX_PLAN_BLOCKS, Report, Session
 from fusco.engines.cuda.window import Place
-from fusco.errors import WindowMemoryError, input_error
+from fusco.errors import EngineUnavailableError, WindowMemoryError, input_error
 from fusco.layout.compact import links_len, part_starts
 from fusco.layout.segments import bytes_per_row
 from fusco.types import CompactPlan
@@ -95,7 +95,8 @@ class Dispatcher:
         self._args = structs.DispatchArgs()
         self._plan = session.launcher(Variant(name="plan"), self._plan_args)
         self._dispatch = session.launcher(Variant(name="dispatch"), self._args)
-        self._weighing_kernels: dict[torch.dtype, Launcher] = {}
+        self._weighing = session.launchers("dispatch", self._args)
+        self._check_plan()
         self._formats: dict[Any, _Format] = {}
         self._spare: dict[tuple[int, int], _Arrays] = {}
 
@@ -114,7 +115,12 @@ class Dispatcher:
         form = self._set_rows(rows, weights, _MOVING)
         num_tokens = topk_idx.shape[0]
         # Memory belongs to the stream that it was allocated on.
-        arrays = self._spare.pop((stream, num_tokens), None) or self._allocate(num_tokens)
+        arrays = self._spare.pop((stream, num_tokens), None)
+        if arrays is None:
+            try:
+                arrays = self._allocate(num_tokens)
+            except torch.OutOfMemoryError as error:
+                session.raise_out_of_memory(call, error)
         tokens_per_expert, expert_offsets, pairs, links = arrays
         plan_args = self._plan_args
         plan_args.topk_idx = topk_idx.data_ptr()
@@ -133,15 +139,16 @@ class Dispatcher:
                 remedy="make the Shuffle with max_recv_tokens=; the host cannot wait in a graph",
             )
         while True:
-            session.raise_failure()  # before a block is taken
             place = self._reserve(call, form, None)
             ticket = session.describe(call, place)
             self._launch_plan(stream, num_tokens)
             self._dispatch(stream, session.num_sms, form.threads, form.shared_bytes)
             if num_rows is not None:
+                session.failures.raise_pending(settle=False)
                 break
             # There is time until the report comes.
-            self._spare = {(stream, num_tokens): self._allocate(num_tokens)}
+            with suppress(torch.OutOfMemoryError):
+                self._spare = {(stream, num_tokens): self._allocate(num_tokens)}
             report = session.await_report(ticket)
             if report.verdict == Verdict.GO:
                 num_rows = report.num_rows
@@ -182,11 +189,11 @@ class Dispatcher:
         args.expert_offsets = plan.expert_offsets.data_ptr()
         args.is_planned = 1
         while True:
-            session.raise_failure()
             place = self._reserve(call, form, num_rows)
             ticket = session.describe(call, place)
             kernel(stream, session.num_sms, form.threads, form.shared_bytes)
             if session.world.max_recv_tokens is not None:
+                session.failures.raise_pending(settle=False)
                 break
             report = session.await_report(ticket)
             if report.verdict == Verdict.GO:
@@ -204,13 +211,6 @@ class Dispatcher:
             torch.empty((2, num_tokens, top_k), dtype=torch.int32, device=device),
             torch.empty(size, dtype=torch.int32, device=device),
         )
-
-    def _weighing(self, dtype: torch.dtype) -> Launcher:
-        found = self._weighing_kernels.get(dtype)
-        if found is None:
-            variant = Variant(name="dispatch", element=element_of(dtype))
-            found = self._weighing_kernels[dtype] = self._session.launcher(variant, self._args)
-        return found
 
     def _reserve(self, call: Call, form: _Format, num_rows: int | None) -> Place:
         """A block for what this rank will receive: of the size that is known, else the largest."""
@@ -237,8 +237,8 @@ class Dispatcher:
 
     def _make_room(self, call: Call, place: Place, report: Report) -> None:
         self._session.heap.release(place)
-        self._session.raise_failure()
-        assert report.verdict == Verdict.SHORT, "other verdicts are failures, raised above"
+        if report.verdict != Verdict.SHORT:
+            self._session.failures.raise_pending()
         self._session.grow(call.operation.text, report.need)
 
     def _set_rows(self, rows: tuple[Tensor, ...], weights: Tensor | None, work: _Work) -> _Format:
@@ -257,14 +257,29 @@ class Dispatcher:
         return form
 
     def _launch_plan(self, stream: int, num_tokens: int) -> None:
+        chunk, shared_bytes = self._divide_plan(num_tokens)
+        self._plan_args.chunk_tokens = chunk
+        self._plan(stream, max(1, -(-num_tokens // chunk)), _PLAN_THREADS, shared_bytes)
+
+    def _divide_plan(self, num_tokens: int) -> tuple[int, int]:
+        """Tokens and bytes of shared memory of a block of the plan kernel."""
         session = self._session
         # Its blocks wait for each other, so all of them must run at once.
         num_blocks = min(MAX_PLAN_BLOCKS, session.num_sms)
         chunk = max(_TOKENS_PER_PLAN_BLOCK, -(-num_tokens // num_blocks))
-        self._plan_args.chunk_tokens = chunk
         num_counts = session.constants.num_experts + session.num_ranks
-        shared_bytes = 4 * (2 * num_counts + 1 + chunk * session.world.top_k)
-        self._plan(stream, max(1, -(-num_tokens // chunk)), _PLAN_THREADS, shared_bytes)
+        return chunk, 4 * (2 * num_counts + 1 + chunk * session.world.top_k)
+
+    def _check_plan(self) -> None:
+        session = self._session
+        _, need = self._divide_plan(session.max_tokens)
+        if need > session.max_shared_bytes:
+            raise EngineUnavailableError(
+                f"Shuffle: engine 'cuda' plans {session.max_tokens} tokens for "
+                f"{session.constants.num_experts} experts in {need} bytes of a multiprocessor's "
+                f"memory, more than its {session.max_shared_bytes}; use a smaller max_tokens, a "
+                "larger num_sms, or another engine"
+            )
 
     def _wrap(self, place: Place, form: _Format, num_rows: int, plan: CompactPlan) -> Delivery:
         """The rows and their weights where they lie; the rest of the block is free again."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NoReturn, TypeVar
+from typing import Concatenate, NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,23 @@ from fusco.layout.compact import Links
 from fusco.types import CompactPlan, Plan, Segments, Stats
 
 Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
+
+
+def _on_own_device(
+    method: Callable[Concatenate[CudaEngine, Arguments], Result],
+) -> Callable[Concatenate[CudaEngine, Arguments], Result]:
+    """Kernels are launched on the current device, which may be another by now."""
+
+    @functools.wraps(method)
+    def run(engine: CudaEngine, /, *arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
+        device = engine.device
+        if torch.cuda.current_device() == device.index:
+            return method(engine, *arguments, **named)
+        with torch.cuda.device(device):
+            return method(engine, *arguments, **named)
+
+    return run
 
 
 class CudaEngine(Engine):
@@ -48,9 +66,16 @@ class CudaEngine(Engine):
     def is_closed(self) -> bool:
         return self._works is None
 
+    @property
+    def device(self) -> torch.device:
+        """Where its windows are."""
+        return self._open().session.device
+
+    @_on_own_device
     def agree_on_error(self, call: Call) -> NoReturn:
         self._open().session.raise_everywhere(call)
 
+    @_on_own_device
     def dispatch(
         self,
         call: Call,
@@ -74,6 +99,7 @@ class CudaEngine(Engine):
         self.meter.dispatched(0)
         return got
 
+    @_on_own_device
     def combine(
         self,
         call: Call,
@@ -91,6 +117,7 @@ class CudaEngine(Engine):
         row_values = None if row_values is None else row_values.contiguous()
         return works.combiner.combine(call, dense, row_weights, plan, row_values)
 
+    @_on_own_device
     def combine_backward(
         self,
         call: Call,
@@ -126,6 +153,7 @@ class CudaEngine(Engine):
             "exchange: engine 'cuda' does not serve it; use engine='reference'"
         )
 
+    @_on_own_device
     def run_beside(
         self, operation: Callable[[], Result], inputs: Sequence[Tensor]
     ) -> tuple[Result, torch.cuda.Event]:
@@ -133,9 +161,11 @@ class CudaEngine(Engine):
         session.share_device()
         return session.order.run_beside(operation, inputs)
 
+    @_on_own_device
     def synchronize(self) -> None:
         self._open().session.synchronize()
 
+    @_on_own_device
     def stats(self) -> Stats:
         """Waits for what was asked for, since the kernels count themselves."""
         works = self._open()
@@ -173,7 +203,7 @@ class _Works:
         """int64 `[P]` on the CPU; None where the ranks did not agree on the plan."""
         ranks, top_k = self.session.num_ranks, plan.top_k
         links = Links.split(plan.links, plan.num_tokens, ranks, top_k)
-        return links.rows.cpu().to(torch.int64) if int(links.is_valid) else None
+        return links.rows.cpu().to(torch.int64) if int(links.number) else None
 
 
 def _dense(rows: Tensor) -> Tensor:

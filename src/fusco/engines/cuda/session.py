@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import weakref
-from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple, NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fusco.engines.agreement import Call, disagreement
+from fusco.engines.agreement import Call
 from fusco.engines.base import World
-from fusco.engines.cuda.jit import Variant
+from fusco.engines.cuda.failures import Failures
+from fusco.engines.cuda.jit import Variant, element_of
 from fusco.engines.cuda.kernels import structs
-from fusco.engines.cuda.kernels.structs import Verdict
 from fusco.engines.cuda.launch import Launcher
 from fusco.engines.cuda.streams import Order
 from fusco.engines.cuda.window import NOWHERE, Place, SymmetricHeap, TorchAllocator
-from fusco.engines.ids import bad_ids
-from fusco.errors import FuscoError, PeerError, WindowMemoryError, input_error
+from fusco.errors import WindowMemoryError, input_error
 from fusco.layout.compact import WindowLayout, chunk_bytes
-from fusco.layout.records import HEADER, Field, Operation
+from fusco.layout.records import Operation
 from fusco.transports.bulletin import Bulletin
 
 MAX_PLAN_BLOCKS = 128
-_REMEMBERED = 64
 _SAY_THREADS = 128
 _SPINS = 1000
 """Looks at a report before looking for what may keep it."""
 _STATIC_SHARED_BYTES = 1024
 """More than any kernel declares beside what it is launched with."""
-_REPORTED = structs.State.reported.offset // 4
+_PENDING = structs.State.pending.offset // 4
 _NUM_ROWS = structs.State.num_rows.offset // 4
 
 
@@ -51,7 +49,6 @@ class Report(NamedTuple):
     ticket: int
     verdict: int
     num_rows: int
-    num_pairs: int
     need: int
 
 
@@ -96,7 +93,8 @@ class Session:
         self._say = self.launcher(Variant(name="agree"))
         self._ticket = 0
         self._last_call: Call | None = None
-        self._calls: deque[tuple[int, Call]] = deque(maxlen=_REMEMBERED)
+        pending = self._tables["state"].view(torch.int32)[_PENDING : _PENDING + 1]
+        self.failures = Failures(world, self.bulletin, self._failure, pending)
         # No rank's kernels may write before every window is clear and mapped.
         self.bulletin.meet("windows")
 
@@ -165,9 +163,18 @@ class Session:
             self.max_shared_bytes,
         )
 
+    def launchers(self, name: str, argument: ctypes.Structure) -> Callable[[torch.dtype], Launcher]:
+        """One `launcher` for each type of element, loaded when it is first asked for."""
+
+        @functools.cache
+        def launcher_of(dtype: torch.dtype) -> Launcher:
+            return self.launcher(Variant(name=name, element=element_of(dtype)), argument)
+
+        return launcher_of
+
     def describe(self, call: Call, place: Place) -> int:
         """Fill this rank's record of an operation; the ticket by which it will be reported."""
-        self.raise_failure()
+        self.failures.raise_lost()
         self._ticket = ticket = self._ticket + 1
         record, block = self.call, place.block
         if call is not self._last_call:
@@ -175,7 +182,7 @@ class Session:
             self._last_call = call
         record.base, record.capacity, record.chunk = block.base, block.size, place.chunk
         record.ticket = ticket
-        self._calls.append((ticket, call))
+        self.failures.remember(ticket, call)
         return ticket
 
     def await_report(self, ticket: int) -> Report:
@@ -191,75 +198,26 @@ class Session:
             if event is None:
                 event = torch.cuda.Event()
                 event.record()
-            if self._failure[0] == Verdict.LOST or (event.query() and report[0] != ticket):
-                self.raise_failure()
+            self.failures.raise_lost()
+            if event.query() and report[0] != ticket:
+                self.failures.raise_lost()
                 raise AssertionError("the kernel ended without a report")
         return Report(*report.tolist())
-
-    def raise_failure(self) -> None:
-        """Raise what a kernel has reported, if anything.
-
-        Raises:
-            InputError, DisagreementError, WindowMemoryError: the ranks did not agree.
-            PeerError: a rank did not come, or not with what it should bring.
-        """
-        if not self._failure[0]:
-            return
-        failure = structs.Failure(*map(int, self._failure))
-        operation = Operation(failure.operation).text
-        if failure.verdict == Verdict.LOST:
-            what = "call" if failure.item < 0 else f"rows of item {failure.item}"
-            raise PeerError(
-                f"{operation}: rank {failure.awaited} is lost: its {what} did not arrive within "
-                f"{self.world.timeout_s:g} s (waited for by rank {self.rank}); this Shuffle is "
-                "closed for good, restart the ranks",
-                operation=operation,
-                rank=failure.awaited,
-            )
-        self._forget_failure()
-        raise self._disagreement(failure)
 
     def raise_everywhere(self, call: Call) -> NoReturn:
         """Publish a call whose error is set, so that all ranks raise it, and raise it here."""
         stream = self.order.begin()
         ticket = self.describe(call, NOWHERE)
-        assert call.error is not None
-        self._post(ticket, call)
         self._say(stream, 1, _SAY_THREADS)
         torch.cuda.current_stream().synchronize()
-        if self._failure[0] == Verdict.LOST:
-            self.raise_failure()
-        self._forget_failure()
-        raise call.error
+        returns_early = call.operation in (Operation.COMBINE, Operation.DISPATCH_BACKWARD)
+        all_settle = not returns_early and self.world.max_recv_tokens is None
+        self.failures.raise_own(ticket, call, all_settle=all_settle)
 
-    def _forget_failure(self) -> None:
-        self._failure[:] = 0
-        self._tables["state"].view(torch.int32)[_REPORTED] = 0
-
-    def _disagreement(self, failure: structs.Failure) -> FuscoError:
-        if failure.verdict == Verdict.SHORT:
-            return WindowMemoryError(
-                f"{Operation(failure.operation).text}: a rank receives {failure.need} rows, more "
-                f"than max_recv_tokens={self.world.max_recv_tokens}; nothing was stored; make the "
-                f"Shuffle with max_recv_tokens={failure.need} or more, or balance the routing"
-            )
-        call = dict(self._calls).get(failure.ticket) or Call(
-            operation=Operation(failure.operation), form="too long ago to say with what"
-        )
-        if failure.awaited == self.rank:
-            num_experts = self.world.topology.num_experts
-            call = replace(call, error=bad_ids(failure.item, failure.need, num_experts))
-        self._post(failure.ticket, call)
-        if call.error is not None:
-            return call.error
-        letters = [self.bulletin.read(f"call {failure.ticket}", r) for r in range(self.num_ranks)]
-        records = np.zeros((self.num_ranks, HEADER), dtype=np.int64)
-        records[:, Field.STATUS] = [int(letter[0]) for letter in letters]
-        return disagreement(call, records, [letter[1:] for letter in letters], self.rank)
-
-    def _post(self, ticket: int, call: Call) -> None:
-        status = call.head(0)[Field.STATUS]
-        self.bulletin.post(f"call {ticket}", f"{int(status)}{call.text}")
+    def raise_out_of_memory(self, call: Call, error: torch.OutOfMemoryError) -> NoReturn:
+        """Raise on all ranks that this one has no memory for what the call returns."""
+        text = f"{call.operation.text}: {error}"
+        self.raise_everywhere(call.failed(WindowMemoryError(text)))
 
     def grow(self, operation: str, need: int) -> None:
         """Add a chunk where a block of `need` bytes fits; all ranks call it with the same need."""
@@ -308,11 +266,14 @@ class Session:
     def close(self) -> None:
         """Give up the room on the device. Memory goes when nothing uses it any more."""
         _SHARING.discard(self)
+        self.failures.close()
 
     def synchronize(self) -> None:
         """Until all that was asked for is done."""
         self.order.synchronize()
-        self.raise_failure()
+        if self.failures.is_pending:
+            self.order.begin()
+            self.failures.settle()
 
     @property
     def num_bytes(self) -> int:

@@ -11,7 +11,9 @@ import torch.distributed as dist
 import fusco
 from fusco.testing.cases import Case, device_of, draw, expect, expect_round_trip, sizes
 from fusco.testing.conformance import Check
+from fusco.testing.gpu.order import late_errors, other_streams, two_at_once
 from fusco.testing.gpu.plans import random_plans
+from fusco.testing.gpu.static import graphs, overflow, static_rows
 from fusco.testing.gpu.trips import held_for_many_layers, random_trips, trips, tuple_of_four
 from fusco.testing.gradients import expect_gradients
 from fusco.testing.mistakes import (
@@ -194,6 +196,20 @@ GPU_CHECKS: tuple[Check, ...] = (
         name="gradients-unweighted",
         description="gradients of plain sums",
         fn=_gradients(weighted=False),
+    ),
+    Check(name="static-rows", description="outputs of fixed size, without a wait", fn=static_rows),
+    Check(name="graphs", description="a CUDA graph replayed with other routing", fn=graphs),
+    Check(name="overflow", description="more rows than max_recv_tokens", fn=overflow),
+    Check(
+        name="late-errors",
+        description="what a combine finds is raised by all ranks in the same call",
+        fn=late_errors,
+    ),
+    Check(name="two-at-once", description="two shuffles on side streams at once", fn=two_at_once),
+    Check(
+        name="other-streams",
+        description="changing streams and current devices",
+        fn=other_streams,
     ),
     Check(
         name="mistakes",

@@ -6,6 +6,6 @@ extern "C" __global__ void agree(const __grid_constant__ World world,
                                  const __grid_constant__ Call call) {
   State& state = state_of(world);
   const u32 epoch = state.epoch + 1;
-  agree(world, call, epoch);
-  finish(state, epoch);
+  const i32 verdict = agree(world, call, epoch, nullptr);
+  finish(state, verdict == kVoid ? epoch - 1 : epoch);
 }

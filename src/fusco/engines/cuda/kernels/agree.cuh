@@ -4,10 +4,6 @@
 
 #include "device.cuh"
 
-// `kInvalid`: the plan was never agreed on, which has been reported before.
-enum Verdict : i32 { kGo = 0, kUnlike = 1, kShort = 2, kLost = 3, kInvalid = 4 };
-enum Status : i64 { kReady = 0, kBadInput = 1 };
-
 __device__ __forceinline__ State& state_of(const World& world) {
   return *reinterpret_cast<State*>(world.state);
 }
@@ -38,11 +34,14 @@ __device__ __forceinline__ const i32* counts_in(const i64* record) {
   return reinterpret_cast<const i32*>(record + kRecordHead);
 }
 
-// Tells the host of the first failure; the host raises it.
+// Tells the host of the first failure, which it has to raise before this rank can go on.
 __device__ __forceinline__ void report_failure(const World& world, const Call& call, i32 verdict,
                                                i32 awaited, i64 item, i64 need) {
-  if (atomicCAS(&state_of(world).reported, 0u, 1u) != 0) return;
+  State& state = state_of(world);
+  const u32 epoch = state.epoch + 1;
+  if (atomicCAS(&state.pending, 0u, epoch) != 0) return;
   volatile Failure* failure = reinterpret_cast<volatile Failure*>(world.failure);
+  failure->epoch = epoch;
   failure->operation = call.operation;
   failure->ticket = call.ticket;
   failure->awaited = awaited;
@@ -80,10 +79,20 @@ __device__ __forceinline__ bool wait_for(const World& world, const Call& call, i
   return false;
 }
 
-// Called by a whole block: writes this rank's record into every window. `counts` may be null.
+// Whether an operation is nothing at all, not even published: one of fixed outputs after a failure
+// of an earlier one. How many such operations there are may differ from rank to rank, since each
+// raises the failure as soon as it knows of it.
+__device__ __forceinline__ bool is_void(const World& world, u32 epoch) {
+  const u32 failed = *const_cast<volatile u32*>(&state_of(world).pending);
+  return world.static_rows && failed && failed != epoch;
+}
+
+// Called by a whole block: writes this rank's record into every window. `counts` may be null. A
+// rank with a failure that it has not raised yet says so, and no rank does anything.
 __device__ __forceinline__ void publish(const World& world, const Call& call, u32 epoch, i64 status,
-                                        const i32* counts, int num_counts) {
-  const i64 head[kRecordHead] = {epoch,          call.operation, status,        call.plan,
+                                        i64 plan, const i32* counts, int num_counts) {
+  if (state_of(world).pending) status = kPending;
+  const i64 head[kRecordHead] = {epoch,          call.operation, status,        plan,
                                  call.signature, call.base,      call.capacity, call.chunk};
   for (int rank = 0; rank < world.num_ranks; ++rank) {
     i64* record = record_in(world, window_of(world, rank), epoch, world.rank);
@@ -100,9 +109,11 @@ __device__ __forceinline__ void publish(const World& world, const Call& call, u3
   }
 }
 
-// Called by a whole block: waits for the records of all ranks and compares them.
-__device__ __forceinline__ i32 await_records(const World& world, const Call& call, u32 epoch) {
-  bool is_there = true, is_alike = true;
+// Called by a whole block: waits for the records of all ranks and compares them. One block counts
+// how long it waits.
+__device__ __forceinline__ i32 await_records(const World& world, const Call& call, u32 epoch,
+                                             bool counts_time) {
+  bool is_there = true, is_alike = true, is_pending = false;
   const u64 own = window_of(world, world.rank);
   const i64* mine = record_of(world, epoch, world.rank);
   for (int rank = threadIdx.x; rank < world.num_ranks; rank += blockDim.x) {
@@ -112,33 +123,39 @@ __device__ __forceinline__ i32 await_records(const World& world, const Call& cal
     is_there = is_there && wait_for(world, call, rank, -1, [&] {
                  return load_acquire(flag) == epoch && load_acquire(my_flag) == epoch;
                });
-    if (blockIdx.x == 0) reinterpret_cast<u64*>(world.wait_ns)[rank] += now_ns() - begin;
+    if (counts_time) reinterpret_cast<u64*>(world.wait_ns)[rank] += now_ns() - begin;
     if (!is_there) break;
     const i64* theirs = record_of(world, epoch, rank);
     is_alike = is_alike && theirs[kStatus] == kReady && theirs[kOperation] == mine[kOperation] &&
                theirs[kPlan] == mine[kPlan] && theirs[kSignature] == mine[kSignature];
+    is_pending = is_pending || theirs[kStatus] == kPending;
   }
   if (!__syncthreads_and(is_there)) return kLost;
+  if (__syncthreads_or(is_pending)) return kStale;
   return __syncthreads_and(is_alike) ? kGo : kUnlike;
 }
 
 // The whole beginning of an operation without counts, called by every block of its kernel.
-__device__ __forceinline__ i32 agree(const World& world, const Call& call, u32 epoch) {
-  if (blockIdx.x == 0) publish(world, call, epoch, call.status, nullptr, 0);
-  i32 verdict = await_records(world, call, epoch);
-  if (verdict == kUnlike && blockIdx.x == 0 && threadIdx.x == 0) {
-    report_failure(world, call, kUnlike, -1, -1, 0);
+// `plan` is where the number of its plan lies; null where it needs none.
+__device__ __forceinline__ i32 agree(const World& world, const Call& call, u32 epoch,
+                                     const i32* plan) {
+  if (is_void(world, epoch)) return kVoid;
+  const bool speaks = blockIdx.x == 0;
+  if (speaks) publish(world, call, epoch, call.status, plan ? *plan : call.plan, nullptr, 0);
+  i32 verdict = await_records(world, call, epoch, speaks);
+  if (verdict == kGo && plan && !*plan) verdict = kInvalid;
+  if (verdict != kGo && verdict != kLost && speaks && threadIdx.x == 0) {
+    report_failure(world, call, verdict, -1, -1, 0);
   }
   return verdict;
 }
 
 __device__ __forceinline__ void report_to_host(const World& world, const Call& call, i32 verdict,
-                                               i64 num_rows, i64 num_pairs, i64 need) {
+                                               i64 num_rows, i64 need) {
   volatile Report* report =
       reinterpret_cast<volatile Report*>(world.reports) + call.ticket % kReports;
   report->verdict = verdict;
   report->num_rows = num_rows;
-  report->num_pairs = num_pairs;
   report->need = need;
   __threadfence_system();
   report->ticket = call.ticket;
@@ -153,7 +170,8 @@ __device__ __forceinline__ bool is_last_block(State& state) {
   return is_last;
 }
 
-// The end of a kernel; true for the one thread that comes last.
+// The end of a kernel; `epoch` is the last operation that is over. True for the one thread that
+// comes last.
 __device__ __forceinline__ bool finish(State& state, u32 epoch) {
   if (!is_last_block(state) || threadIdx.x != 0) return false;
   state.finished = 0;

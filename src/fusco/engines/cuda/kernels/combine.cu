@@ -466,8 +466,8 @@ extern "C" __global__ void __launch_bounds__(kCombineThreads, 1)
 #endif
   }
   __syncthreads();
-  const i32 verdict = args.part == 0 ? agree(world, call, epoch) : state.verdict;
-  if (verdict == kGo && *links.is_valid) {
+  const i32 verdict = args.part == 0 ? agree(world, call, epoch, links.number) : state.verdict;
+  if (verdict == kGo) {
     if (blockIdx.x == 0 && threadIdx.x < world.num_ranks) {
       reinterpret_cast<u64*>(world.sent_bytes)[threadIdx.x] +=
           links.arrivals[threadIdx.x] * static_cast<i64>(args.row_bytes);
@@ -486,5 +486,6 @@ extern "C" __global__ void __launch_bounds__(kCombineThreads, 1)
       send_sums(shared, args, warp_id() - 1 - kGroups * kGroupWarps, epoch, sums);
     }
   }
-  if (finish(state, args.is_last ? epoch : epoch - 1)) state.verdict = verdict;
+  const bool is_over = args.is_last && verdict != kVoid;
+  if (finish(state, is_over ? epoch : epoch - 1)) state.verdict = verdict;
 }

@@ -284,8 +284,7 @@ extern "C" __global__ void __launch_bounds__(kWeighs ? 512 : 448, 1)
   u32 epoch = state.epoch;
   i32 verdict;
   if (args.is_planned) {
-    verdict = agree(world, call, ++epoch);
-    if (verdict == kGo && !*links.is_valid) verdict = kInvalid;
+    verdict = agree(world, call, ++epoch, links.number);
     i64 need = 0;
     for (int rank = 0; verdict == kGo && rank < world.num_ranks; ++rank) {
       need =
@@ -297,7 +296,7 @@ extern "C" __global__ void __launch_bounds__(kWeighs ? 512 : 448, 1)
       if (bytes > record_of(world, epoch, rank)[kCapacity]) verdict = kShort;
     }
     if (blockIdx.x == 0 && threadIdx.x == 0) {
-      report_to_host(world, call, verdict, links.rows[world.rank], 0, need);
+      report_to_host(world, call, verdict, links.rows[world.rank], need);
     }
   } else {
     verdict = state.lost ? static_cast<i32>(kLost) : state.verdict;
@@ -312,5 +311,5 @@ extern "C" __global__ void __launch_bounds__(kWeighs ? 512 : 448, 1)
     if (world.alignment > 1) work.pad();
     slot.wait_written();
   }
-  finish(state, epoch);
+  finish(state, args.is_planned && verdict == kVoid ? epoch - 1 : epoch);
 }

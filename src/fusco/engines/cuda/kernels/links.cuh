@@ -5,7 +5,7 @@
 #include "device.cuh"
 
 struct Links {
-  i32* is_valid;       // [1] whether the ranks agreed; else the rest means nothing
+  i32* number;         // [1] of the plan; 0: it was never made, and the rest means nothing
   i32* sends;          // [P] segments sent to each rank
   i32* arrivals;       // [P] segments that arrive from each rank
   i32* rows;           // [P] rows each rank receives
@@ -15,8 +15,8 @@ struct Links {
   i32* arrival_slot;   // [P, max_tokens, K] slots of each segment that arrives; -1 behind the last
 
   __device__ __forceinline__ Links(const World& world, int num_tokens, u64 links) {
-    is_valid = reinterpret_cast<i32*>(links);
-    sends = is_valid + 1;
+    number = reinterpret_cast<i32*>(links);
+    sends = number + 1;
     arrivals = sends + world.num_ranks;
     rows = arrivals + world.num_ranks;
     return_at = rows + world.num_ranks;

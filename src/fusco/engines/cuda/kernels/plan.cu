@@ -70,7 +70,7 @@ __device__ __forceinline__ void count(const World& world, const PlanArgs& args, 
 // records of all ranks. `start` has room for E + 1 numbers. Leaves what the neediest rank needs,
 // and returns whether every rank has room.
 __device__ __forceinline__ bool lay_out(const World& world, const PlanArgs& args, u32 epoch,
-                                        i32* start, i32* num_pairs, i64* need) {
+                                        i32* start, i64* need) {
   const i32* device_major = reinterpret_cast<const i32*>(world.device_major);
   const i32* first_place = reinterpret_cast<const i32*>(world.first_place);
   i32* slot_base = reinterpret_cast<i32*>(world.slot_base);
@@ -97,7 +97,6 @@ __device__ __forceinline__ bool lay_out(const World& world, const PlanArgs& args
       slot_base[expert] = before - padded;
       if (place >= first_local && place < end_local) {
         tokens_per_expert[place - first_local] = total;
-        if (total) atomicAdd(num_pairs, total);
       }
     }
     i32 sum = padded;
@@ -164,30 +163,27 @@ __device__ __forceinline__ void lead(const World& world, const Call& call, const
   const int num_counts = world.num_experts + world.num_ranks;
   const bool is_bad = state.lowest_id < -1 || state.highest_id >= world.num_experts;
   const i64 status = call.status == kReady && is_bad ? static_cast<i64>(kBadInput) : call.status;
-  publish(world, call, epoch, status, totals, num_counts);
-  i32 verdict = await_records(world, call, epoch);
+  publish(world, call, epoch, status, call.plan, totals, num_counts);
+  i32 verdict = await_records(world, call, epoch, true);
   for (int i = threadIdx.x; i < num_counts; i += blockDim.x) totals[i] = 0;
-  __shared__ i32 num_pairs;
-  if (threadIdx.x == 0) num_pairs = 0;
-  __syncthreads();
   i64 need = 0;
-  if (verdict == kGo && !lay_out(world, args, epoch, scratch, &num_pairs, &need)) verdict = kShort;
+  if (verdict == kGo && !lay_out(world, args, epoch, scratch, &need)) verdict = kShort;
   __syncthreads();
   if (threadIdx.x != 0) return;
-  if (is_bad) {
+  if (is_bad && verdict == kUnlike) {
     report_failure(world, call, verdict, world.rank, state.lowest_id, state.highest_id);
-    state.lowest_id = state.highest_id = 0;
-  } else if (verdict == kUnlike || (verdict == kShort && world.static_rows)) {
+  } else if (verdict == kUnlike || verdict == kStale || (verdict == kShort && world.static_rows)) {
     report_failure(world, call, verdict, -1, -1, need);
   }
+  if (is_bad) state.lowest_id = state.highest_id = 0;
   state.verdict = verdict;
   state.arrived = 0;
   state.epoch = epoch;
   const Links links(world, args.num_tokens, args.links);
-  *links.is_valid = verdict == kGo;
+  *links.number = verdict == kGo ? static_cast<i32>(epoch) : 0;
   const bool is_laid_out = verdict == kGo || verdict == kShort;
   store_release_gpu(&state.planned, epoch);
-  report_to_host(world, call, verdict, is_laid_out ? links.rows[world.rank] : 0, num_pairs, need);
+  report_to_host(world, call, verdict, is_laid_out ? links.rows[world.rank] : 0, need);
 }
 
 // Gives the pairs of this block's tokens their slots, in order. One warp counts experts, another
@@ -242,6 +238,13 @@ extern "C" __global__ void __launch_bounds__(512)
   const u32 epoch = state.epoch + 1;
   const Links links(world, args.num_tokens, args.links);
 
+  if (is_void(world, epoch)) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+      state.verdict = kVoid;
+      *links.number = 0;
+    }
+    return;
+  }
   Chunk chunk;
   chunk.begin = static_cast<int>(
       min(static_cast<i64>(blockIdx.x) * args.chunk_tokens, static_cast<i64>(args.num_tokens)));

@@ -8,7 +8,7 @@ from enum import IntEnum
 from typing import Any
 
 from fusco.layout.compact import BLOCK_ALIGNMENT, RECORD_HEAD
-from fusco.layout.records import Field
+from fusco.layout.records import Field, Status
 
 MAX_PARTS = 4
 """Tensors that one dispatch moves at once."""
@@ -27,12 +27,20 @@ BUFFERS = 2
 
 
 class Verdict(IntEnum):
-    """What a rank concluded from everybody's records."""
+    """What a rank concluded from everybody's records; but for `LOST`, all conclude the same.
+
+    `UNLIKE`: they did not ask for the same, or one cannot go on. `SHORT`: a block is too small.
+    `STALE`: a rank has still to raise an earlier failure. `INVALID`: the plan was never made.
+    `VOID`: this rank has still to raise one, and does not even ask the others.
+    """
 
     GO = 0
     UNLIKE = 1
     SHORT = 2
     LOST = 3
+    STALE = 4
+    INVALID = 5
+    VOID = 6
 
 
 class World(ctypes.Structure):
@@ -171,7 +179,7 @@ class State(ctypes.Structure):
         ("planned", c_uint32),
         ("finished", c_uint32),
         ("lost", c_uint32),
-        ("reported", c_uint32),
+        ("pending", c_uint32),
         ("verdict", c_int32),
         ("lowest_id", c_int32),
         ("highest_id", c_int32),
@@ -186,6 +194,7 @@ class Failure(ctypes.Structure):
 
     _fields_ = (
         ("verdict", c_int64),
+        ("epoch", c_int64),
         ("operation", c_int64),
         ("ticket", c_int64),
         ("awaited", c_int64),
@@ -201,7 +210,6 @@ class Report(ctypes.Structure):
         ("ticket", c_int64),
         ("verdict", c_int64),
         ("num_rows", c_int64),
-        ("num_pairs", c_int64),
         ("need", c_int64),
     )
 
@@ -247,6 +255,10 @@ def declarations() -> str:
         "kSenders": SENDERS,
         "kBuffers": BUFFERS,
         "kCombineSharedBytes": COMBINE_SHARED_BYTES,
+        **{f"k{each.name.title()}": each for each in Verdict},
+        "kReady": Status.READY,
+        "kBadInput": Status.BAD_INPUT,
+        "kPending": Status.PENDING,
     }
     lines = [f"enum : int {{ {name} = {int(value)} }};" for name, value in constants.items()]
     for structure in _STRUCTURES:

@@ -1,0 +1,201 @@
+"""What kernels report that went wrong, and the errors that it becomes."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import replace
+from typing import NoReturn
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from fusco.engines.agreement import Call, disagreement
+from fusco.engines.base import World
+from fusco.engines.cuda.kernels import structs
+from fusco.engines.cuda.kernels.structs import Verdict
+from fusco.engines.ids import bad_ids
+from fusco.errors import (
+    DisagreementError,
+    FuscoError,
+    PeerError,
+    WindowMemoryError,
+    input_error,
+)
+from fusco.layout.records import HEADER, Field, Operation
+from fusco.transports.bulletin import Bulletin
+
+_REMEMBERED = 64
+
+
+class Failures:
+    """Failures of one rank's kernels.
+
+    A failure that all ranks find together stays pending, and no operation does anything, until
+    every rank has settled it: has raised it in a call that waits for the device. Such calls are
+    the same on all ranks, so that all raise in the same call, and their next ones belong together,
+    however late a rank's host learns of a failure. With fixed outputs only `synchronize` waits;
+    other calls raise as soon as they know, again and again, and ask the others for nothing.
+
+    Args:
+        world: what the engine is made for.
+        bulletin: where the ranks tell each other what they had asked for.
+        told: int64, the `structs.Failure` that kernels write, in host memory.
+        pending: int32 `[1]` on the device, whether kernels have written it.
+    """
+
+    def __init__(
+        self, world: World, bulletin: Bulletin, told: npt.NDArray[np.int64], pending: Tensor
+    ) -> None:
+        self._world = world
+        self._bulletin = bulletin
+        self._told = told
+        self._pending = pending
+        self._calls: deque[tuple[int, Call]] = deque(maxlen=_REMEMBERED)
+        self._error: FuscoError | None = None
+        self._last: FuscoError | None = None
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether there is something to raise."""
+        return bool(self._told[0])
+
+    def remember(self, ticket: int, call: Call) -> None:
+        """Keep what a ticket stands for."""
+        self._calls.append((ticket, call))
+
+    def raise_lost(self) -> None:
+        """Raise if a rank is lost, which is for good.
+
+        Raises:
+            PeerError: it did not come, or not with what it should bring.
+        """
+        if self._told[0] == Verdict.LOST:
+            raise self._lost(self._read())
+
+    def raise_pending(self, *, settle: bool = True) -> None:
+        """Raise what is pending, if anything.
+
+        Args:
+            settle: go on after it; for calls only that all ranks make.
+
+        Raises:
+            InputError, DisagreementError, WindowMemoryError: the ranks did not agree.
+            PeerError: as `raise_lost`.
+        """
+        self.raise_lost()
+        if not self.is_pending:
+            return
+        # What others say of it can be read once only.
+        error = self._error = self._error or self._error_of(self._read())
+        if settle:
+            self._last = error
+            self._settle()
+        raise error
+
+    def settle(self) -> None:
+        """As `raise_pending`, but what has been raised before is not raised again."""
+        if self._error is None:
+            self.raise_pending()
+        self._settle()
+
+    def raise_own(self, ticket: int, call: Call, *, all_settle: bool) -> NoReturn:
+        """Raise the error of a call that was published with it, on the rank that made it.
+
+        Args:
+            ticket: of the call.
+            call: with an error.
+            all_settle: whether the other ranks settle what is pending in this call.
+        """
+        self.raise_lost()
+        assert call.error is not None
+        failure = self._read()
+        is_first = failure.ticket == ticket
+        if is_first and failure.verdict == Verdict.UNLIKE:
+            self._post(failure, call)
+            self._last = call.error
+        if is_first and self._world.max_recv_tokens is not None:
+            self._error = call.error
+        elif is_first:
+            self._settle()
+        elif all_settle:
+            self.raise_pending()
+        raise call.error
+
+    def close(self) -> None:
+        """Tell the others what they will ask for, if this rank leaves before it has raised."""
+        if self._told[0] == Verdict.UNLIKE and self._error is None:
+            failure = self._read()
+            self._post(failure, self._call_of(failure))
+
+    def _settle(self) -> None:
+        self._error = None
+        self._told[:] = 0
+        self._pending.zero_()
+
+    def _read(self) -> structs.Failure:
+        return structs.Failure(*map(int, self._told))
+
+    def _lost(self, failure: structs.Failure) -> PeerError:
+        operation = Operation(failure.operation).text
+        what = "call" if failure.item < 0 else f"rows of item {failure.item}"
+        return PeerError(
+            f"{operation}: rank {failure.awaited} is lost: its {what} did not arrive within "
+            f"{self._world.timeout_s:g} s (waited for by rank {self._world.topology.rank}); this "
+            "Shuffle is closed for good, restart the ranks",
+            operation=operation,
+            rank=failure.awaited,
+        )
+
+    def _error_of(self, failure: structs.Failure) -> FuscoError:
+        operation = Operation(failure.operation).text
+        if failure.verdict == Verdict.SHORT:
+            return WindowMemoryError(
+                f"{operation}: a rank receives {failure.need} rows, more than "
+                f"max_recv_tokens={self._world.max_recv_tokens}; nothing was stored; make the "
+                f"Shuffle with max_recv_tokens={failure.need} or more, or balance the routing"
+            )
+        if failure.verdict == Verdict.INVALID:
+            return input_error(
+                operation,
+                "plan",
+                got="that of a dispatch which raised an error",
+                expected="that of one which did not",
+                remedy="dispatch again",
+            )
+        if failure.verdict == Verdict.STALE:
+            # What others have still to raise is what this rank has raised last.
+            return self._last or DisagreementError(
+                f"{operation}: not carried out, for a rank has still to raise an earlier error"
+            )
+        return self._disagreement(failure)
+
+    def _disagreement(self, failure: structs.Failure) -> FuscoError:
+        world, call = self._world, self._call_of(failure)
+        rank, num_ranks = world.topology.rank, world.topology.num_ranks
+        self._post(failure, call)
+        if call.error is not None:
+            return call.error
+        letters = [self._bulletin.read(_topic(failure), each) for each in range(num_ranks)]
+        records = np.zeros((num_ranks, HEADER), dtype=np.int64)
+        records[:, Field.STATUS] = [int(letter[0]) for letter in letters]
+        return disagreement(call, records, [letter[1:] for letter in letters], rank)
+
+    def _call_of(self, failure: structs.Failure) -> Call:
+        world = self._world
+        call = dict(self._calls).get(failure.ticket) or Call(
+            operation=Operation(failure.operation), form="too long ago to say with what"
+        )
+        if failure.awaited == world.topology.rank:
+            ids = bad_ids(failure.item, failure.need, world.topology.num_experts)
+            call = replace(call, error=ids)
+        return call
+
+    def _post(self, failure: structs.Failure, call: Call) -> None:
+        status = call.head(0)[Field.STATUS]
+        self._bulletin.post(_topic(failure), f"{int(status)}{call.text}")
+
+
+def _topic(failure: structs.Failure) -> str:
+    # Epochs count the same on all ranks; tickets do not, where graphs are replayed.
+    return f"operation {failure.epoch}"

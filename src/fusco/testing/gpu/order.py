@@ -1,0 +1,124 @@
+"""Streams, devices, and errors that are found after a call has returned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import fusco
+from fusco.testing.cases import (
+    Case,
+    Inputs,
+    device_of,
+    draw,
+    expect,
+    expect_dispatched,
+    expect_round_trip,
+    expect_same,
+    sizes,
+)
+
+Group = dist.ProcessGroup | None
+_FEW_SMS = 8
+_ROUNDS = 4
+
+
+def late_errors(group: Group, engine: str) -> None:
+    """A wrong combine of one rank raises there; what follows does nothing, up to the next dispatch,
+    which raises on all ranks, and the one after it works."""
+    rank, last = dist.get_rank(group), dist.get_world_size(group) - 1
+    inputs = draw(_case(group, engine))
+    outputs = inputs.outputs[rank]
+    with inputs.case.shuffle(group, engine) as shuffle:
+        for _ in range(2):
+            d = _dispatch(shuffle, inputs, rank)
+            if rank == last:
+                wrong = torch.cat((outputs, outputs.new_ones(1, *outputs.shape[1:])))
+                _expect_error(partial(shuffle.combine, wrong, d))
+            else:
+                shuffle.combine(outputs, d)
+            shuffle.combine(outputs, d)
+            _expect_error(partial(_dispatch, shuffle, inputs, rank))
+            expect_round_trip(shuffle, inputs, rank)
+
+
+def two_at_once(group: Group, engine: str) -> None:
+    """Two shuffles beside each other and beside the current stream."""
+    rank = dist.get_rank(group)
+    inputs = draw(_case(group, engine))
+    case = inputs.case
+    done: list[tuple[Any, Any]] = []
+    with (
+        case.shuffle(group, engine, num_sms=_FEW_SMS) as one,
+        case.shuffle(group, engine, num_sms=_FEW_SMS) as other,
+    ):
+        for _ in range(_ROUNDS):
+            begun = [
+                each.dispatch(
+                    inputs.x[rank], inputs.topk_idx[rank], inputs.weights_of(rank), async_op=True
+                )
+                for each in (one, other)
+            ]
+            for shuffle, (d, event) in zip((one, other), begun, strict=True):
+                event.wait()
+                y, event = shuffle.combine(inputs.outputs[rank], d, async_op=True)
+                event.wait()
+                done.append((d, y))
+            d = _dispatch(one, inputs, rank)
+            done.append((d, one.combine(inputs.outputs[rank], d)))
+        one.synchronize()
+        other.synchronize()
+    for d, y in done:
+        expect_dispatched(d, inputs, rank)
+        expect_same(y, inputs.sums(rank), "combine")
+
+
+def other_streams(group: Group, engine: str) -> None:
+    """Calls on changing streams, and with another current device, come in their order."""
+    rank = dist.get_rank(group)
+    rounds = [draw(_case(group, engine), number) for number in range(_ROUNDS)]
+    device = torch.device("cuda", torch.cuda.current_device())
+    streams = [torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()]
+    done = []
+    with rounds[0].case.shuffle(group, engine) as shuffle:
+        for number, inputs in enumerate(rounds):
+            torch.cuda.set_device((device.index + number) % torch.cuda.device_count())
+            try:
+                with torch.cuda.stream(streams[number % len(streams)]):
+                    torch.cuda.set_device((device.index + number) % torch.cuda.device_count())
+                    d = _dispatch(shuffle, inputs, rank)
+                    done.append((d, shuffle.combine(inputs.outputs[rank], d)))
+            finally:
+                torch.cuda.set_device(device)
+        shuffle.synchronize()
+    for inputs, (d, y) in zip(rounds, done, strict=True):
+        expect_dispatched(d, inputs, rank)
+        expect_same(y, inputs.sums(rank), "combine")
+
+
+def _case(group: Group, engine: str) -> Case:
+    return Case(
+        num_tokens=sizes((30, 0, 41), group),
+        hidden_size=64,
+        top_k=4,
+        num_experts=3 * dist.get_world_size(group),
+        dtype=torch.bfloat16,
+        device=device_of(engine),
+    )
+
+
+def _dispatch(shuffle: fusco.Shuffle, inputs: Inputs, rank: int) -> fusco.Dispatched[Any]:
+    return shuffle.dispatch(inputs.x[rank], inputs.topk_idx[rank], inputs.weights_of(rank))
+
+
+def _expect_error(call: Callable[[], object]) -> None:
+    try:
+        call()
+    except fusco.InputError as error:
+        expect("rows" in str(error), f"another error: {error}")
+        return
+    raise AssertionError("no error was raised")

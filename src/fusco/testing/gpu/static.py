@@ -1,0 +1,201 @@
+"""Outputs of fixed size: no wait of the host, CUDA graphs, and what happens when they are full."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import fusco
+from fusco.testing.cases import Case, Inputs, device_of, draw, expect, expect_same, sizes
+
+Group = dist.ProcessGroup | None
+Result = TypeVar("Result")
+
+
+def static_rows(group: Group, engine: str) -> None:
+    """Rows of several routings arrive where they would otherwise, and sums are the same."""
+    rank = dist.get_rank(group)
+    case = _case(group, engine, expert_alignment=4)
+    rounds = [draw(case, number) for number in range(3)]
+    size = max(_most_rows(inputs) for inputs in rounds)
+    with case.shuffle(group, engine, max_recv_tokens=size) as shuffle:
+        done = [_call(shuffle, inputs, rank, size) for inputs in rounds]
+        shuffle.synchronize()
+    for inputs, (d, y) in zip(rounds, done, strict=True):
+        _expect(d, y, inputs, rank, size)
+
+
+def graphs(group: Group, engine: str) -> None:
+    """A captured pair, replayed with other rows and other routing."""
+    rank = dist.get_rank(group)
+    case = _case(group, engine, dtype=torch.bfloat16)
+    rounds = [draw(case, number) for number in range(4)]
+    size = max(_most_rows(inputs) for inputs in rounds)
+    first = rounds[0]
+    x, idx = _rows(first, rank).clone(), first.topk_idx[rank].clone()
+    weights, outputs = _weights(first, rank).clone(), _outputs(first, rank, size)
+    with case.shuffle(group, engine, max_recv_tokens=size) as shuffle:
+
+        def pair() -> tuple[fusco.Dispatched[Tensor], Tensor]:
+            d = shuffle.dispatch(x, idx, weights)
+            return d, shuffle.combine(outputs, d)
+
+        graph, (d, y) = _capture(pair)
+        got = []
+        for inputs in rounds:
+            x.copy_(_rows(inputs, rank))
+            idx.copy_(inputs.topk_idx[rank])
+            weights.copy_(_weights(inputs, rank))
+            outputs.copy_(_outputs(inputs, rank, size))
+            graph.replay()
+            got.append((d.tokens.clone(), d.tokens_per_expert.clone(), y.clone()))
+        shuffle.synchronize()
+        torch.cuda.synchronize()
+    for inputs, (tokens, counts, sums) in zip(rounds, got, strict=True):
+        want = inputs.rows(rank)
+        assert isinstance(want, Tensor)
+        expect_same(counts, inputs.layout.tokens_per_expert[rank], "tokens_per_expert")
+        expect_same(tokens[: want.shape[0]], want, "tokens of a replay")
+        expect_same(sums, inputs.sums(rank), "combine of a replay")
+
+
+def overflow(group: Group, engine: str) -> None:
+    """Too many rows raise on all ranks what would be enough, until all have seen it; then what fits
+    goes through, and the plan that was never made is refused."""
+    rank = dist.get_rank(group)
+    case = _case(group, engine)
+    fitting = _case(group, engine, num_tokens=sizes((2, 0, 1), group))
+    inputs, few = draw(case), draw(fitting)
+    size, need = _most_rows(few), _most_rows(inputs)
+    outputs = _outputs(few, rank, size)
+    with case.shuffle(group, engine, max_recv_tokens=size) as shuffle:
+        told: list[str] = []
+        d = _of_overflow(told, lambda: _dispatch(shuffle, inputs, rank))
+        for _ in range(rank + 1):
+            _of_overflow(told, lambda: _call(shuffle, few, rank, size))
+        _of_overflow(told, shuffle.synchronize)
+        expect(bool(told), "nothing was raised")
+        for text in told:
+            expect(f"max_recv_tokens={need}" in text, f"overflow: {text}")
+        good, y = _call(shuffle, few, rank, size)
+        shuffle.synchronize()
+        _expect(good, y, few, rank, size)
+        if not _is_everywhere(d is not None, group):
+            return
+        assert d is not None
+        of_no_plan = replace(good, plan=d.plan)
+
+        def combine_and_wait() -> None:
+            shuffle.combine(outputs, of_no_plan)
+            shuffle.synchronize()
+
+        text = _error_of(combine_and_wait, fusco.InputError)
+        expect("plan" in text, f"a plan that was never made: {text}")
+
+
+def _of_overflow(told: list[str], call: Callable[[], Result]) -> Result | None:
+    """After an overflow a call raises if this rank knows of it already."""
+    try:
+        return call()
+    except fusco.WindowMemoryError as error:
+        told.append(str(error))
+        return None
+
+
+def _is_everywhere(condition: bool, group: Group) -> bool:
+    holds = torch.tensor([condition], dtype=torch.int32)
+    dist.all_reduce(holds, dist.ReduceOp.MIN, group=group)
+    return bool(holds)
+
+
+def _error_of(call: Callable[[], object], kind: type[Exception]) -> str:
+    try:
+        call()
+    except kind as error:
+        return str(error)
+    raise AssertionError(f"no {kind.__name__} was raised")
+
+
+def _capture(
+    pair: Callable[[], tuple[fusco.Dispatched[Tensor], Tensor]],
+) -> tuple[torch.cuda.CUDAGraph, tuple[fusco.Dispatched[Tensor], Tensor]]:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            pair()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = pair()
+    return graph, result
+
+
+def _case(
+    group: Group,
+    engine: str,
+    *,
+    num_tokens: tuple[int, ...] | None = None,
+    dtype: torch.dtype = torch.float32,
+    expert_alignment: int = 1,
+) -> Case:
+    return Case(
+        num_tokens=sizes((40, 7, 23), group) if num_tokens is None else num_tokens,
+        hidden_size=64,
+        top_k=4,
+        num_experts=3 * dist.get_world_size(group),
+        dtype=dtype,
+        expert_alignment=expert_alignment,
+        device=device_of(engine),
+    )
+
+
+def _most_rows(inputs: Inputs) -> int:
+    """Rows of the rank that receives most of them, with their padding."""
+    return max(int(offsets[-1]) for offsets in inputs.layout.expert_offsets)
+
+
+def _rows(inputs: Inputs, rank: int) -> Tensor:
+    rows = inputs.x[rank]
+    assert isinstance(rows, Tensor)
+    return rows
+
+
+def _weights(inputs: Inputs, rank: int) -> Tensor:
+    weights = inputs.weights_of(rank)
+    assert weights is not None
+    return weights
+
+
+def _outputs(inputs: Inputs, rank: int, size: int) -> Tensor:
+    """Of experts, with rows that mean nothing up to the fixed size."""
+    outputs = inputs.outputs[rank]
+    return torch.cat((outputs, outputs.new_full((size - outputs.shape[0], *outputs.shape[1:]), 7)))
+
+
+def _dispatch(shuffle: fusco.Shuffle, inputs: Inputs, rank: int) -> fusco.Dispatched[Tensor]:
+    return shuffle.dispatch(_rows(inputs, rank), inputs.topk_idx[rank], inputs.weights_of(rank))
+
+
+def _call(
+    shuffle: fusco.Shuffle, inputs: Inputs, rank: int, size: int
+) -> tuple[fusco.Dispatched[Tensor], Tensor]:
+    d = _dispatch(shuffle, inputs, rank)
+    return d, shuffle.combine(_outputs(inputs, rank, size), d)
+
+
+def _expect(d: fusco.Dispatched[Tensor], y: Tensor, inputs: Inputs, rank: int, size: int) -> None:
+    want = inputs.rows(rank)
+    assert isinstance(want, Tensor)
+    expect(d.tokens.shape[0] == size, f"{d.tokens.shape[0]} rows, not {size}")
+    expect_same(d.tokens_per_expert, inputs.layout.tokens_per_expert[rank], "tokens_per_expert")
+    expect_same(d.expert_offsets, inputs.layout.expert_offsets[rank], "expert_offsets")
+    expect_same(d.tokens[: want.shape[0]], want, "tokens")
+    expect_same(d.row_weights[: want.shape[0]], inputs.row_weights(rank), "row_weights")
+    expect_same(y, inputs.sums(rank), "combine")
