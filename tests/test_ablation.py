@@ -53,8 +53,6 @@ def ablated(rank: int, case: Case, engine: str, ablation: fusco.Ablation) -> int
 @pytest.mark.parametrize("ranks_per_node", [None, 2])
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_ablation(pool: RankPool, host_engine: str, name: str, ranks_per_node: int | None) -> None:
-    if host_engine == "two_level" and not ABLATIONS[name].fusion:
-        pytest.skip("two_level has no form without fusion")
     case = replace(CASE, ranks_per_node=ranks_per_node)
     pool.run(ablated, case, host_engine, ABLATIONS[name])
 

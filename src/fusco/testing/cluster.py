@@ -32,6 +32,9 @@ from fusco.testing.ranks import Seat
 _MTU = 9000
 _QUEUE = "burst 128kb latency 50ms"
 """Bursts hold the largest packet that the kernel hands to a queue, 64 KiB; tuned at 400 Mbit/s."""
+CONGESTION_CONTROL = "cubic"
+"""Linux's default, whatever this machine's is: BBR leaves a tenth of such a link idle where three
+peers send to it in bursts."""
 _UNIT = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 _numbers = itertools.count()
 
@@ -146,7 +149,8 @@ class Cluster:
                 seat.namespace,
                 [
                     *(f"link set {end} addrgenmode none up" for end in ("eth", "near")),
-                    f"addr add {address}/16 dev eth",
+                    f"addr add {address}/32 dev eth",
+                    f"route add 10.77.0.0/16 dev eth src {address} congctl {CONGESTION_CONTROL}",
                     f"route add 10.77.{host}.0/24 dev near src {address}",
                 ],
             )

@@ -10,6 +10,7 @@ from fusco.engines.base import Returned
 from fusco.engines.node import NodeBlocks
 from fusco.engines.two_level.combine_cargo import CombineCargo
 from fusco.engines.two_level.session import Session
+from fusco.engines.two_level.unfused import combine_whole
 from fusco.layout.blocks import Sections
 from fusco.layout.records import HEADER
 from fusco.layout.segments import bytes_per_row
@@ -41,23 +42,29 @@ def combine(
     if row_values is not None:
         values = _Values(session, plan, blocks, len(rows), call.operation.text)
         values.push(row_values)
-    cargo = CombineCargo(
-        rows,
-        row_weights,
-        plan,
-        session.world.topology,
-        session.size,
-        session.node,
-        blocks,
-        None if values is None else values.collect,
-    )
-    with stage("slices"):
-        session.transport.run(cargo, call.operation.text)
+    if session.world.ablation.fusion:
+        cargo = CombineCargo(
+            rows,
+            row_weights,
+            plan,
+            session.world.topology,
+            session.size,
+            session.node,
+            blocks,
+            None if values is None else values.collect,
+        )
+        with stage("slices"):
+            session.transport.run(cargo, call.operation.text)
+        sums = cargo.sums
+    else:
+        sums = combine_whole(session, call.operation.text, blocks, rows, row_weights, plan)
+        if values is not None:
+            values.collect()
     with stage("wait"):
         blocks.finish()
         pair_values = None if values is None else values.finish()
     session.node.release(agreement.block)
-    return Returned(sums=tuple(cargo.sums), pair_values=pair_values)
+    return Returned(sums=tuple(sums), pair_values=pair_values)
 
 
 class _Values:

@@ -25,6 +25,7 @@ from fusco.engines.two_level.plans import (
     unpack_lists,
 )
 from fusco.engines.two_level.session import Session
+from fusco.engines.two_level.unfused import dispatch_whole, pairs_to_node
 from fusco.layout.blocks import Ints, Sections
 from fusco.layout.records import HEADER
 from fusco.layout.segments import bytes_per_row, from_segments
@@ -83,12 +84,27 @@ class _Job:
         with stage("wait"):
             self.blocks.finish()
 
-    def deliver(self, plan: SlicedPlan) -> Delivery:
-        """Rows become tensors where they lie."""
+    def move_whole(self, plan: SlicedPlan, handed: Tensor) -> list[Tensor]:
+        """The same without fusion; see `dispatch_whole`."""
+        received = plan.received
+        bounds = received.slot_ptr[received.peer_ptr]
+        received_weights = self._start_weights(plan.far, bounds.diff())
+        if self.weights is not None:
+            near = plan.near
+            self._write_weights(self.weights.flatten()[near.pair], near.slot, near.target)
+            self._write_weights(received_weights(), received.slot, received.target)
+        return dispatch_whole(self.session, self.operation, self.blocks, self.rows, plan, handed)
+
+    def deliver(self, plan: SlicedPlan, moved: list[Tensor] | None = None) -> Delivery:
+        """Rows become tensors where they lie, unless `moved` has them, uint8 `[R, bytes]`."""
         padding = plan.row_is_padding
         row_weights = (~padding).to(torch.float32)
         if self.weights is not None:
             row_weights = self.blocks.view(len(self.rows), row_weights).masked_fill(padding, 0)
+        if moved is not None:
+            self.blocks.keep(0)
+            made = [from_segments(*each) for each in zip(moved, self.rows, strict=True)]
+            return Delivery(rows=tuple(made), row_weights=row_weights, plan=plan)
         got = []
         for like, kept in zip(self.rows, self.blocks.keep(len(self.rows)), strict=True):
             segments = kept.view(plan.num_rows, bytes_per_row(like))
@@ -159,10 +175,18 @@ def dispatch_new(
     )
     planning = _Planning(job, sends, hops, list_lens)
     segments, arriving = hops.far.segments[:, rank], hops.far.pairs[:, rank]
-    job.move(sends.direct, sends.forward, segments, arriving, planning.learn)
+    moved = None
+    if world.ablation.fusion:
+        job.move(sends.direct, sends.forward, segments, arriving, planning.learn)
+    else:
+        planning.learn()
+        blocks.reach(0)
+        blocks.wait(0)
     with stage("plan"):
         plan = planning.finish(identity)
-    return job.deliver(plan), sends.traffic.rows
+    if not world.ablation.fusion:
+        moved = job.move_whole(plan, hops.near.pairs + hops.relay.pairs)
+    return job.deliver(plan, moved), sends.traffic.rows
 
 
 def dispatch_planned(
@@ -170,9 +194,12 @@ def dispatch_planned(
 ) -> Delivery:
     """Dispatch by an existing plan: every rank knows its need, and says how many rows it gets."""
     own = _sections(rows, np.array([plan.num_rows]), np.zeros(1, dtype=np.int64))
+    payload = torch.tensor([plan.num_rows])
+    if not session.world.ablation.fusion:
+        payload = torch.cat((payload, pairs_to_node(plan, session.world.topology.num_ranks)))
     with stage("agree"):
         call, block = session.reserve(call, int(own.total[0]))
-        records = session.agree(call, block, torch.tensor([plan.num_rows]))
+        records = session.agree(call, block, payload)
     num_rows = records[:, HEADER].numpy()
     sections = _sections(rows, num_rows, np.zeros_like(num_rows))
     agreement = session.agreed(call, block, records)
@@ -180,6 +207,9 @@ def dispatch_planned(
     job = _Job(
         session=session, operation=call.operation.text, blocks=blocks, rows=rows, weights=weights
     )
+    if not session.world.ablation.fusion:
+        handed = records[:, HEADER + 1 : HEADER + payload.shape[0]]
+        return job.deliver(plan, job.move_whole(plan, handed))
     received = plan.received
     pairs = received.slot_ptr[received.peer_ptr].diff()
     job.move(plan.near, plan.far, received.peer_ptr.diff(), pairs, lambda: received)

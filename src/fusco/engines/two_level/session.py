@@ -15,7 +15,7 @@ from fusco.engines.base import World
 from fusco.engines.mail import share_records
 from fusco.engines.node import Node, NodeBlocks
 from fusco.engines.two_level.lanes import SliceSize, most_lanes
-from fusco.errors import DisagreementError, EngineUnavailableError, InputError, WindowMemoryError
+from fusco.errors import DisagreementError, InputError, WindowMemoryError
 from fusco.layout.blocks import Ints, Sections
 from fusco.layout.heap import Block, align
 from fusco.layout.records import HEADER, Field, Status
@@ -62,11 +62,6 @@ class Session:
         make_node: Callable[[World, list[float], tuple[int, ...]], Node],
         wait_s: list[float],
     ) -> None:
-        if not world.ablation.fusion:
-            raise EngineUnavailableError(
-                "Shuffle: engine 'two_level' has no form without fusion; leave Ablation.fusion on, "
-                "or use engine='reference'"
-            )
         topology = world.topology
         self.world = world
         self.mailbox = Mailbox(world.group, world.timeout_s, wait_s)
