@@ -38,9 +38,11 @@ def ablated(rank: int, case: Case, engine: str, ablation: fusco.Ablation) -> int
         d = shuffle.dispatch(leaf, inputs.topk_idx[rank], inputs.weights_of(rank))
         y = shuffle.combine(inputs.outputs[rank], d)
         assert isinstance(d.tokens, torch.Tensor)
+        again = shuffle.dispatch(leaf.detach(), None, inputs.weights_of(rank), plan=d.plan)
         (gradient,) = torch.autograd.grad(d.tokens.sum(), leaf)
         to_peers = shuffle.stats().bytes_to_peer
-    expect_dispatched(d, inputs, rank)
+    for each in (d, again):
+        expect_dispatched(each, inputs, rank)
     if ablation.deduplicate:
         expect_same(y, inputs.sums(rank), "combine")
     else:

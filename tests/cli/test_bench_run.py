@@ -15,6 +15,7 @@ from fusco.bench import (
     BenchConfig,
     Measurement,
     RoutingSet,
+    print_report,
     run_bench,
 )
 from fusco.bench.batches import Batch
@@ -55,6 +56,23 @@ def test_a_run_measures_fusco_and_the_baseline(pool: RankPool, host_engine: str)
         assert found[name, "total"].wire_bytes == pytest.approx(one_way, abs=1)
     # A token crosses to a rank once in fusco, and once an expert in the baseline.
     assert 0 < found[host_engine, "total"].wire_bytes < found["gloo-all_to_all", "total"].wire_bytes
+
+
+def test_each_mechanism_is_switched_off_alone(
+    pool: RankPool, host_engine: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(CONFIG, engine=host_engine, ablation="each", pattern="imbalanced")
+    measurements = run_bench(replace(config, ranks_per_node=4), pool)
+    totals = {(m.engine, m.ablation): m for m in measurements if m.op == "total"}
+    names = ("none", "fusion", "planner", "balancer")
+    assert list(totals) == [*((host_engine, name) for name in names), ("gloo-all_to_all", "none")]
+    whole = totals[host_engine, "none"].wire_bytes
+    assert totals[host_engine, "fusion"].wire_bytes == whole
+    assert totals[host_engine, "planner"].wire_bytes != whole
+    print_report(measurements)
+    printed = capsys.readouterr().out
+    assert "throughput lost" in printed
+    assert "16.6%" in printed
 
 
 def test_given_routing_is_what_is_measured(pool: RankPool) -> None:

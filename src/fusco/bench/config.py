@@ -12,7 +12,7 @@ from fusco.errors import InputError, input_error
 
 Pattern = Literal["uniform", "zipf", "single-node", "imbalanced", "trace"]
 Dtype = Literal["bfloat16", "float16", "float32", "float64"]
-Switch = Literal["none", "fusion", "planner", "balancer"]
+Switch = Literal["none", "fusion", "planner", "balancer", "each"]
 Device = Literal["cpu", "cuda"]
 
 PLAIN_BASELINE, KEPT_BASELINE = "gloo-all_to_all", "gloo-kept"
@@ -30,6 +30,8 @@ LARGE_TOKENS = 1024
 PATTERNS: tuple[str, ...] = get_args(Pattern)
 DTYPES: tuple[str, ...] = get_args(Dtype)
 SWITCHES: tuple[str, ...] = get_args(Switch)
+MECHANISMS = ("fusion", "planner", "balancer")
+"""What can be switched off."""
 DEVICES: tuple[str, ...] = get_args(Device)
 
 
@@ -54,7 +56,8 @@ class BenchConfig:
         iterations: measured iterations of every contender.
         warmup: iterations before them that are not counted.
         seed: of rows and routings.
-        ablation: what is switched off; "none" is everything on.
+        ablation: what is switched off; "none" is everything on, "each" measures that and each
+            mechanism switched off alone.
         in_place: measure fusco with expert outputs in `Shuffle.empty_like` too.
         num_sms: for each of these measure fusco with so many multiprocessors too.
         graph: replay the pair in a CUDA graph too.
@@ -167,6 +170,11 @@ class BenchConfig:
         """The mode of the figures that count: that of a running model, but where a small batch
         takes the host longer than the device."""
         return "queued" if self.device == "cuda" and self.num_tokens >= LARGE_TOKENS else "eager"
+
+    @property
+    def ablations(self) -> tuple[str, ...]:
+        """What is switched off in each Shuffle that is measured."""
+        return ("none", *MECHANISMS) if self.ablation == "each" else (self.ablation,)
 
     @property
     def ranks_of_host(self) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -109,9 +110,9 @@ class Racer:
         return cls(entrant=entrant, contender=contender, ops_by_entrant=ops_by_entrant)
 
     @classmethod
-    def in_place(cls, engine: str, contender: Fusco) -> Racer:
+    def in_place(cls, entrant: Entrant, contender: Fusco) -> Racer:
         """With expert outputs in `Shuffle.empty_like`; the pair is its parts."""
-        entrant = Entrant(engine=engine, mode="in place")
+        entrant = replace(entrant, mode="in place")
         ops_by_entrant: dict[Entrant, tuple[str, ...]] = {entrant: ("dispatch", "combine")}
         return cls(entrant=entrant, contender=contender, ops_by_entrant=ops_by_entrant)
 
@@ -147,12 +148,12 @@ def open_lineup(config: BenchConfig, stack: ExitStack, *, has_nccl: bool) -> Lin
     """
     racers = []
     left_out = {}
-    for num_sms in (None, *config.num_sms):
-        shuffle = stack.enter_context(make_shuffle(config, num_sms=num_sms))
-        entrant = Entrant(engine=shuffle.engine_name, num_sms=num_sms)
+    for ablation, num_sms in itertools.product(config.ablations, (None, *config.num_sms)):
+        shuffle = stack.enter_context(make_shuffle(config, ablation=ablation, num_sms=num_sms))
+        entrant = Entrant(engine=shuffle.engine_name, num_sms=num_sms, ablation=ablation)
         racers.append(Racer.of(config, entrant, Fusco(shuffle)))
         if config.in_place and num_sms is None:
-            racers.append(Racer.in_place(shuffle.engine_name, Fusco(shuffle, in_place=True)))
+            racers.append(Racer.in_place(entrant, Fusco(shuffle, in_place=True)))
     for name in config.baselines:
         family = name.partition("-")[0]
         if config.device == "cuda" and not has_nccl:
@@ -164,8 +165,9 @@ def open_lineup(config: BenchConfig, stack: ExitStack, *, has_nccl: bool) -> Lin
     return Lineup(racers=racers, topology=shuffle.topology, left_out=left_out)
 
 
-def make_shuffle(config: BenchConfig, **settings: Any) -> Shuffle:
-    """A Shuffle for one configuration, with settings that are not None as `Shuffle` takes them."""
+def make_shuffle(config: BenchConfig, *, ablation: str = "none", **settings: Any) -> Shuffle:
+    """A Shuffle for one configuration, with one mechanism switched off, and settings that are not
+    None as `Shuffle` takes them."""
     given = {name: value for name, value in settings.items() if value is not None}
     return Shuffle(
         num_experts=config.num_experts,
@@ -176,9 +178,9 @@ def make_shuffle(config: BenchConfig, **settings: Any) -> Shuffle:
         engine=config.engine,
         ranks_per_node=config.ranks_per_node,
         ablation=Ablation(
-            fusion=config.ablation != "fusion",
-            deduplicate=config.ablation != "planner",
-            balance=config.ablation != "balancer",
+            fusion=ablation != "fusion",
+            deduplicate=ablation != "planner",
+            balance=ablation != "balancer",
         ),
         **given,
     )

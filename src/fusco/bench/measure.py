@@ -113,7 +113,9 @@ def measure_rank(
         if config.graph:
             room = _most_rows(loads)
             outputs.reserve(room)
-            shuffle = stack.enter_context(make_shuffle(config, max_recv_tokens=room))
+            shuffle = stack.enter_context(
+                make_shuffle(config, ablation=config.ablations[0], max_recv_tokens=room)
+            )
             replay = GraphReplay(shuffle, batches[0], outputs.rows(room))
             racers.append(Racer.replay(shuffle.engine_name, replay))
         wire_bytes, num_rows = compare(racers, batches, outputs)

@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from fusco.bench.config import BenchConfig
-from fusco.testing.cluster import bytes_per_second
+from fusco.testing.cluster import CONGESTION_CONTROL, bytes_per_second
 from fusco.testing.namespaces import queue_bytes
 from fusco.testing.ranks import Seat
 
@@ -57,7 +57,7 @@ def read_link(seat: Seat, planned: float | None) -> LinkUse:
 def network_facts(config: BenchConfig, uses: Sequence[LinkUse], p50_ms: float) -> dict[str, Any]:
     """What a record says of the network, from one operation's use of every rank's link.
 
-    - `hosts`, `nic`: the test cluster.
+    - `hosts`, `nic`, `congestion_control`: the test cluster.
     - `link_bytes`: over all links, headers and acknowledgements counted.
     - `plan_bytes`: of the rows that the plan sends to other nodes; of fusco only.
     - `busiest_bytes`: over the busiest link, in its busier direction.
@@ -69,6 +69,7 @@ def network_facts(config: BenchConfig, uses: Sequence[LinkUse], p50_ms: float) -
     return {
         "hosts": config.num_hosts,
         "nic": config.nic,
+        "congestion_control": CONGESTION_CONTROL,
         "link_bytes": round(sum(use.sent for use in uses)),
         "plan_bytes": round(sum(planned)) if planned else None,
         "busiest_bytes": round(busiest),

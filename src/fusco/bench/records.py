@@ -28,12 +28,14 @@ class Entrant:
             with expert outputs in `Shuffle.empty_like`, on GPUs queued. CPUs have no head start.
         num_sms: the most multiprocessors it may take; None: all.
         permutes: what a GPU baseline permutes with: triton or torch.
+        ablation: what is switched off, "none" if nothing.
     """
 
     engine: str
     mode: str = "eager"
     num_sms: int | None = None
     permutes: str | None = None
+    ablation: str = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +150,8 @@ class Measurement:
     def label(self) -> str:
         """The engine, and how it differs from the engine alone."""
         parts = [self.engine]
+        if self.ablation != "none":
+            parts.append(f"{self.ablation} off")
         if self.num_sms is not None:
             parts.append(f"{self.num_sms} SMs")
         if self.device == "cuda" or self.mode != "eager":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from fusco.bench.ablation import ablation_table
 from fusco.bench.config import KEPT_BASELINE
 from fusco.bench.records import OPS, Measurement
 
@@ -38,8 +39,10 @@ def print_report(measurements: Sequence[Measurement], console: Console | None = 
     from rich.console import Console
 
     console = console or Console()
-    console.print(_configuration(measurements[0]))
+    console.print(_configuration(measurements))
     console.print(_table(measurements))
+    if (ablation := ablation_table(measurements)) is not None:
+        console.print(ablation)
     for line in _verdict(measurements):
         console.print(line)
 
@@ -71,9 +74,10 @@ def print_comparison(
         console.print("The record is from other hardware: compare ratios, not times.")
 
 
-def _configuration(one: Measurement) -> Table:
+def _configuration(measurements: Sequence[Measurement]) -> Table:
     from rich.table import Table
 
+    one = measurements[0]
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim")
     grid.add_column()
@@ -85,7 +89,7 @@ def _configuration(one: Measurement) -> Table:
         *([("network", _network(one))] if one.network else []),
         ("experts", f"top-{one.top_k} of {one.num_experts}"),
         ("pattern", f"{one.pattern}, busiest rank {one.load_imbalance:.2f} times the mean"),
-        ("switched off", one.ablation),
+        ("switched off", ", ".join(dict.fromkeys(m.ablation for m in measurements))),
         ("iterations", f"{one.iterations}, seed {one.seed}"),
         ("machine", f"{gpus}{seen['cpu']}, {seen['cores']} cores, {seen['memory_gib']} GiB"),
         ("threads", f"{one.num_threads} a rank"),
@@ -160,13 +164,14 @@ def _verdict(measurements: Sequence[Measurement]) -> list[str]:
     if baselines and not slower:
         slower.append(f"{total.engine} is faster than the baselines in every operation.")
     lines += slower
-    lines += [f"{m.engine}: {_links(m)}" for m in measurements if m.network and m.op == "total"]
+    lines += [f"{m.label}: {_links(m)}" for m in measurements if m.network and m.op == "total"]
     if total.device == "cuda":
         lines.append(
             "eager: the GPU is idle when the host begins. queued: the host has a head start of "
             f"{max(m.head_start_ms for m in measurements):.1f} ms, as in a running model."
         )
-    main = [m for m in ours if m.num_sms is None and m.mode == total.mode]
+    alike = (total.mode, total.num_sms, total.ablation)
+    main = [m for m in ours if (m.mode, m.num_sms, m.ablation) == alike]
     far = [m.op for m in main if m.floor_ms * FLOOR_TARGET < m.p50_ms]
     if far:
         lines.append(

@@ -55,7 +55,7 @@ def summarise(config: BenchConfig, runs: Sequence[RankRun]) -> list[Measurement]
             top_k=config.top_k,
             num_experts=config.num_experts,
             dtype=config.dtype,
-            ablation=config.ablation,
+            ablation=entrant.ablation,
             p50_ms=_rounded(p50[entrant, op]),
             p10_ms=_rounded(np.percentile(ms, 10)),
             p90_ms=_rounded(np.percentile(ms, 90)),

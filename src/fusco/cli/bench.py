@@ -89,7 +89,10 @@ def bench(
     seed: Annotated[int, typer.Option(help="Of rows and routing.")] = 0,
     ablation: Annotated[
         str,
-        typer.Option(metavar="none|fusion|planner|balancer", help="Mechanism to switch off."),
+        typer.Option(
+            metavar="none|fusion|planner|balancer|each",
+            help="Mechanism to switch off, or each by itself beside all of them on.",
+        ),
     ] = "none",
     num_sms: Annotated[
         str,

@@ -1,9 +1,9 @@
-"""What fusion saves between nodes: the same rows moved stage by stage, permuted before and after each
+"""What fusion saves between nodes: the same rows moved stage by stage, permuted before and after
 (for the ablation of FUSCO, section 5.4).
 
 Every stage handles all rows before the next begins: rows are copied into the order in which they
-leave, cross whole, are copied into the order in which they go on, and where they end are copied into
-the order that is asked for.
+leave, cross whole, are copied into the order in which they go on, and where they end are copied
+into the order that is asked for.
 """
 
 from __future__ import annotations
