@@ -354,8 +354,7 @@ class Shuffle:
 
         Only the engine "cuda" returns from `combine`, or with `max_recv_tokens` from `dispatch`,
         before it is known whether all ranks agree: the error is raised by the next dispatch, or
-        here. With `max_recv_tokens` calls raise it as soon as they know of it, until this has been
-        called on the same rank.
+        here. With `max_recv_tokens` a dispatch raises it only if this rank knows of it by then.
         """
         self._require_open()
         with ops.using(self._key) as engine:

@@ -144,7 +144,7 @@ class Dispatcher:
             self._launch_plan(stream, num_tokens)
             self._dispatch(stream, session.num_sms, form.threads, form.shared_bytes)
             if num_rows is not None:
-                session.failures.raise_pending(settle=False)
+                session.failures.raise_pending()
                 break
             # There is time until the report comes.
             with suppress(torch.OutOfMemoryError):
@@ -193,7 +193,7 @@ class Dispatcher:
             ticket = session.describe(call, place)
             kernel(stream, session.num_sms, form.threads, form.shared_bytes)
             if session.world.max_recv_tokens is not None:
-                session.failures.raise_pending(settle=False)
+                session.failures.raise_pending()
                 break
             report = session.await_report(ticket)
             if report.verdict == Verdict.GO:

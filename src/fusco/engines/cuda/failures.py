@@ -34,8 +34,8 @@ class Failures:
     A failure that all ranks find together stays pending, and no operation does anything, until
     every rank has settled it: has raised it in a call that waits for the device. Such calls are
     the same on all ranks, so that all raise in the same call, and their next ones belong together,
-    however late a rank's host learns of a failure. With fixed outputs only `synchronize` waits;
-    other calls raise as soon as they know, again and again, and ask the others for nothing.
+    however late a rank's host learns of a failure. With fixed outputs only `synchronize` waits; a
+    dispatch raises if it knows, and until then calls ask the others for nothing.
 
     Args:
         world: what the engine is made for.
@@ -52,7 +52,6 @@ class Failures:
         self._told = told
         self._pending = pending
         self._calls: deque[tuple[int, Call]] = deque(maxlen=_REMEMBERED)
-        self._error: FuscoError | None = None
         self._last: FuscoError | None = None
 
     @property
@@ -73,11 +72,8 @@ class Failures:
         if self._told[0] == Verdict.LOST:
             raise self._lost(self._read())
 
-    def raise_pending(self, *, settle: bool = True) -> None:
-        """Raise what is pending, if anything.
-
-        Args:
-            settle: go on after it; for calls only that all ranks make.
+    def raise_pending(self) -> None:
+        """Raise what is pending, if anything, which settles it.
 
         Raises:
             InputError, DisagreementError, WindowMemoryError: the ranks did not agree.
@@ -86,18 +82,9 @@ class Failures:
         self.raise_lost()
         if not self.is_pending:
             return
-        # What others say of it can be read once only.
-        error = self._error = self._error or self._error_of(self._read())
-        if settle:
-            self._last = error
-            self._settle()
-        raise error
-
-    def settle(self) -> None:
-        """As `raise_pending`, but what has been raised before is not raised again."""
-        if self._error is None:
-            self.raise_pending()
+        error = self._last = self._error_of(self._read())
         self._settle()
+        raise error
 
     def raise_own(self, ticket: int, call: Call, *, all_settle: bool) -> NoReturn:
         """Raise the error of a call that was published with it, on the rank that made it.
@@ -114,9 +101,7 @@ class Failures:
         if is_first and failure.verdict == Verdict.UNLIKE:
             self._post(failure, call)
             self._last = call.error
-        if is_first and self._world.max_recv_tokens is not None:
-            self._error = call.error
-        elif is_first:
+        if is_first:
             self._settle()
         elif all_settle:
             self.raise_pending()
@@ -124,12 +109,11 @@ class Failures:
 
     def close(self) -> None:
         """Tell the others what they will ask for, if this rank leaves before it has raised."""
-        if self._told[0] == Verdict.UNLIKE and self._error is None:
+        if self._told[0] == Verdict.UNLIKE:
             failure = self._read()
             self._post(failure, self._call_of(failure))
 
     def _settle(self) -> None:
-        self._error = None
         self._told[:] = 0
         self._pending.zero_()
 

@@ -273,7 +273,7 @@ class Session:
         self.order.synchronize()
         if self.failures.is_pending:
             self.order.begin()
-            self.failures.settle()
+            self.failures.raise_pending()
 
     @property
     def num_bytes(self) -> int:
