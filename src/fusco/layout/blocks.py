@@ -14,6 +14,7 @@ import numpy.typing as npt
 from fusco.layout.heap import ALIGNMENT
 
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -22,7 +22,10 @@ class Operation(IntEnum):
     @property
     def text(self) -> str:
         """As a user reads it, such as `combine backward`."""
-        return self.name.lower().replace("_planned", "").replace("_", " ")
+        return _TEXT[self]
+
+
+_TEXT = {each: each.name.lower().replace("_planned", "").replace("_", " ") for each in Operation}
 
 
 class Status(IntEnum):

@@ -9,26 +9,17 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
-import numpy.typing as npt
 
 from fusco.engines.base import TEXT_BYTES
-from fusco.engines.cpu import futex
-from fusco.engines.cpu.kernels.memory import (
-    collect,
-    first_behind,
-    publish,
-    spin,
-    wrapped_difference,
-)
+from fusco.engines.cpu.kernels.memory import collect
+from fusco.engines.cpu.kernels.waiting import COME, look, meet, publish, share, wait
 from fusco.engines.cpu.window import Mapping
 from fusco.errors import PeerError
+from fusco.layout.blocks import Ints
 from fusco.layout.heap import ALIGNMENT, align
 from fusco.layout.records import ALIKE, HEADER, Field, Status
 
-_LOOK_EVERY_S = 0.05
 _SPINS = 2000
-
-
 _STAGES = 1 << 16
 
 
@@ -44,6 +35,8 @@ class Stage(IntEnum):
 
 
 _OPEN, _CLOSED, _LOST = 0, 1, 2
+# Plain numbers, since enumerations take compiled loops and arrays ten times as long.
+_NUM_ALIKE, _STATUS, _READY = int(ALIKE.stop), int(Field.STATUS), int(Status.READY)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +86,7 @@ class Control:
         self._timeout_s = timeout_s
         self._wait_s = wait_s
         self._epoch = 0
+        self._waited = np.zeros(len(ranks))
         self._peers: list[_Peer] = []
         self.mapping = Mapping.create("fusco-control", self._layout.size)
 
@@ -104,6 +98,7 @@ class Control:
         ]
         here = np.array([mapping.address for mapping in mappings])
         self._flags, self._records = here + self._layout.progress, here + self._layout.record
+        self._flag = int(self._flags[self._rank])
         cores = len(os.sched_getaffinity(0))
         # A rank that spins keeps a core from the rank it waits for, where there are too few.
         self._spins = _SPINS if len(mappings) <= cores else 1
@@ -113,18 +108,28 @@ class Control:
         self._epoch += 1
         return self._epoch
 
-    def share(
-        self, head: tuple[int, ...], payload: npt.NDArray[np.int64], operation: str
-    ) -> tuple[npt.NDArray[np.int64], bool]:
+    def share(self, head: tuple[int, ...], payload: Ints, operation: str) -> tuple[Ints, bool]:
         """Publish this rank's record; everybody's, int64 `[P, record_len]`, and whether all are
         ready for the same."""
         record = self._peers[self._rank].record
         record[:HEADER] = head
         record[HEADER : HEADER + payload.size] = payload
-        self.reach(Stage.PUBLISHED)
-        self.wait_all(Stage.PUBLISHED, operation)
-        records, alike = collect(self._records, record.size, ALIKE.stop)
-        return records, alike and records[0, Field.STATUS] == Status.READY
+        size = record.size
+        behind, records, alike = share(
+            self._flag,
+            self._flags,
+            self._value(Stage.PUBLISHED),
+            self._spins,
+            self._waited,
+            self._records,
+            size,
+            _NUM_ALIKE,
+        )
+        if behind != COME:
+            self._wait_on(behind, slice(None), Stage.PUBLISHED, operation)
+            if behind >= 0:
+                records, alike = collect(self._records, size, _NUM_ALIKE)
+        return records, alike and records[0, _STATUS] == _READY
 
     def tell_growth(self, base: int, capacity: int, status: Status) -> None:
         """Publish the block reserved after growing."""
@@ -133,7 +138,7 @@ class Control:
 
     def growth(self, rank: int, operation: str) -> tuple[int, int, Status]:
         """Base, capacity and status that a rank published after growing."""
-        self._wait(rank, Stage.GROWN, operation)
+        self._wait(slice(rank, rank + 1), Stage.GROWN, operation)
         base, capacity, status = self._peers[rank].growth.tolist()
         return base, capacity, Status(status)
 
@@ -141,16 +146,13 @@ class Control:
         """Tell everybody what is wrong here; what everybody tells."""
         encoded = text.encode()[:TEXT_BYTES].ljust(TEXT_BYTES)
         self._peers[self._rank].text[:] = np.frombuffer(encoded, dtype=np.uint8)
-        self.reach(Stage.TOLD)
-        self.wait_all(Stage.TOLD, operation)
+        self.meet(Stage.TOLD, operation)
         texts = [peer.text.tobytes() for peer in self._peers]
         return [each.decode(errors="ignore").rstrip() for each in texts]
 
     def reach(self, stage: int) -> None:
         """Publish that this rank has come to a stage, and all that it wrote before."""
-        address = self.mapping.address + self._layout.progress
-        publish(address, self._value(stage))
-        futex.wake(address)
+        publish(self._flag, self._value(stage))
 
     def wait_all(self, stage: int, operation: str) -> None:
         """Until all ranks have come to a stage of this operation.
@@ -158,50 +160,56 @@ class Control:
         Raises:
             PeerError: a rank died, closed, or did not come in time.
         """
+        self._wait(slice(None), stage, operation)
+
+    def meet(self, stage: int, operation: str) -> None:
+        """`reach` and `wait_all`."""
         value = self._value(stage)
-        while (rank := first_behind(self._flags, value, self._spins)) >= 0:
-            self._wait(rank, stage, operation)
+        behind = meet(self._flag, self._flags, value, self._spins, self._waited)
+        if behind != COME:
+            self._wait_on(behind, slice(None), stage, operation)
 
     def close(self, lost: int | None) -> None:
         """Tell the others that this rank is gone, and which rank of the group it lost, if any."""
         state = _CLOSED if lost is None else _LOST + lost
         publish(self.mapping.address + self._layout.state, state)
-        futex.wake(self.mapping.address + self._layout.progress)
+        publish(self._flag, look(self._flag))  # wakes who waits for this rank
         for peer in self._peers:
             peer.close()
         self._peers.clear()
 
     def _value(self, stage: int) -> int:
-        return int(wrapped_difference(self._epoch * _STAGES + stage, 0))
+        return _wrap(self._epoch * _STAGES + stage)
 
-    def _wait(self, rank: int, stage: int, operation: str) -> None:
-        peer, value = self._peers[rank], self._value(stage)
-        flag = peer.mapping.address + self._layout.progress
-        seen = spin(flag, value, self._spins)
-        if wrapped_difference(seen, value) >= 0:
-            return
-        start = time.monotonic()
-        deadline = start + self._timeout_s
-        while wrapped_difference(seen, value) < 0:
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
+    def _wait(self, ranks: slice, stage: int, operation: str) -> None:
+        value = self._value(stage)
+        behind = wait(self._flags[ranks], value, self._spins, self._waited[ranks])
+        if behind != COME:
+            self._wait_on(behind, ranks, stage, operation)
+
+    def _wait_on(self, behind: int, ranks: slice, stage: int, operation: str) -> None:
+        """What is left to do of a wait for some ranks that was not over at once."""
+        value, flags, waited = self._value(stage), self._flags[ranks], self._waited[ranks]
+        deadline = time.monotonic() + self._timeout_s
+        while behind >= 0:
+            rank = behind + (ranks.start or 0)
+            self._look_after(rank, value, operation)
+            if time.monotonic() > deadline:
                 what = f"did not arrive within {self._timeout_s:g} s"
                 raise self._error(operation, self._ranks[rank], f"{what} ({self._progress(rank)})")
-            futex.wait(flag, seen, min(left_s, _LOOK_EVERY_S))
-            before = seen
-            seen = spin(flag, value, 1)
-            if seen == before:
-                self._look_after(rank, value, operation)
-        self._wait_s[self._ranks[rank]] += time.monotonic() - start
+            behind = wait(flags, value, 1, waited)
+        for rank, seconds in zip(self._ranks[ranks], waited.tolist(), strict=True):
+            self._wait_s[rank] += seconds
+        waited[:] = 0
 
     def _look_after(self, rank: int, value: int, operation: str) -> None:
         """Raise if the rank waited for will never come, naming the rank to blame."""
         for other, peer in enumerate(self._peers):
             # A rank that has done its part may end before others have.
-            if peer.has_ended() and wrapped_difference(self._seen(other), value) < 0:
+            if peer.has_ended() and _wrap(self._seen(other) - value) < 0:
                 what = f"has died ({self._progress(other)})"
                 raise self._error(operation, self._ranks[other], what)
-        state = spin(self._peers[rank].mapping.address + self._layout.state, _CLOSED, 1)
+        state = look(self._peers[rank].mapping.address + self._layout.state)
         if state >= _LOST:
             lost = state - _LOST
             what = f"is lost, as rank {self._ranks[rank]} has found"
@@ -219,7 +227,7 @@ class Control:
         )
 
     def _seen(self, rank: int) -> int:
-        return int(spin(self._peers[rank].mapping.address + self._layout.progress, 0, 1))
+        return int(look(self._flags[rank]))
 
     def _progress(self, rank: int) -> str:
         epoch, stage = divmod(self._seen(rank), _STAGES)
@@ -228,6 +236,11 @@ class Control:
         if Stage.STEP <= stage < Stage.DONE:
             return f"it came to step {stage - Stage.STEP} of operation {epoch}"
         return f"it came to {Stage(stage).name.lower()} of operation {epoch}"
+
+
+def _wrap(value: int) -> int:
+    """In int32, where counters wrap around."""
+    return (value + 2**31) % 2**32 - 2**31
 
 
 class _Peer:

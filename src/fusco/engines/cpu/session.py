@@ -166,8 +166,7 @@ class Session:
             if status != Status.READY:
                 heap.release(own)
                 # All ranks come here, so that none publishes again while another still reads.
-                self.control.reach(Stage.DONE)
-                self.control.wait_all(Stage.DONE, agreement.operation)
+                self.control.meet(Stage.DONE, agreement.operation)
                 text = problem or f"rank {rank}: no memory left to grow its window"
                 raise _no_memory(agreement.operation, text)
         return agreement.placed(own, base)
@@ -188,8 +187,7 @@ class Session:
         self._meet(Stage.READ, agreement)
 
     def _meet(self, stage: Stage, agreement: Agreement) -> None:
-        self.control.reach(stage)
-        self.control.wait_all(stage, agreement.operation)
+        self.control.meet(stage, agreement.operation)
 
     def close(self, lost: int | None) -> None:
         self.control.close(lost)

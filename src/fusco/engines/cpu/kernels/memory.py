@@ -1,4 +1,4 @@
-"""Addresses, copies and ordering: the few things that numba has no words for."""
+"""Addresses and copies: the few things that numba has no words for."""
 
 from __future__ import annotations
 
@@ -60,38 +60,6 @@ def _stream(typing_context: Any, target: Any, source: Any, size: Any) -> Any:
 
 
 @intrinsic
-def _fence(typing_context: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.fence("seq_cst")
-        return context.get_dummy_value()
-
-    return types.void(), generate
-
-
-@intrinsic
-def _load(typing_context: Any, address: Any) -> Any:
-    signature = types.int32(types.int64)
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        at = builder.inttoptr(args[0], _I32.as_pointer())
-        return builder.load_atomic(at, "acquire", 4)
-
-    return signature, generate
-
-
-@intrinsic
-def _store(typing_context: Any, address: Any, value: Any) -> Any:
-    signature = types.void(types.int64, types.int32)
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        at = builder.inttoptr(args[0], _I32.as_pointer())
-        builder.store_atomic(args[1], at, "release", 4)
-        return context.get_dummy_value()
-
-    return signature, generate
-
-
-@intrinsic
 def load_float(typing_context: Any, address: Any) -> Any:
     """The float32 at an address."""
     signature = types.float32(types.int64)
@@ -118,44 +86,6 @@ def copy_row(target: int, source: int, num_bytes: int) -> None:
             _copy(target + streamed, source + streamed, num_bytes - streamed)
     else:
         _copy(target, source, num_bytes)
-
-
-@kernel
-def publish(flag: int, value: int) -> None:
-    """Set the int32 at an address; whoever sees it sees every earlier store of this thread."""
-    # Streamed stores are weakly ordered: a release store alone does not wait for them.
-    _fence()
-    _store(flag, value)
-
-
-@kernel
-def spin(flag: int, value: int, num_tries: int) -> int:
-    """Look at the int32 at an address until it has come to `value`; the last value seen.
-
-    Values wrap around: `seen` has come to `value` if their int32 difference is not negative.
-    """
-    seen = _load(flag)
-    for _ in range(num_tries):
-        if wrapped_difference(seen, value) >= 0:
-            break
-        seen = _load(flag)
-    return seen
-
-
-@kernel
-def wrapped_difference(left: int, right: int) -> int:
-    """`left - right` in int32, where counters wrap around."""
-    return (left - right + 2**31) % 2**32 - 2**31
-
-
-@kernel
-def first_behind(flags: Ints, value: int, num_tries: int) -> int:
-    """The first of several flags that has not come to `value` when each was looked at until it
-    had or `num_tries` times; -1: all have."""
-    for i in range(flags.size):
-        if wrapped_difference(spin(flags[i], value, num_tries), value) < 0:
-            return i
-    return -1
 
 
 @kernel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fusco.engines.cpu.kernels import lists, memory, plan, reduce, scatter
+from fusco.engines.cpu.kernels import lists, memory, plan, reduce, scatter, waiting
 
 _ELEMENTS = (
     (np.uint16, np.float32),
@@ -17,10 +17,12 @@ _ELEMENTS = (
 def warm_up() -> None:
     """Run every kernel on nothing, once for each dtype."""
     none, one, table, square = (np.zeros(n, dtype=np.int64) for n in (0, 1, (0, 1), (1, 1)))
-    flag = np.zeros(1, dtype=np.int32)
-    memory.publish(flag.ctypes.data, 0)
-    memory.spin(flag.ctypes.data, 0, 1)
-    memory.first_behind(none, 0, 1)
+    flag, seconds = np.zeros(1, dtype=np.int32), np.zeros(1)
+    at = flag.ctypes.data
+    waiting.publish(at, waiting.look(at))
+    waiting.meet(at, none, 0, 1, seconds)
+    waiting.wait(none, 0, 1, seconds)
+    waiting.share(at, none, 0, 1, seconds, none, 1, 0)
     memory.collect(none, 1, 0)
     plan.count_pairs(table, one, one, 1)
     records = np.zeros((1, 8), dtype=np.int64)[:, 1:]
