@@ -32,12 +32,11 @@ class Sections:
     total: Ints
 
     @classmethod
-    def stack(cls, sizes: Sequence[Ints]) -> Sections:
+    def stack(cls, sizes: Sequence[Ints] | Ints) -> Sections:
         """Lay sections of these sizes, int64 `[P]` each, one behind the other."""
-        size = np.array(sizes)
-        padded = (size + (ALIGNMENT - 1)) & -ALIGNMENT
-        end = padded.cumsum(axis=0)
-        return cls(size=size, start=end - padded, total=end[-1])
+        size = np.asarray(sizes)
+        start, total = stack(size)
+        return cls(size=size, start=start, total=total)
 
     def of(self, ranks: Sequence[int]) -> Sections:
         """The same for some of the ranks, in this order."""
@@ -47,28 +46,46 @@ class Sections:
         )
 
 
-def dispatch_sections(
-    rows: Ints, row_bytes: Sequence[int], segments: Ints, pairs: Ints
-) -> Sections:
-    """The block of a dispatch: the rows of each tensor, row weights (float32), and the slot lists
-    that travel with a new plan (slots per segment, then slots; int64).
+def stack(size: Ints) -> tuple[Ints, Ints]:
+    """`start` and `total` of `Sections`; like the sizes below also compiled, by the CPU engine."""
+    start, total = np.empty_like(size), np.zeros(size.shape[1], dtype=np.int64)
+    for i in range(size.shape[0]):
+        start[i] = total
+        total += (size[i] + (ALIGNMENT - 1)) & -ALIGNMENT
+    return start, total
+
+
+def dispatch_sizes(row_bytes: Ints, rows: Ints, segments: Ints, pairs: Ints) -> Ints:
+    """The block of a dispatch, int64 `[sections, P]`: the rows of each tensor, row weights
+    (float32), and the slot lists that travel with a new plan (slots per segment, then slots;
+    int64).
 
     Args:
+        row_bytes: `[parts]`, of each tensor.
         rows: `[P]`, rows each rank receives.
-        row_bytes: of each tensor.
         segments: `[P]`, segments each rank receives; 0 where the plan is not new.
         pairs: `[P]`, likewise slots.
     """
-    return Sections.stack([*(rows * size for size in row_bytes), rows * 4, segments * 8, pairs * 8])
+    parts = row_bytes.size
+    size = np.empty((parts + 3, rows.size), dtype=np.int64)
+    for i in range(parts):
+        size[i] = rows * row_bytes[i]
+    size[parts], size[parts + 1], size[parts + 2] = rows * 4, segments * 8, pairs * 8
+    return size
 
 
-def combine_sections(segments: Ints, row_bytes: Sequence[int], pairs: Ints) -> Sections:
-    """The block of a combine: a partial sum for each segment that the rank once sent, for each
-    tensor, and one float32 for each pair.
+def combine_sizes(row_bytes: Ints, segments: Ints, pairs: Ints) -> Ints:
+    """The block of a combine, int64 `[sections, P]`: a partial sum for each segment that the rank
+    once sent, for each tensor, and one float32 for each pair.
 
     Args:
+        row_bytes: `[parts]`, of each tensor.
         segments: `[P]`, segments each rank sends in a dispatch.
-        row_bytes: of each tensor.
         pairs: `[P]`, pairs each rank sends; 0 where no values return.
     """
-    return Sections.stack([*(segments * size for size in row_bytes), pairs * 4])
+    parts = row_bytes.size
+    size = np.empty((parts + 1, segments.size), dtype=np.int64)
+    for i in range(parts):
+        size[i] = segments * row_bytes[i]
+    size[parts] = pairs * 4
+    return size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,14 +12,16 @@ from torch import Tensor
 from fusco.engines.agreement import Call
 from fusco.engines.base import Delivery
 from fusco.engines.cpu import plans
+from fusco.engines.cpu.kernels.places import place_dispatch
 from fusco.engines.cpu.kernels.scatter import scatter_rows, scatter_values, ship_slots
+from fusco.engines.cpu.plans import ArrayPlan, LegArrays
 from fusco.engines.cpu.session import Agreement, Session
-from fusco.engines.cpu.unfused import expert_major, first_rows, write_device_major
-from fusco.layout.blocks import Ints, Sections, dispatch_sections
+from fusco.engines.cpu.unfused import expert_major, write_device_major
+from fusco.engines.ids import bad_ids
+from fusco.layout.blocks import Ints, Sections, dispatch_sizes
 from fusco.layout.heap import Block, align
-from fusco.layout.segments import as_segments, bytes_per_row, from_segments
+from fusco.layout.segments import bytes_per_row, from_segments
 from fusco.profiling import stage
-from fusco.types import Leg, SegmentPlan
 
 
 def dispatch_new(
@@ -35,38 +38,30 @@ def dispatch_new(
     come with the same records, say what each rank needs.
     """
     world, rank = session.world, session.rank
+    row_bytes = [bytes_per_row(each) for each in rows]
     with stage("plan"):
-        packed = plans.count(topk_idx, world)
+        packed, low, high = plans.count(topk_idx, session.tables, world.topology.num_nodes)
+        if low < -1 or high >= world.topology.num_experts:
+            call = replace(call, error=bad_ids(low, high, world.topology.num_experts))
     with stage("agree"):
-        block = session.window.reserve_largest()
+        block = session.nothing if call.error else session.window.reserve_largest()
         agreement = session.agree(call, block, packed)
     identity = new_identity()
     with stage("plan"):
-        sends = plans.outline(topk_idx, agreement.payload, world)
-    sections = dispatch_sections(
-        sends.rows,
-        [bytes_per_row(each) for each in rows],
-        sends.segments.sum(axis=0),
-        sends.pairs.sum(axis=0),
-    )
-    agreement = session.fit(agreement, sections.total)
-    at = _addresses(session, agreement, sections)
+        sends = plans.outline(topk_idx, agreement.payload, session.tables, world)
+        agreement, start, at = _place(session, agreement, row_bytes, sends)
+    leg = sends.leg
     with stage("write"):
-        leg, first = sends.leg, sends.pairs[:rank].sum(axis=0)
-        ship_slots(
-            leg.peer_ptr.numpy(),
-            leg.slot_ptr.numpy(),
-            leg.slot.numpy(),
-            at[-2] + sends.segments[:rank].sum(axis=0) * 8,
-            at[-1] + first * 8,
+        first = ship_slots(
+            leg.peer_ptr, leg.slot_ptr, leg.slot, sends.segments, sends.pairs, rank, at
         )
         _write(session, rows, weights, leg, at, first)
     with stage("wait"):
         session.finish(agreement)
     with stage("plan"):
-        lists = _slot_lists(session, agreement, sections, sends)
+        lists = _slot_lists(session, agreement, start[-2:], sends)
         plan = plans.finish(identity, sends, *lists, rank)
-    return _wrap(session, agreement, sections, rows, weights, plan), sends.rows
+    return _wrap(session, agreement.block, start, rows, weights, plan), sends.rows
 
 
 def dispatch_planned(
@@ -74,105 +69,130 @@ def dispatch_planned(
     call: Call,
     rows: tuple[Tensor, ...],
     weights: Tensor | None,
-    plan: SegmentPlan,
+    plan: ArrayPlan,
 ) -> Delivery:
     """Dispatch by an existing plan: every rank knows its need, and says how many rows it gets."""
     none = np.zeros(session.world.topology.num_ranks, dtype=np.int64)
-    row_bytes = [bytes_per_row(each) for each in rows]
-    own = dispatch_sections(np.array([plan.num_rows]), row_bytes, none[:1], none[:1])
+    row_bytes = np.array([bytes_per_row(each) for each in rows])
+    num_rows = np.array([plan.num_rows])
+    own = Sections.stack(dispatch_sizes(row_bytes, num_rows, none[:1], none[:1]))
     with stage("agree"):
         call, block = session.reserve(call, int(own.total[0]))
-        place = np.concatenate(([plan.num_rows], first_rows(plan.arrival)))
+        incoming = plan.incoming
+        place = np.concatenate((num_rows, incoming.slot_ptr[incoming.peer_ptr[:-1]]))
         agreement = session.agree(call, block, place)
-    sections = dispatch_sections(agreement.payload[:, 0], row_bytes, none, none)
-    at = _addresses(session, agreement, sections)
+    sections = Sections.stack(dispatch_sizes(row_bytes, agreement.payload[:, 0], none, none))
+    session.map(agreement.base + sections.total)
+    at = sections.start + session.addresses + agreement.base
     with stage("write"):
         first = agreement.payload[:, 1 + session.rank]
-        _write(session, rows, weights, plan.send, at, first)
+        _write(session, rows, weights, plan.leg, at, first)
     with stage("wait"):
         session.finish(agreement)
-    return _wrap(session, agreement, sections, rows, weights, plan)
+    return _wrap(session, agreement.block, sections.start, rows, weights, plan)
 
 
-def _addresses(session: Session, agreement: Agreement, sections: Sections) -> Ints:
-    """int64 `[sections, P]`: where each section of each rank's block is mapped here."""
-    base = agreement.base
-    return sections.start + session.addresses(base + sections.total) + base
+def _place(
+    session: Session, agreement: Agreement, row_bytes: Sequence[int], sends: plans.Outline
+) -> tuple[Agreement, Ints, Ints]:
+    """This rank's block cut to its need, where sections begin in each block, and where they are
+    mapped here, int64 `[sections, P]`."""
+    start, total, at, fits = place_dispatch(
+        np.array(row_bytes),
+        sends.rows,
+        sends.segments,
+        sends.pairs,
+        agreement.base,
+        agreement.capacity,
+        session.addresses,
+        session.sizes,
+    )
+    if fits:
+        block = session.window.heap.shrink(agreement.block, int(total[session.rank]))
+        return agreement.placed(block, agreement.base), start, at
+    agreement = session.fit(agreement, total)
+    session.map(agreement.base + total)
+    return agreement, start, start + session.addresses + agreement.base
 
 
 def _write(
     session: Session,
     rows: Sequence[Tensor],
     weights: Tensor | None,
-    leg: Leg,
+    leg: LegArrays,
     at: Ints,
     first: Ints,
 ) -> None:
     """Send all rows and weights to their slots; sections in the order of `dispatch_sections`."""
-    slot_ptr, slot, target = leg.slot_ptr.numpy(), leg.slot.numpy(), leg.target.numpy()
     if weights is not None:
         dense = weights.contiguous()
-        scatter_values(dense.data_ptr(), leg.pair.numpy(), slot, target, at[len(rows)])
+        scatter_values(dense.data_ptr(), leg.pair, leg.slot, leg.target, at[len(rows)])
     if not session.world.ablation.fusion:
         write_device_major(rows, leg, session.world.top_k, at, first)
         return
-    sum_segment = leg.sum_segment.numpy()
     for each, base in zip(rows, at, strict=False):
-        segments = as_segments(each)
+        dense = each.contiguous()
         scatter_rows(
-            segments.data_ptr(), segments.shape[1], slot_ptr, slot, target, sum_segment, base
+            dense.data_ptr(),
+            bytes_per_row(dense),
+            leg.slot_ptr,
+            leg.slot,
+            leg.target,
+            leg.sum_segment,
+            base,
         )
 
 
 def _slot_lists(
-    session: Session, agreement: Agreement, sections: Sections, sends: plans.Outline
+    session: Session, agreement: Agreement, start: Ints, sends: plans.Outline
 ) -> tuple[Ints, Ints]:
-    """Slots of each segment, and slots, as all ranks have written them into this rank's block."""
-    rank, window = session.rank, session.window
-    starts = sections.start[-2:, rank].tolist()
+    """Slots of each segment, and slots, as all ranks have written them into this rank's block.
+
+    Args:
+        start: `[2, P]`, where they begin in it.
+    """
+    rank, window, block = session.rank, session.window, agreement.block
     counts = int(sends.segments[:, rank].sum()), int(sends.pairs[:, rank].sum())
-    segments, slots = (
-        window.view(agreement.block, start, count, np.int64)
-        for start, count in zip(starts, counts, strict=True)
+    segments_at, slots_at = start[:, rank].tolist()
+    return (
+        window.view(block, segments_at, counts[0], np.int64),
+        window.view(block, slots_at, counts[1], np.int64),
     )
-    return segments, slots
 
 
 def _wrap(
     session: Session,
-    agreement: Agreement,
-    sections: Sections,
+    block: Block,
+    start: Ints,
     rows: Sequence[Tensor],
     weights: Tensor | None,
-    plan: SegmentPlan,
+    plan: ArrayPlan,
 ) -> Delivery:
     """Rows become tensors where they lie; the rest of the block is free again."""
-    window, block, start = session.window, agreement.block, sections.start[:, session.rank]
-    padding = plan.row_segment < 0 if session.world.alignment > 1 else None
-    end = block.base
-
-    def lying(begin: int, row_bytes: int) -> Tensor:
-        nonlocal end
-        part = Block(base=block.base + begin, size=align(plan.num_rows * row_bytes))
-        end = part.base + part.size
-        segments = window.as_tensor(part, plan.num_rows * row_bytes)
-        return segments.view(plan.num_rows, row_bytes)
-
+    window, num_rows = session.window, plan.num_rows
+    *starts, weights_at = start[: len(rows) + 1, session.rank].tolist()
+    fuses = session.world.ablation.fusion
+    padding = None
+    if session.world.alignment > 1:
+        padding = torch.from_numpy(plan.row_segment < 0)
     got = []
-    for like, begin in zip(rows, start.tolist(), strict=False):
-        segments = lying(begin, bytes_per_row(like))
-        if not session.world.ablation.fusion:
-            segments = expert_major(
-                segments[: plan.arrival.slot.shape[0]], plan.arrival, plan.num_rows
-            )
-        elif padding is not None:
-            segments[padding] = 0
-        got.append(from_segments(segments, like))
+    for like, begin in zip(rows, starts, strict=True):
+        size = num_rows * bytes_per_row(like)
+        segments = window.as_tensor(Block(base=block.base + begin, size=align(size)), size)
+        if not fuses:
+            segments = expert_major(segments.view(num_rows, -1), plan)
+        moved = from_segments(segments.view(num_rows, bytes_per_row(like)), like)
+        if fuses and padding is not None:
+            moved[padding] = 0
+        got.append(moved)
     # Weights stay in the window too, beside rows that peers may read there in combine.
-    row_weights = lying(int(start[len(rows)]), 4).view(torch.float32)[:, 0]
+    size = num_rows * 4
+    kept = Block(base=block.base + weights_at, size=align(size))
+    row_weights = window.as_tensor(kept, size).view(torch.float32)
     if weights is None:
         row_weights.fill_(1)
     if padding is not None:
         row_weights[padding] = 0
+    end = kept.base + kept.size
     window.heap.release(Block(base=end, size=block.base + block.size - end))
     return Delivery(rows=tuple(got), row_weights=row_weights, plan=plan)

@@ -14,10 +14,11 @@ from fusco.engines.base import Delivery, Engine, Returned, World
 from fusco.engines.cpu.combine import combine
 from fusco.engines.cpu.dispatch import dispatch_new, dispatch_planned
 from fusco.engines.cpu.exchange import exchange
+from fusco.engines.cpu.plans import ArrayPlan
 from fusco.engines.cpu.session import Session
 from fusco.layout.blocks import Ints
 from fusco.layout.segments import bytes_per_row, from_segments
-from fusco.types import Plan, SegmentPlan, Segments, Stats
+from fusco.types import Plan, Segments, Stats
 
 
 class CpuEngine(Engine):
@@ -25,6 +26,7 @@ class CpuEngine(Engine):
     still taken node by node where nodes are emulated."""
 
     name = "cpu"
+    finds_bad_ids = True
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
@@ -55,20 +57,19 @@ class CpuEngine(Engine):
         routing: Tensor | Plan,
     ) -> Delivery:
         session = self._open()
-        if isinstance(routing, SegmentPlan):
-            delivery = dispatch_planned(session, call, rows, weights, routing)
+        if isinstance(routing, Plan):
+            plan = ArrayPlan.of(routing)
+            delivery = dispatch_planned(session, call, rows, weights, plan)
         else:
-            assert isinstance(routing, Tensor), "plans come from this engine"
             delivery, rows_per_rank = dispatch_new(
                 session, call, rows, weights, routing, self.new_identity
             )
             self.meter.planned(torch.from_numpy(rows_per_rank))
-        plan = delivery.plan
-        assert isinstance(plan, SegmentPlan)
-        send = plan.send
+        assert isinstance(delivery.plan, ArrayPlan)
+        leg, incoming = delivery.plan.leg, delivery.plan.incoming
         row_bytes = sum(bytes_per_row(each) for each in rows)
-        self._count_bytes(send.slot_ptr.numpy()[send.peer_ptr.numpy()], row_bytes)
-        self.meter.dispatched(plan.num_arrivals)
+        self._count_bytes(leg.slot_ptr[leg.peer_ptr], row_bytes)
+        self.meter.dispatched(incoming.slot.size)
         return delivery
 
     def combine(
@@ -79,8 +80,8 @@ class CpuEngine(Engine):
         plan: Plan,
         row_values: Tensor | None = None,
     ) -> Returned:
-        assert isinstance(plan, SegmentPlan), "plans come from this engine"
-        returned, moved = combine(self._open(), call, rows, row_weights, plan, row_values)
+        arrays = ArrayPlan.of(plan)
+        returned, moved = combine(self._open(), call, rows, row_weights, arrays, row_values)
         self._count_bytes(moved, sum(bytes_per_row(each) for each in rows))
         self.meter.combined()
         return returned

@@ -39,7 +39,8 @@ def exchange(
         session.finish(agreement)
         raise
     sent = payload[:, 2 * num_ranks : 3 * num_ranks]
-    at = session.addresses(agreement.base + sent.sum(axis=0)) + agreement.base
+    session.map(agreement.base + sent.sum(axis=0))
+    at = session.addresses + agreement.base
     at += sent[:rank].sum(axis=0)
     with stage("write"):
         for peer, segments in enumerate(send):

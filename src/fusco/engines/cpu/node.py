@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fusco.engines.base import World
-from fusco.engines.cpu.combine import SEEN_AS
+from fusco.engines.cpu.combine import ELEMENTS
 from fusco.engines.cpu.control import Stage
 from fusco.engines.cpu.kernels.lists import scatter_lists, sum_lists
 from fusco.engines.cpu.kernels.memory import copy
@@ -59,7 +59,8 @@ class CpuNode(Node):
             payload=np.empty((0, 0), dtype=np.int64),
         )
         self._session.control.begin()
-        own = sections.start + self._session.addresses(base + sections.total) + base
+        self._session.map(base + sections.total)
+        own = sections.start + self._session.addresses + base
         at = np.zeros((own.shape[0], self._num_ranks), dtype=np.int64)
         at[:, self.ranks] = own
         return _CpuBlocks(self._session, agreement, sections, at, self._top_k)
@@ -164,8 +165,9 @@ def _sum(
     top_k: int,
 ) -> None:
     dense = rows.contiguous()
+    like, wide = ELEMENTS[rows.dtype]
     sum_lists(
-        dense.view(-1).view(SEEN_AS.get(rows.dtype, rows.dtype)).numpy(),
+        like,
         bytes_per_row(dense),
         dense.data_ptr(),
         0 if weights is None else weights.data_ptr(),
@@ -174,5 +176,5 @@ def _sum(
         target,
         place,
         base,
-        new_terms(top_k, np.float64 if rows.dtype == torch.float64 else np.float32),
+        new_terms(top_k, wide),
     )

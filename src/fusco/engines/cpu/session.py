@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,9 @@ import torch
 from fusco.engines.agreement import Call, disagreement
 from fusco.engines.base import World
 from fusco.engines.cpu.control import Control, Stage
+from fusco.engines.cpu.kernels.reduce import new_terms
 from fusco.engines.cpu.kernels.warm import warm_up
+from fusco.engines.cpu.plans import Tables
 from fusco.engines.cpu.window import Mapping, Window
 from fusco.errors import EngineUnavailableError, WindowMemoryError
 from fusco.layout.blocks import Ints
@@ -21,6 +24,7 @@ from fusco.layout.records import HEADER, Field, Status
 from fusco.transports.mailbox import Mailbox
 
 _INITIAL_WINDOW_BYTES = 1 << 20
+_BASE, _CAPACITY = int(Field.BASE), int(Field.CAPACITY)
 _COMPILE_S = 180.0
 """The least bound of the waits while a Shuffle is made: kernels compile once a machine."""
 
@@ -45,11 +49,23 @@ class Agreement:
 
     def placed(self, block: Block, base: Ints) -> Agreement:
         """The same with other places."""
-        return replace(self, block=block, base=base)
+        return Agreement(
+            operation=self.operation,
+            block=block,
+            base=base,
+            capacity=self.capacity,
+            payload=self.payload,
+        )
 
 
 class Session:
     """Windows of all ranks, and the protocol by which every operation begins and ends.
+
+    Attributes:
+        addresses: int64 `[P]`, where each rank's window is mapped here.
+        sizes: int64 `[P]`, how much of it.
+        tables: of the topology.
+        terms: scratch memory of sums, by what they are taken in.
 
     Args:
         world: what it is made for.
@@ -69,8 +85,12 @@ class Session:
         self.window = Window(_INITIAL_WINDOW_BYTES)
         self.control = Control(self._ranks, self.rank, world.record_len, world.timeout_s, wait_s)
         self._windows = self._connect(mailbox)
-        self._addresses = np.array([mapping.address for mapping in self._windows])
-        self._sizes = np.array([mapping.size for mapping in self._windows])
+        self.addresses = np.array([mapping.address for mapping in self._windows])
+        self.sizes = np.array([mapping.size for mapping in self._windows])
+        self.tables = Tables.of(world)
+        self.terms: dict[type, Any] = {
+            wide: new_terms(world.top_k, wide) for wide in (np.float32, np.float64)
+        }
 
     def _warm_up(self, mailbox: Mailbox) -> None:
         """One rank compiles the kernels, then the others find them on disk."""
@@ -124,8 +144,8 @@ class Session:
         return Agreement(
             operation=operation,
             block=block,
-            base=records[:, Field.BASE],
-            capacity=records[:, Field.CAPACITY],
+            base=records[:, _BASE],
+            capacity=records[:, _CAPACITY],
             payload=records[:, HEADER:],
         )
 
@@ -171,12 +191,11 @@ class Session:
                 raise _no_memory(agreement.operation, text)
         return agreement.placed(own, base)
 
-    def addresses(self, ends: Ints) -> Ints:
-        """int64 `[P]`: where each rank's window is mapped here, at least up to byte `ends[p]`."""
-        for rank in np.flatnonzero(ends > self._sizes).tolist():
+    def map(self, ends: Ints) -> None:
+        """Have each rank's window mapped at least up to byte `ends[p]`."""
+        for rank in np.flatnonzero(ends > self.sizes).tolist():
             mapping = self._windows[rank] = self._windows[rank].remapped()
-            self._addresses[rank], self._sizes[rank] = mapping.address, mapping.size
-        return self._addresses
+            self.addresses[rank], self.sizes[rank] = mapping.address, mapping.size
 
     def finish(self, agreement: Agreement) -> None:
         """Until all ranks have written all that they write in this operation."""

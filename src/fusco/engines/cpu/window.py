@@ -93,14 +93,14 @@ class Window:
 
     def as_tensor(self, block: Block, num_bytes: int) -> Tensor:
         """uint8 `[num_bytes]` at the head of a block, which returns to the heap with the tensor."""
-        span = _Span(self.mapping, block.base, num_bytes)
-        finalizer = weakref.finalize(span, self.heap.release, block)
-        finalizer.atexit = False
+        span = _Span(self.mapping, self.heap, block, num_bytes)
         return torch.from_numpy(np.asarray(span))
 
     def find(self, tensor: Tensor) -> int:
         """Where in the window a tensor begins, bytes; -1 if it does not lie there."""
         address = tensor.data_ptr()
+        if self.mapping.address <= address < self.mapping.address + self.mapping.size:
+            return address - self.mapping.address
         for mapping in self._mappings:
             if mapping.address <= address < mapping.address + mapping.size:
                 return address - mapping.address
@@ -120,16 +120,16 @@ class Window:
 class _Span:
     """Bytes of a mapping, kept alive by whoever keeps an array of them."""
 
-    def __init__(self, mapping: Mapping, base: int, num_bytes: int) -> None:
+    def __init__(self, mapping: Mapping, heap: Heap, block: Block, num_bytes: int) -> None:
         self._mapping = mapping
-        self._base = base
-        self._num_bytes = num_bytes
-
-    @property
-    def __array_interface__(self) -> dict[str, Any]:
-        return {
+        self._heap = heap
+        self._block = block
+        self.__array_interface__ = {
             "version": 3,
             "typestr": "|u1",
-            "shape": (self._num_bytes,),
-            "data": (self._mapping.address + self._base, False),
+            "shape": (num_bytes,),
+            "data": (mapping.address + block.base, False),
         }
+
+    def __del__(self) -> None:
+        self._heap.release(self._block)

@@ -9,18 +9,23 @@ import numpy as np
 from fusco.engines.cpu.kernels.compiling import inner, kernel
 from fusco.layout.blocks import Ints
 
+_LARGE = 2**62
+
 
 @kernel
-def count_pairs(topk_idx: Ints, rank_of_expert: Ints, node_of_rank: Ints, num_nodes: int) -> Ints:
-    """`planner.count_pairs`: this rank's packed counts, `[E + P + N]`."""
+def count_pairs(topk_idx: Ints, rank_of_expert: Ints, node_of_rank: Ints, num_nodes: int) -> Any:
+    """`planner.count_pairs`: this rank's packed counts, `[E + P + N]`; the lowest and the highest
+    expert id, since ids out of range cannot be counted."""
     num_experts, num_ranks = rank_of_expert.size, node_of_rank.size
     packed = np.zeros(num_experts + num_ranks + num_nodes, dtype=np.int64)
     last_to_rank = np.full(num_ranks, -1, dtype=np.int64)
     last_to_node = np.full(num_nodes, -1, dtype=np.int64)
+    low, high = _LARGE, -1
     for token in range(topk_idx.shape[0]):
         for k in range(topk_idx.shape[1]):
             expert = topk_idx[token, k]
-            if expert < 0:
+            low, high = min(low, expert), max(high, expert)
+            if expert < 0 or expert >= num_experts:
                 continue
             packed[expert] += 1
             rank = rank_of_expert[expert]
@@ -31,10 +36,41 @@ def count_pairs(topk_idx: Ints, rank_of_expert: Ints, node_of_rank: Ints, num_no
             if last_to_node[node] != token:
                 last_to_node[node] = token
                 packed[num_experts + num_ranks + node] += 1
-    return packed
+    return packed, low, high
 
 
 @kernel
+def outline(
+    topk_idx: Ints,
+    counts: Ints,
+    rank_of_expert: Ints,
+    node_of_rank: Ints,
+    order_of_rank: Ints,
+    device_major: Ints,
+    num_nodes: int,
+    rank: int,
+    alignment: int,
+    deduplicate: bool,
+) -> Any:
+    """What `measure_traffic` returns, but the slots, and what `describe` returns."""
+    segments, pairs, rows, first_slot, tokens, offsets = measure_traffic(
+        counts, rank_of_expert, device_major, rank, alignment, deduplicate
+    )
+    leg = describe(
+        topk_idx,
+        rank_of_expert,
+        node_of_rank,
+        order_of_rank,
+        num_nodes,
+        first_slot,
+        segments[rank],
+        pairs[rank],
+        deduplicate,
+    )
+    return segments, pairs, rows, tokens, offsets, leg
+
+
+@inner
 def measure_traffic(
     counts: Ints,
     rank_of_expert: Ints,
@@ -86,7 +122,7 @@ def measure_traffic(
     return segments, pairs, rows, first_slot, tokens[:num_local], offsets[: num_local + 1]
 
 
-@kernel
+@inner
 def describe(
     topk_idx: Ints,
     rank_of_expert: Ints,

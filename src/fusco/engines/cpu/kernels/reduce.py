@@ -23,31 +23,37 @@ from fusco.layout.blocks import Ints
 def send_partials(
     rows: Any,
     row_bytes: int,
+    rows_at: int,
     weights_at: int,
     slot_ptr: Ints,
     slot: Ints,
     peer_ptr: Ints,
+    peer_start: Ints,
+    own: int,
     base: Ints,
     terms: Any,
 ) -> None:
     """Sum every arrived segment and write the partial into its sender's window.
 
     Args:
-        rows: `[R * H]`, elements as in `elements`.
+        rows: an array of elements as in `elements`; only its type is looked at.
         row_bytes: size of a row.
-        weights_at: address of the float32 weights of the rows; 0: a plain sum.
-        slot_ptr: `[n + 1]`, of the arrival, as are `slot` and `peer_ptr`.
+        rows_at: address of the rows.
+        weights_at: address of their float32 weights; 0: a plain sum.
+        slot_ptr: `[n + 1]`, of the arrival, as are those up to `peer_start`.
         slot: `[m]`.
         peer_ptr: `[P + 1]`.
-        base: `[P]`, address on each rank for the first partial from here; 0: it needs none.
+        peer_start: `[P]`.
+        own: this rank, which needs no partials of its own.
+        base: `[P]`, address of the first partial on each rank.
         terms: from `new_terms`.
     """
     at, weight, _ = terms
-    rows_at = rows.ctypes.data
     for peer in range(peer_ptr.size - 1):
         first, last = peer_ptr[peer], peer_ptr[peer + 1]
-        if base[peer] == 0 or first == last:
+        if peer == own or first == last:
             continue
+        to = base[peer] + peer_start[peer] * row_bytes
         count = take_rows(
             rows_at, row_bytes, weights_at, slot_ptr, slot, first, at[0], weight[0], 0
         )
@@ -68,7 +74,7 @@ def send_partials(
                 )
             sum_rows(
                 rows,
-                base[peer] + (segment - first) * row_bytes,
+                to + (segment - first) * row_bytes,
                 at[i].ctypes.data,
                 weight[i].ctypes.data,
                 count,
@@ -83,8 +89,7 @@ def send_partials(
 def sum_tokens(
     rows: Any,
     row_bytes: int,
-    rows_at: Ints,
-    weights_at: Ints,
+    sources: Ints,
     partials_at: int,
     slot_ptr: Ints,
     slot: Ints,
@@ -97,9 +102,9 @@ def sum_tokens(
     """Sum every token's partials: ranks of a node in order, rounded, then nodes in order.
 
     Args:
-        rows: as in `send_partials`, as is `row_bytes`; only its type is looked at.
-        rows_at: `[P]`, address of each rank's rows, if they can be read here; 0: it sends partials.
-        weights_at: `[P]`, address of their float32 weights; 0: a plain sum.
+        rows: as in `send_partials`, as is `row_bytes`.
+        sources: `[2, P]`, address of each rank's rows, if they can be read here, or 0: it sends
+            partials; and of their float32 weights, or 0: a plain sum.
         partials_at: address of what the other ranks have written, by segment.
         slot_ptr: `[n + 1]`, of the leg, as is what follows.
         slot: `[m]`.
@@ -110,6 +115,7 @@ def sum_tokens(
         terms: from `new_terms`.
     """
     at, weight, kind = terms
+    rows_at, weights_at = sources
     num_tokens, top_k = sum_segment.shape
     count = 0
     for token in range(-1, num_tokens):

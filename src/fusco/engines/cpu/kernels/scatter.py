@@ -56,22 +56,33 @@ def scatter_values(source: int, pair: Ints, slot: Ints, target: Ints, base: Ints
 
 
 @kernel
-def ship_slots(peer_ptr: Ints, slot_ptr: Ints, slot: Ints, counts_at: Ints, slots_at: Ints) -> None:
+def ship_slots(
+    peer_ptr: Ints, slot_ptr: Ints, slot: Ints, segments: Ints, pairs: Ints, rank: int, at: Ints
+) -> Ints:
     """Send every rank the slot lists of its segments.
 
     Args:
         peer_ptr: `[P + 1]`, of the leg, as are `slot_ptr` and `slot`.
         slot_ptr: `[n + 1]`.
         slot: `[m]`.
-        counts_at: `[P]`, address on each rank for the slots per segment.
-        slots_at: `[P]`, address on each rank for the slots.
+        segments: `[P, P]`, between all ranks.
+        pairs: `[P, P]`, likewise.
+        rank: this rank.
+        at: `[sections, P]`, addresses; the last two are of slots per segment, and of slots.
+
+    Returns:
+        `[P]`, how many pairs the ranks before this one send to each rank.
     """
+    before = pairs[:rank].sum(axis=0)
     per_segment = slot_ptr[1:] - slot_ptr[:-1]
     for peer in range(peer_ptr.size - 1):
         begin, end = peer_ptr[peer], peer_ptr[peer + 1]
         first, last = slot_ptr[begin], slot_ptr[end]
-        copy(counts_at[peer], per_segment.ctypes.data + begin * 8, (end - begin) * 8)
-        copy(slots_at[peer], slot.ctypes.data + first * 8, (last - first) * 8)
+        counts_at = at[-2, peer] + segments[:rank, peer].sum() * 8
+        copy(counts_at, per_segment.ctypes.data + begin * 8, (end - begin) * 8)
+        slots_at = at[-1, peer] + before[peer] * 8
+        copy(slots_at, slot.ctypes.data + first * 8, (last - first) * 8)
+    return before
 
 
 @kernel

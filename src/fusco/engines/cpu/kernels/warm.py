@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fusco.engines.cpu.kernels import lists, memory, plan, reduce, scatter, waiting
+from fusco.engines.cpu.kernels import lists, memory, places, plan, reduce, scatter, waiting
 
 _ELEMENTS = (
     (np.uint16, np.float32),
@@ -17,6 +17,7 @@ _ELEMENTS = (
 def warm_up() -> None:
     """Run every kernel on nothing, once for each dtype."""
     none, one, table, square = (np.zeros(n, dtype=np.int64) for n in (0, 1, (0, 1), (1, 1)))
+    pair = np.zeros((2, 1), dtype=np.int64)
     flag, seconds = np.zeros(1, dtype=np.int32), np.zeros(1)
     at = flag.ctypes.data
     waiting.publish(at, waiting.look(at))
@@ -25,13 +26,16 @@ def warm_up() -> None:
     waiting.share(at, none, 0, 1, seconds, none, 1, 0)
     memory.collect(none, 1, 0)
     plan.count_pairs(table, one, one, 1)
-    records = np.zeros((1, 8), dtype=np.int64)[:, 1:]
-    plan.measure_traffic(records, one, one, 0, 1, True)
-    plan.describe(table, one, one, one, 1, one, one, one, True)
+    records = np.zeros((2, 8), dtype=np.int64)[:1, 1:]
+    plan.outline(table, records, one, one, one, one, 1, 0, 1, True)
     plan.read_arrival(none, none, square, square, 0, np.int64(0))
+    column = records[:, 0]
+    places.place_dispatch(one, one, square, square, column, column, one, one)
+    places.place_combine(one, records[:, :5], column, one, one, True)
+    places.combine_need(one, 1, 0)
     scatter.scatter_rows(0, 0, one, none, none, table, none)
     scatter.scatter_values(0, none, none, none, none)
-    scatter.ship_slots(one, one, none, none, none)
+    scatter.ship_slots(one, one, none, square, square, 0, square)
     lists.scatter_lists(0, 0, none, one, none, none, none)
     scatter.gather_segments(0, none, none, 0)
     scatter.scatter_segments(0, 0, none, none)
@@ -39,6 +43,6 @@ def warm_up() -> None:
     reduce.send_values(values, one, none, one, none, values)
     for element, wide in _ELEMENTS:
         rows, terms = np.empty(0, dtype=element), reduce.new_terms(1, wide)
-        reduce.send_partials(rows, 1, 0, one, none, one, none, terms)
+        reduce.send_partials(rows, 1, 0, 0, one, none, one, none, 0, none, terms)
         lists.sum_lists(rows, 1, 0, 0, one, none, none, none, none, terms)
-        reduce.sum_tokens(rows, 1, none, none, 0, one, none, none, table, table, 0, terms)
+        reduce.sum_tokens(rows, 1, pair, 0, one, none, none, table, table, 0, terms)
