@@ -26,12 +26,13 @@ def warm_up() -> None:
     waiting.share(at, none, 0, 1, seconds, none, 1, 0)
     memory.collect(none, 1, 0)
     plan.count_pairs(table, one, one, 1)
-    records = np.zeros((2, 8), dtype=np.int64)[:1, 1:]
-    plan.outline(table, records, one, one, one, one, 1, 0, 1, True)
+    # Views of two records, as all ranks' are, which numba compiles for apart.
+    records, two, squares = (np.zeros(n, dtype=np.int64) for n in ((2, 8), 2, (2, 2)))
+    plan.outline(table, records[:, 1:], one, two, two, one, 1, 0, 1, True)
     plan.read_arrival(none, none, square, square, 0, np.int64(0))
     column = records[:, 0]
-    places.place_dispatch(one, one, square, square, column, column, one, one)
-    places.place_combine(one, records[:, :5], column, one, one, True)
+    places.place_dispatch(one, two, squares, squares, column, column, two, two)
+    places.place_combine(one, records[:, 1:6], column, two, two, True)
     places.combine_need(one, 1, 0)
     scatter.scatter_rows(0, 0, one, none, none, table, none)
     scatter.scatter_values(0, none, none, none, none)
