@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fusco.engines.cpu.kernels import lists, memory, plan, reduce, scatter
+from fusco.engines.cpu.kernels import lists, memory, plan, reduce, scatter, sliced
 
 _ELEMENTS = (
     (np.uint16, np.float32),
@@ -27,6 +27,12 @@ def warm_up() -> None:
     plan.measure_traffic(records, one, one, 0, 1, True)
     plan.describe(table, one, one, one, 1, one, one, one, True)
     plan.read_arrival(none, none, square, square, 0, np.int64(0))
+    twice = np.zeros((2, 1), dtype=np.int64)
+    sliced.describe_sends(table, one, one, one, one, 0, 1, one, twice, twice, True)
+    sliced.describe_relay(one, none, none, twice, 0, 1)
+    sliced.list_held(table, 0, table)
+    sliced.list_final(table, 0, np.zeros(2, dtype=np.int64), none, none, 1, 1)
+    sliced.sort_partials(none, square, square, square, square, one, 0)
     scatter.scatter_rows(0, 0, one, none, none, table, none)
     scatter.scatter_values(0, none, none, none, none)
     scatter.ship_slots(one, one, none, none, none)
