@@ -51,9 +51,10 @@ def _make_cuda(world: World) -> Engine:
 
 def _make_two_level(world: World) -> Engine:
     from fusco.engines.cpu.node import CpuNode
+    from fusco.engines.cpu.sliced import CompiledPlanner
     from fusco.engines.two_level import TwoLevelEngine
 
-    return TwoLevelEngine(world, CpuNode)
+    return TwoLevelEngine(world, CpuNode, CompiledPlanner)
 
 
 FACTORIES: dict[str, Callable[[World], Engine]] = {

@@ -13,15 +13,14 @@ from fusco.engines.agreement import Call
 from fusco.engines.base import Delivery
 from fusco.engines.node import NodeBlocks
 from fusco.engines.two_level.dispatch_cargo import DispatchCargo
+from fusco.engines.two_level.lanes import lanes_of
+from fusco.engines.two_level.letters import Letters
 from fusco.engines.two_level.plans import (
     Hops,
-    final_lists,
-    held_lists,
     node_list_lens,
     node_lists,
     pack_lists,
     packed_len,
-    read_partials,
     unpack_lists,
 )
 from fusco.engines.two_level.session import Session
@@ -29,7 +28,7 @@ from fusco.engines.two_level.unfused import dispatch_whole, pairs_to_node
 from fusco.layout.blocks import Ints, Sections
 from fusco.layout.records import HEADER
 from fusco.layout.segments import bytes_per_row, from_segments
-from fusco.planner import Sends, count_pairs, offsets, plan_relay, plan_sends, sort_pairs
+from fusco.planner import Sends, offsets
 from fusco.profiling import stage
 from fusco.types import Arrival, Counts, Leg, SlicedPlan
 
@@ -46,7 +45,13 @@ class _Job:
     weights: Tensor | None
 
     def move(
-        self, near: Leg, far: Leg, segments: Tensor, pairs: Tensor, learn: Callable[[], Arrival]
+        self,
+        near: Leg,
+        far: Leg,
+        segments: Tensor,
+        pairs: Tensor,
+        tell: Callable[[], None],
+        learn: Callable[[], Arrival],
     ) -> None:
         """Bring all rows and weights to their slots.
 
@@ -55,10 +60,15 @@ class _Job:
             far: of own tokens to forwarders.
             segments: int64 `[P]`, segments that arrive here from each rank.
             pairs: int64 `[P]`, likewise pairs.
+            tell: begins to tell forwarders what they get.
             learn: tells what arrives here.
         """
         session = self.session
-        received_weights = self._start_weights(far, pairs)
+        letters, received_weights = self._expect_weights(pairs)
+
+        def tell_all() -> None:
+            tell()
+            letters.send(self._weights_for(far))
 
         def meanwhile() -> Arrival:
             for part, each in enumerate(self.rows):
@@ -66,8 +76,9 @@ class _Job:
             if self.weights is not None:
                 self._write_weights(self.weights.flatten()[near.pair], near.slot, near.target)
             received = learn()
+            letters.wait()
             if self.weights is not None:
-                self._write_weights(received_weights(), received.slot, received.target)
+                self._write_weights(received_weights, received.slot, received.target)
             return received
 
         cargo = DispatchCargo(
@@ -77,6 +88,7 @@ class _Job:
             session.world.topology,
             session.size.rows,
             self.blocks,
+            tell_all,
             meanwhile,
         )
         with stage("slices"):
@@ -88,11 +100,13 @@ class _Job:
         """The same without fusion; see `dispatch_whole`."""
         received = plan.received
         bounds = received.slot_ptr[received.peer_ptr]
-        received_weights = self._start_weights(plan.far, bounds.diff())
+        letters, received_weights = self._expect_weights(bounds.diff())
+        letters.send(self._weights_for(plan.far))
+        letters.wait()
         if self.weights is not None:
             near = plan.near
             self._write_weights(self.weights.flatten()[near.pair], near.slot, near.target)
-            self._write_weights(received_weights(), received.slot, received.target)
+            self._write_weights(received_weights, received.slot, received.target)
         return dispatch_whole(self.session, self.operation, self.blocks, self.rows, plan, handed)
 
     def deliver(self, plan: SlicedPlan, moved: list[Tensor] | None = None) -> Delivery:
@@ -113,22 +127,23 @@ class _Job:
             got.append(from_segments(segments, like))
         return Delivery(rows=tuple(got), row_weights=row_weights, plan=plan)
 
-    def _start_weights(self, far: Leg, pairs: Tensor) -> Callable[[], Tensor]:
-        """Send forwarders the weights of what they get; returns how to wait for those from here."""
+    def _expect_weights(self, pairs: Tensor) -> tuple[Letters, Tensor]:
+        """The letters with weights, and the weights themselves once they have come.
+
+        Args:
+            pairs: int64 `[P]`, how many come from each rank.
+        """
+        received = torch.empty(0 if self.weights is None else int(pairs.sum()))
+        parts = received.split(pairs.tolist()) if self.weights is not None else ()
+        return Letters(self.session.mailbox, parts, self.operation), received
+
+    def _weights_for(self, far: Leg) -> tuple[Tensor, ...]:
+        """By forwarder, the weights of what it gets."""
         if self.weights is None:
-            return lambda: torch.empty(0)
-        bounds = far.slot_ptr[far.peer_ptr]
-        sends = self.weights.flatten()[far.pair].split(bounds.diff().tolist())
-        received = self.weights.new_empty(int(pairs.sum()))
-        swap = self.session.mailbox.start(
-            sends, received.split(pairs.tolist()), operation=self.operation
-        )
-
-        def wait() -> Tensor:
-            swap.wait()
-            return received
-
-        return wait
+            return ()
+        counts = far.slot_ptr[far.peer_ptr].diff().tolist()
+        parts: tuple[Tensor, ...] = self.weights.flatten()[far.pair].split(counts)
+        return parts
 
     def _write_weights(self, values: Tensor, slot: Tensor, target: Tensor) -> None:
         each = torch.arange(values.shape[0] + 1)
@@ -146,24 +161,16 @@ def dispatch_new(
     """Plan and dispatch; also the rows that each rank receives, int64 `[P]`."""
     world, topology, rank = session.world, session.world.topology, session.world.topology.rank
     with stage("plan"):
-        pairs = sort_pairs(topk_idx, topology)
-        packed = count_pairs(pairs, topology)
+        counted = session.planner.count(topk_idx)
     with stage("agree"):
         block = session.node.reserve_largest()
-        records = session.agree(call, block, packed)
+        records = session.agree(call, block, counted.packed)
     identity = new_identity()
     with stage("plan"):
         counts = Counts.split(
             records[:, HEADER:], topology.num_experts, topology.num_ranks, topology.num_nodes
         )
-        sends = plan_sends(
-            pairs,
-            counts,
-            topology,
-            alignment=world.alignment,
-            two_level=True,
-            ablation=world.ablation,
-        )
+        sends = session.planner.plan_sends(counted, counts)
         hops = Hops.of(sends.traffic)
         list_lens = node_list_lens(hops)
     assert sends.forward is not None
@@ -177,8 +184,9 @@ def dispatch_new(
     segments, arriving = hops.far.segments[:, rank], hops.far.pairs[:, rank]
     moved = None
     if world.ablation.fusion:
-        job.move(sends.direct, sends.forward, segments, arriving, planning.learn)
+        job.move(sends.direct, sends.forward, segments, arriving, planning.tell, planning.learn)
     else:
+        planning.tell()
         planning.learn()
         blocks.reach(0)
         blocks.wait(0)
@@ -212,7 +220,7 @@ def dispatch_planned(
         return job.deliver(plan, job.move_whole(plan, handed))
     received = plan.received
     pairs = received.slot_ptr[received.peer_ptr].diff()
-    job.move(plan.near, plan.far, received.peer_ptr.diff(), pairs, lambda: received)
+    job.move(plan.near, plan.far, received.peer_ptr.diff(), pairs, lambda: None, lambda: received)
     return job.deliver(plan)
 
 
@@ -230,27 +238,26 @@ class _Planning:
             torch.empty(packed_len(hops.far, sender, rank), dtype=torch.int32)
             for sender in range(session.world.topology.num_ranks)
         ]
-        # Before any slice, so that forwarders know what to do with the first that comes.
-        self._swap = session.mailbox.start(
-            [
-                pack_lists(sends.forward, peer, session.size.tokens)
-                for peer in range(session.world.topology.num_ranks)
-            ],
-            self._lists,
-            operation=job.operation,
-        )
+        self._letters = Letters(session.mailbox, self._lists, job.operation)
+
+    def tell(self) -> None:
+        """Begin to tell forwarders what they get."""
+        session, far = self._job.session, self._sends.forward
+        assert far is not None
+        everybody = range(session.world.topology.num_ranks)
+        self._letters.send([pack_lists(far, peer, session.size.tokens) for peer in everybody])
 
     def learn(self) -> Arrival:
         """What arrives here; the ranks of the node are told what they get."""
         session, blocks = self._job.session, self._job.blocks
-        world, topology = session.world, session.world.topology
+        topology = session.world.topology
         near = self._sends.direct
-        self._swap.wait()
+        self._letters.wait()
         with stage("plan"):
             self._received, self._in_slice = unpack_lists(
                 self._lists, self._hops.far, topology.rank
             )
-            self._relay = plan_relay(self._received, self._hops.relay, topology, world.top_k)
+            self._relay = session.planner.plan_relay(self._received, self._hops.relay)
         section = len(self._job.rows) + 1
         near_slice = near.row // session.size.tokens
         relay_slice = self._in_slice[self._relay.row]
@@ -262,9 +269,12 @@ class _Planning:
                 section, mate, first + own.shape[0], node_lists(self._relay, relay_slice, mate)
             )
         with stage("plan"):
-            self._held = held_lists(near, self._relay)
-            assert self._sends.forward is not None
-            self._final = final_lists(near, self._sends.forward, topology, session.size)
+            self._held = session.planner.held_lists(near, self._relay)
+            far = self._sends.forward
+            assert far is not None
+            lanes = lanes_of(far.peer_ptr, topology, away=1)
+            size = session.size
+            self._final = session.planner.final_lists(near, far, lanes, size.tokens, size.rows)
         return self._received
 
     def finish(self, identity: Tensor) -> SlicedPlan:
@@ -272,7 +282,9 @@ class _Planning:
         session = self._job.session
         rank = session.world.topology.rank
         lists = self._job.blocks.view(len(self._job.rows) + 1, torch.empty(0, dtype=torch.int64))
-        partials = read_partials(lists, self._hops, session.node.ranks, rank)
+        partials = session.planner.read_partials(
+            lists, self._hops.near, self._hops.relay, session.node.ranks
+        )
         sends = self._sends
         assert sends.forward is not None
         is_padding = torch.ones(int(sends.traffic.rows[rank]), dtype=torch.bool)

@@ -29,6 +29,8 @@ class DispatchCargo(Cargo):
         topology: as seen from this rank.
         rows_per_slice: the most rows of a slice.
         blocks: of this node; section i holds the rows of tensor i.
+        tell: begins to tell forwarders what they must know of the rows; behind the first slices,
+            for the network is idle until these leave.
         meanwhile: what needs no network; returns what arrives here as a forwarder.
     """
 
@@ -40,6 +42,7 @@ class DispatchCargo(Cargo):
         topology: Topology,
         rows_per_slice: int,
         blocks: NodeBlocks,
+        tell: Callable[[], None],
         meanwhile: Callable[[], Arrival],
     ) -> None:
         self._parts = [as_segments(each) for each in rows]
@@ -47,6 +50,7 @@ class DispatchCargo(Cargo):
         self._far = far
         self._rows_per_slice = rows_per_slice
         self._blocks = blocks
+        self._tell: Callable[[], None] | None = tell
         self._meanwhile = meanwhile
         leaving = lanes_of(far.peer_ptr, topology, away=1)
         arriving = lanes_of(far_ptr, topology, away=-1)
@@ -62,6 +66,10 @@ class DispatchCargo(Cargo):
     def stride(self, step: int) -> int:
         return self._rows_per_slice * self._widths[step % len(self._parts)]
 
+    def begin(self, step: int) -> None:
+        if step > 0:
+            self._tell_once()
+
     def load(self, step: int, lane: int, slot: Tensor) -> None:
         number, part = divmod(step, len(self._parts))
         rows = self._far.row[self._leaving[lane][number]]
@@ -69,6 +77,7 @@ class DispatchCargo(Cargo):
         torch.index_select(self._parts[part], 0, rows, out=out)
 
     def meanwhile(self) -> None:
+        self._tell_once()
         self._received = self._meanwhile()
 
     def unload(self, step: int, lane: int, slot: Tensor) -> None:
@@ -83,6 +92,11 @@ class DispatchCargo(Cargo):
             received.slot,
             received.target,
         )
+
+    def _tell_once(self) -> None:
+        if self._tell is not None:
+            self._tell()
+            self._tell = None
 
     def _cut(self, peer_ptr: Tensor, peer: int) -> list[slice]:
         begin, end = peer_ptr[peer : peer + 2].tolist()

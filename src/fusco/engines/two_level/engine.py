@@ -12,14 +12,17 @@ from fusco.engines.base import Delivery, Engine, Returned, World
 from fusco.engines.mail import swap_segments
 from fusco.engines.node import Node
 from fusco.engines.segments import check_exchange, exchange_payload
+from fusco.engines.sliced import SlicedPlanner
 from fusco.engines.two_level.combine import combine
 from fusco.engines.two_level.dispatch import dispatch_new, dispatch_planned
 from fusco.engines.two_level.session import Session
+from fusco.engines.two_level.torch_planner import TorchPlanner
 from fusco.layout.records import HEADER
 from fusco.layout.segments import bytes_per_row
 from fusco.types import Plan, Segments, SlicedPlan, Stats
 
 MakeNode = Callable[[World, list[float], tuple[int, ...]], Node]
+MakePlanner = Callable[[World], SlicedPlanner]
 
 
 class TwoLevelEngine(Engine):
@@ -28,14 +31,17 @@ class TwoLevelEngine(Engine):
     Args:
         world: what it is made for.
         make_node: makes the node engine for the ranks given, from `world` and the seconds waited.
+        make_planner: makes a planner for the device of that engine.
     """
 
     name = "two_level"
     plan_type = SlicedPlan
 
-    def __init__(self, world: World, make_node: MakeNode) -> None:
+    def __init__(
+        self, world: World, make_node: MakeNode, make_planner: MakePlanner = TorchPlanner
+    ) -> None:
         super().__init__(world)
-        self._session = Session(world, make_node, self.meter.wait_s)
+        self._session = Session(world, make_node, make_planner, self.meter.wait_s)
 
     @property
     def device_types(self) -> tuple[str, ...]:

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusco.engines.two_level.lanes import SliceSize, lanes_of
 from fusco.planner import HopSizes, Traffic, offsets
 from fusco.planner.legs import mirror
-from fusco.topology import Topology
 from fusco.types import Arrival, Leg, Partials
 
 
@@ -71,12 +69,15 @@ def node_list_lens(hops: Hops) -> Tensor:
     return sum((2 * hop.segments + hop.pairs for hop in parts), torch.zeros(1, dtype=torch.int64))
 
 
-def read_partials(lists: Tensor, hops: Hops, node: Sequence[int], rank: int) -> Partials:
+def read_partials(
+    lists: Tensor, near: HopSizes, relay: HopSizes, node: Sequence[int], rank: int
+) -> Partials:
     """What this rank sums for the ranks of its node, from the lists that they have sent.
 
     Args:
         lists: int64, the `node_lists` of own tokens and those relayed, of each rank of the node.
-        hops: sizes.
+        near: sizes, of own tokens.
+        relay: sizes, of tokens relayed.
         node: its ranks, ascending.
         rank: this rank.
     """
@@ -84,7 +85,7 @@ def read_partials(lists: Tensor, hops: Hops, node: Sequence[int], rank: int) -> 
     begin = 0
     for peer in node:
         place = pair_place = 0
-        for hop in (hops.near, hops.relay):
+        for hop in (near, relay):
             n, m = int(hop.segments[peer, rank]), int(hop.pairs[peer, rank])
             first = place + int(hop.segments[peer, :rank].sum())
             first_pair = pair_place + int(hop.pairs[peer, :rank].sum())
@@ -125,28 +126,29 @@ def held_lists(near: Leg, relay: Leg) -> tuple[Tensor, Tensor]:
     return offsets(counts), torch.cat(items)
 
 
-def final_lists(near: Leg, far: Leg, topology: Topology, size: SliceSize) -> tuple[Tensor, Tensor]:
+def final_lists(
+    near: Leg, far: Leg, lanes: Sequence[int], tokens: int, rows: int
+) -> tuple[Tensor, Tensor]:
     """Lists of the nodes' sums of every token, as rows of the staging memory of its slice.
 
-    There each lane has `size.rows` rows; the own node's sums come behind the last lane.
+    There each lane has `rows` rows; the own node's sums come behind the last lane.
     """
     num_near, segment = near.row.shape[0], near.sum_segment
     num_tokens = segment.shape[0]
-    lanes = lanes_of(far.peer_ptr, topology, away=1)
-    lane_of_peer = torch.zeros(topology.num_ranks, dtype=torch.int64)
-    lane_of_peer[lanes] = torch.arange(len(lanes))
+    lane_of_peer = torch.zeros(far.peer_ptr.shape[0] - 1, dtype=torch.int64)
+    lane_of_peer[list(lanes)] = torch.arange(len(lanes))
     lane = torch.repeat_interleave(lane_of_peer, far.peer_ptr.diff())
     # Segments of a lane and slice follow one another; each counts from the first of them.
-    group = lane * (num_tokens + 1) + far.row // size.tokens
+    group = lane * (num_tokens + 1) + far.row // tokens
     number = torch.arange(far.row.shape[0])
     starts = torch.ones_like(number, dtype=torch.bool)
     starts[1:] = group[1:] != group[:-1]
-    far_item = lane * size.rows + number - torch.where(starts, number, 0).cummax(0).values
+    far_item = lane * rows + number - torch.where(starts, number, 0).cummax(0).values
 
     is_near = (segment >= 0) & (segment < num_near)
     # The own node is one term, however many of its ranks have a part in it.
     is_listed = (segment >= num_near) | (is_near & (is_near.cumsum(dim=1) == 1))
-    own_item = len(lanes) * size.rows + torch.arange(num_tokens) % size.tokens
+    own_item = len(lanes) * rows + torch.arange(num_tokens) % tokens
     item = own_item[:, None].expand_as(segment).clone()
     is_far = segment >= num_near
     item[is_far] = far_item[segment[is_far] - num_near]

@@ -14,6 +14,7 @@ from fusco.engines.agreement import Call
 from fusco.engines.base import World
 from fusco.engines.mail import share_records
 from fusco.engines.node import Node, NodeBlocks
+from fusco.engines.sliced import SlicedPlanner
 from fusco.engines.two_level.lanes import SliceSize, most_lanes
 from fusco.errors import DisagreementError, InputError, WindowMemoryError
 from fusco.layout.blocks import Ints, Sections
@@ -53,6 +54,7 @@ class Session:
     Args:
         world: what it is made for.
         make_node: see `TwoLevelEngine`.
+        make_planner: see `TwoLevelEngine`.
         wait_s: by rank, where to add up the seconds waited.
     """
 
@@ -60,6 +62,7 @@ class Session:
         self,
         world: World,
         make_node: Callable[[World, list[float], tuple[int, ...]], Node],
+        make_planner: Callable[[World], SlicedPlanner],
         wait_s: list[float],
     ) -> None:
         topology = world.topology
@@ -67,6 +70,7 @@ class Session:
         self.mailbox = Mailbox(world.group, world.timeout_s, wait_s)
         mates = (rank for rank, node in enumerate(topology.node_of_rank) if node == topology.node)
         self.node = make_node(world, wait_s, tuple(mates))
+        self.planner = make_planner(world)
         most_segments = 1 if world.ablation.deduplicate else world.top_k
         fitting = SLICE_BYTES // (max(world.row_bytes, 1) * most_segments)
         tokens = max(1, fitting, -(-world.max_tokens // _MOST_STEPS))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fusco.engines.cpu.kernels import lists, memory, places, plan, reduce, scatter, waiting
+from fusco.engines.cpu.kernels import lists, memory, places, plan, reduce, scatter, sliced, waiting
 
 _ELEMENTS = (
     (np.uint16, np.float32),
@@ -34,6 +34,11 @@ def warm_up() -> None:
     places.place_dispatch(one, two, squares, squares, column, column, two, two)
     places.place_combine(one, records[:, 1:6], column, two, two, True)
     places.combine_need(one, 1, 0)
+    sliced.describe_sends(table, one, one, one, one, 0, 1, one, pair, pair, True)
+    sliced.describe_relay(one, none, none, pair, 0, 1)
+    sliced.list_held(table, 0, table)
+    sliced.list_final(table, 0, np.zeros(2, dtype=np.int64), none, none, 1, 1)
+    sliced.sort_partials(none, square, square, square, square, one, 0)
     scatter.scatter_rows(0, 0, one, none, none, table, none)
     scatter.scatter_values(0, none, none, none, none)
     scatter.ship_slots(one, one, none, square, square, 0, square)
