@@ -37,7 +37,7 @@ def main() -> int:
     parser.add_argument("--num-tokens", type=int, default=8192)
     parser.add_argument("--iterations", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=240.0, help="for all of it")
-    parser.add_argument("--commit", help="what the records say where git is not there to ask")
+    parser.add_argument("--commit", help="what the records say instead of what git says here")
     arguments = parser.parse_args()
     num_ranks = arguments.num_nodes
     if torch.cuda.device_count() < num_ranks:
@@ -63,7 +63,7 @@ def main() -> int:
         socket_gbps = min(pool.run(measure_sockets))
         print(f"sockets: {socket_gbps:.2f} GB/s each way, of the slowest rank", flush=True)
         measured = over_sockets(run_bench(config, pool), socket_gbps)
-    measured = [replace(each, commit=each.commit or arguments.commit) for each in measured]
+    measured = [replace(each, commit=arguments.commit or each.commit) for each in measured]
     write_jsonl(measured, arguments.output)
     for each in measured:
         ratio = f"  {each.ratio_to_baseline:5.2f}x" if each.ratio_to_baseline else ""

@@ -90,7 +90,11 @@ class TorchAllocator(Allocator):
         handle = _SymmetricMemory.rendezvous(memory, self._name)
         assert handle is not None, "every rank of the group takes part"
         size = (memory.numel(),)
-        peers = (handle.get_buffer(rank, size, torch.uint8) for rank in range(handle.world_size))
+        # The own part is the memory itself: all mappings end when nothing holds that.
+        peers = (
+            memory if rank == handle.rank else handle.get_buffer(rank, size, torch.uint8)
+            for rank in range(handle.world_size)
+        )
         return Allocation(memory=memory, address=tuple(handle.buffer_ptrs), peers=tuple(peers))
 
 
