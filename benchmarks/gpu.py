@@ -85,7 +85,7 @@ def main() -> int:
     parser.add_argument("--num-ranks", type=int, default=torch.cuda.device_count())
     parser.add_argument("--seconds", type=float, default=220.0, help="for all measurements")
     parser.add_argument("--only", default="", help="names of steps, or parts of them, by comma")
-    parser.add_argument("--commit", help="what the records say where git is not there to ask")
+    parser.add_argument("--commit", help="what the records say instead of what git says here")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("torch finds no CUDA device; run this on a machine with GPUs")
@@ -111,7 +111,7 @@ def main() -> int:
                 problems.append(f"{step.name}: {error}")
                 print(problems[-1], flush=True)
                 continue
-            measured = [replace(m, commit=m.commit or arguments.commit) for m in measured]
+            measured = [replace(m, commit=arguments.commit or m.commit) for m in measured]
             write_jsonl(measured, arguments.output / "gpu.jsonl")
             found += measured
             lines.append(f"\n{step.name} ({time.monotonic() - began:.0f} s)")

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch
 
 import fusco
-from fusco import meeting
+from fusco import env, meeting
 from fusco.devices import Reach, why_not_joined
 from fusco.testing.ranks import RankPool, subgroup
 
 MEMBERS = (0, 1, 2)
 JOINED = tuple(Reach(device=f"gpu-{rank}", backend="nccl") for rank in MEMBERS)
 APART = (*JOINED[:2], Reach(device="gpu-2", apart=["gpu-9", "gpu-0"], backend="nccl"))
+TWO_APART = (JOINED[0], Reach(device="gpu-1", apart=["gpu-0"], backend="nccl"), JOINED[2])
+NO_COMPILER = (JOINED[0], replace(JOINED[1], no_kernels="needs cuda.core"), JOINED[2])
 NO_GPU = (JOINED[0], Reach(problem="needs a CUDA device", backend="nccl"), JOINED[2])
 GLOO = tuple(Reach(device=f"gpu-{rank}", backend="gloo") for rank in MEMBERS)
 
@@ -25,12 +29,15 @@ def choose(
     asked: str,
     settings: dict[str, object],
     sends: tuple[str, ...],
+    nodes: tuple[str, ...] = (),
 ) -> str:
     """The engine that ranks with such GPUs get, or why they get none."""
     group = subgroup(MEMBERS)
     if group is None:
         return ""
+    told = {env.NODE_ID.name: nodes[rank]} if nodes else {}
     with (
+        mock.patch.dict(os.environ, told),
         mock.patch.object(meeting, "_reach", return_value=reaches[rank]),
         mock.patch.object(meeting, "group_device_types", return_value=sends),
     ):
@@ -53,6 +60,18 @@ CASES = {
     "one-without-asked": (NO_GPU, "cuda", {}, BOTH, "rank 1 needs a CUDA device"),
     "ablation-asked": (JOINED, "cuda", {"ablation": {"fusion": False}}, BOTH, "switched off"),
     "apart-nccl-only": (APART, "auto", {}, ("cuda",), "cpu:gloo,cuda:nccl"),
+    "no-compiler": (NO_COMPILER, "auto", {}, BOTH, "cpu"),
+    "no-compiler-asked": (NO_COMPILER, "cuda", {}, BOTH, "rank 1 needs cuda.core"),
+}
+NODES = ("0", "0", "1")
+BETWEEN_NODES = {
+    "joined": (JOINED, "auto", {}, BOTH, "two_level"),
+    "joined-nccl-only": (JOINED, "auto", {}, ("cuda",), "two_level"),
+    "no-compiler": (NO_COMPILER, "auto", {}, BOTH, "two_level"),
+    "apart": (APART, "auto", {}, BOTH, "two_level"),
+    "apart-in-a-node": (TWO_APART, "two_level", {}, BOTH, "rank 1 has no access to the memory"),
+    "apart-in-a-node-nccl-only": (TWO_APART, "auto", {}, ("cuda",), "rank 1 has no access"),
+    "ablation": (JOINED, "auto", {"ablation": {"fusion": False}}, BOTH, "two_level"),
 }
 
 
@@ -64,8 +83,16 @@ def test_choice(pool: RankPool, name: str) -> None:
     assert got[0] == want or (want not in ("cpu", "cuda") and want in got[0])
 
 
+@pytest.mark.parametrize("name", BETWEEN_NODES)
+def test_choice_between_nodes(pool: RankPool, name: str) -> None:
+    reaches, asked, settings, sends, want = BETWEEN_NODES[name]
+    got = pool.run(choose, reaches, asked, settings, sends, NODES)[: len(MEMBERS)]
+    assert len(set(got)) == 1, got
+    assert want in got[0]
+
+
 def test_ranks_that_share_a_gpu_are_joined() -> None:
-    assert why_not_joined([JOINED[0], JOINED[0]]) == ""
+    assert why_not_joined({0: JOINED[0], 1: JOINED[0]}) == ""
 
 
 def ask_for_cuda(rank: int) -> str:

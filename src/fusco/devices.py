@@ -1,8 +1,8 @@
-"""GPUs of a group's ranks: whether the CUDA engine can join them."""
+"""GPUs of a group's ranks: whether they can be joined."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,31 +16,32 @@ class Reach:
     """What a rank knows of its GPU and of the others that it can see.
 
     Attributes:
-        problem: why the CUDA engine cannot run on this rank; empty: it can.
+        problem: why no GPU can be used on this rank; empty: one can.
+        no_kernels: why the kernels of the CUDA engine cannot be compiled there; empty: they can.
         device: the rank's GPU, by its UUID; empty where there is none.
         apart: UUIDs of visible GPUs whose memory that GPU cannot reach.
         backend: what sends the group's CUDA tensors, such as "nccl"; empty: nothing.
     """
 
     problem: str = ""
+    no_kernels: str = ""
     device: str = ""
     apart: Sequence[str] = ()
     backend: str = ""
 
 
-def find_reach(group: dist.ProcessGroup, problem: str) -> Reach:
-    """This rank's part; initialises CUDA where there is no problem.
+def find_reach(group: dist.ProcessGroup, no_kernels: str) -> Reach:
+    """This rank's part; initialises CUDA.
 
     Args:
         group: the ranks.
-        problem: why the engine cannot run in this process, if so.
+        no_kernels: why kernels cannot be compiled in this process, if so.
     """
     backend = cuda_backend(group)
-    if problem:
-        return Reach(problem=problem, backend=backend)
     current = torch.cuda.current_device()
     others = [index for index in range(torch.cuda.device_count()) if index != current]
     return Reach(
+        no_kernels=no_kernels,
         device=_uuid(current),
         apart=[
             _uuid(index)
@@ -51,16 +52,16 @@ def find_reach(group: dist.ProcessGroup, problem: str) -> Reach:
     )
 
 
-def why_not_joined(reaches: Sequence[Reach]) -> str:
-    """Why the CUDA engine cannot join these ranks; empty: it can.
+def why_not_joined(reaches: Mapping[int, Reach]) -> str:
+    """Why the GPUs of these ranks do not reach each other's memory; empty: they do.
 
     A GPU that a rank cannot see, since each was shown its own alone, is taken to be reached.
     """
-    for rank, reach in enumerate(reaches):
+    for rank, reach in reaches.items():
         if reach.problem:
             return f"rank {rank} {reach.problem}"
-    for rank, reach in enumerate(reaches):
-        for peer, other in enumerate(reaches):
+    for rank, reach in reaches.items():
+        for peer, other in reaches.items():
             if other.device in reach.apart:
                 return f"the GPU of rank {rank} has no access to the memory of rank {peer}'s"
     return ""

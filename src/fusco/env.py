@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from fusco.errors import InputError
 
@@ -60,6 +60,12 @@ def _natural(text: str) -> int:
     return int(text)
 
 
+def _switch(text: str) -> bool:
+    if text not in ("0", "1"):
+        raise ValueError("0 or 1")
+    return text == "1"
+
+
 ENGINE = Variable(
     name="FUSCO_ENGINE",
     parse=_engine,
@@ -84,9 +90,16 @@ CACHE_DIR = Variable(
     default="~/.cache/fusco",
     description="Where compiled GPU kernels are kept.",
 )
-VARIABLES: tuple[Variable[str] | Variable[float | None] | Variable[int | None], ...] = (
+BULK_COPIES = Variable(
+    name="FUSCO_BULK_COPIES",
+    parse=_switch,
+    default=True,
+    description="0: 16-byte loads and stores on every GPU, as on those before Hopper.",
+)
+VARIABLES: tuple[Variable[Any], ...] = (
     ENGINE,
     TIMEOUT_S,
     NODE_ID,
     CACHE_DIR,
+    BULK_COPIES,
 )

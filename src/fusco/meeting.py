@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from fusco import env
 from fusco.devices import Reach, find_reach, why_not_joined
-from fusco.engines import probe
+from fusco.engines import missing_cuda_package, probe
 from fusco.errors import DisagreementError, EngineUnavailableError, InputError, input_error
 from fusco.groups import cuda_backend, group_device_types, group_timeout_s, resolve_timeout_s
 from fusco.transports.bulletin import Bulletin
@@ -140,10 +140,11 @@ def _compare(operation: str, greetings: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _reach(group: dist.ProcessGroup, asked: str) -> Reach:
-    """What is to be known of this rank's GPU, where the CUDA engine may be chosen."""
-    if asked == "cuda" or (asked == "auto" and cuda_backend(group) == "nccl"):
-        found = next(each for each in probe() if each.name == "cuda")
-        return find_reach(group, "" if found.available else found.reason)
+    """What is to be known of this rank's GPU, where an engine for GPUs may be chosen."""
+    if asked == "cuda" or (asked in ("auto", "two_level") and cuda_backend(group) == "nccl"):
+        if not torch.cuda.is_available():
+            return Reach(problem="needs a CUDA device, and torch finds none")
+        return find_reach(group, missing_cuda_package())
     return Reach(problem="was not asked to use it")
 
 
@@ -170,7 +171,15 @@ def _choose(
             "can open each other's memory; change ranks_per_node or FUSCO_NODE_ID, or use "
             "engine='reference'"
         )
-    why_no_cuda = _why_no_cuda(operation, greetings, is_one_host, without)
+    reaches = [Reach(**greeting["reach"]) for greeting in greetings]
+    has_nccl = all(reach.backend == "nccl" for reach in reaches)
+    why_no_cuda = _why_no_cuda(operation, greetings, reaches, is_one_host, without)
+    why_no_nodes = _why_no_gpu_nodes(reaches, labels) if has_nccl else ""
+    if asked == "two_level" and why_no_nodes:
+        raise EngineUnavailableError(
+            f"{operation}: engine 'two_level' cannot serve these ranks: {why_no_nodes}; change "
+            "ranks_per_node or FUSCO_NODE_ID, or use engine='reference'"
+        )
     if asked == "cuda" and why_no_cuda:
         raise EngineUnavailableError(
             f"{operation}: engine 'cuda' cannot serve these ranks: {why_no_cuda}; see "
@@ -178,19 +187,24 @@ def _choose(
         )
     if asked != "auto":
         return str(asked)
-    if not why_no_cuda and all(each["reach"]["backend"] == "nccl" for each in greetings):
-        return "cuda"
-    if "cpu" not in group_device_types(group):
-        raise EngineUnavailableError(
-            f"{operation}: the group sends CUDA tensors only, and engine 'cuda' cannot serve it: "
-            f"{why_no_cuda}; for other engines make the group with backend='cpu:gloo,cuda:nccl'"
-        )
-    can_run = [each.name for each in probe() if each.available]
     # Told by the environment, nodes of one host are meant as if they were apart.
     is_apart = not is_one_host or len({greeting["node"] for greeting in greetings}) > 1
+    if has_nccl:
+        if not is_apart and not why_no_cuda:
+            return "cuda"
+        # Between nodes GPU tensors are not exchanged in segments either.
+        if is_apart and shares_memory and not why_no_nodes and "cuda" not in without:
+            return "two_level"
+    if "cpu" not in group_device_types(group):
+        raise EngineUnavailableError(
+            f"{operation}: the group sends CUDA tensors only, and no engine for them can serve it: "
+            f"{why_no_nodes if is_apart else why_no_cuda}; for other engines make the group with "
+            "backend='cpu:gloo,cuda:nccl'"
+        )
+    can_run = [each.name for each in probe() if each.available]
     if not is_apart:
         return "cpu" if "cpu" in can_run else "reference"
-    # Between nodes there is no engine for GPU tensors yet but the reference.
+    # With GPUs that two_level cannot join, only the reference takes their tensors.
     has_gpu = any(greeting["has_gpu"] for greeting in greetings)
     return "two_level" if "two_level" in can_run and shares_memory and not has_gpu else "reference"
 
@@ -198,6 +212,7 @@ def _choose(
 def _why_no_cuda(
     operation: str,
     greetings: Sequence[Mapping[str, Any]],
+    reaches: Sequence[Reach],
     is_one_host: bool,
     without: Sequence[str],
 ) -> str:
@@ -207,7 +222,18 @@ def _why_no_cuda(
         return "the ranks are on several hosts"
     if not all(greetings[0]["settings"].get("ablation", {}).values()):
         return "no mechanism of it can be switched off"
-    return why_not_joined([Reach(**greeting["reach"]) for greeting in greetings])
+    for rank, reach in enumerate(reaches):
+        if reach.no_kernels:
+            return f"rank {rank} {reach.no_kernels}"
+    return why_not_joined(dict(enumerate(reaches)))
+
+
+def _why_no_gpu_nodes(reaches: Sequence[Reach], labels: Sequence[object]) -> str:
+    """Why GPUs of some node do not reach each other; empty: they do."""
+    nodes: dict[object, dict[int, Reach]] = {}
+    for rank, label in enumerate(labels):
+        nodes.setdefault(label, {})[rank] = reaches[rank]
+    return next((why for mates in nodes.values() if (why := why_not_joined(mates))), "")
 
 
 def _number(labels: Sequence[object]) -> tuple[int, ...]:

@@ -398,15 +398,21 @@ def _fake_plan(topk_idx: Tensor, engine: Engine) -> list[Tensor]:
     def int64(*shape: int | torch.SymInt) -> Tensor:
         return topk_idx.new_empty(shape, dtype=torch.int64)
 
+    is_sliced = engine.plan_type is SlicedPlan
+
+    def bounds(size: int | torch.SymInt) -> Tensor:
+        # Of plans in slices these are on the CPU.
+        return torch.empty(size, dtype=torch.int64) if is_sliced else int64(size)
+
     def leg(num_rows: int | torch.SymInt) -> list[Tensor]:
         segments, slots = ctx.new_dynamic_size(), ctx.new_dynamic_size()
         sums = [int64(num_rows, top_k), int64(num_rows, top_k)]
-        head = [int64(num_ranks + 1), int64(segments), int64(segments + 1)]
+        head = [bounds(num_ranks + 1), int64(segments), int64(segments + 1)]
         return [*head, int64(slots), int64(slots), int64(slots), *sums]
 
     def arrival() -> list[Tensor]:
         slots = ctx.new_dynamic_size()
-        head = [int64(num_ranks + 1), int64(num_ranks), int64(num_ranks)]
+        head = [bounds(num_ranks + 1), bounds(num_ranks), bounds(num_ranks)]
         return [*head, int64(ctx.new_dynamic_size(min=1)), int64(slots), int64(slots)]
 
     num_local = topology.num_local_experts[topology.rank]
@@ -427,14 +433,16 @@ def _fake_plan(topk_idx: Tensor, engine: Engine) -> list[Tensor]:
         int64(num_local),
         topk_idx.new_empty(num_local + 1, dtype=torch.int32),
     ]
-    if engine.plan_type is SlicedPlan:
+    if is_sliced:
         lists, some = ctx.new_dynamic_size(min=1), ctx.new_dynamic_size
         plan += [
             topk_idx.new_empty(some(), dtype=torch.bool),
             *leg(num_tokens),
             *leg(num_tokens),
             *arrival(),
-            *(int64(some()) for _ in range(8)),
+            *(int64(some()) for _ in range(2)),
+            bounds(some()),
+            *(int64(some()) for _ in range(5)),
             int64(lists),
             int64(some()),
             int64(num_tokens + 1),

@@ -324,6 +324,8 @@ class SlicedPlan(Plan):
 
     A rank *holds* its own tokens and, as a forwarder, the rows received from other nodes, in this
     order. A slice of a combine is what belongs to a fixed number of consecutive tokens of one rank.
+    Bounds of peers and slices (`peer_ptr`, `peer_start`, `pair_start`, `slice_ptr`) are on the CPU,
+    all else is where the rows are.
 
     Attributes:
         row_is_padding: bool `[R]`.

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from fusco.testing.conformance import CHECKS
 from fusco.testing.gpu.checks import GPU_CHECKS
 from fusco.testing.gpu.runner import run_check
+from fusco.testing.nodes import emulated_nodes, node_of_rank
 from fusco.testing.ranks import RankPool
 
 NAMES = [check.name for check in (*CHECKS, *GPU_CHECKS)]
+NAMES_OF_ANY = [check.name for check in (*CHECKS, *GPU_CHECKS) if not check.only]
 
 
 @pytest.mark.gpu
@@ -18,6 +22,22 @@ NAMES = [check.name for check in (*CHECKS, *GPU_CHECKS)]
 def test_check(pool: RankPool, name: str, num_ranks: int) -> None:
     outcomes = pool.run(run_check, name, num_ranks, "cuda")
     assert outcomes == [None] * pool.num_ranks
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def nodes(request: pytest.FixtureRequest) -> Iterator[RankPool]:
+    """So many ranks on two emulated nodes."""
+    told = emulated_nodes(request.param, 2)
+    with RankPool(request.param, device="cuda", environments=told) as ranks:
+        yield ranks
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES_OF_ANY)
+def test_check_between_nodes(nodes: RankPool, name: str) -> None:
+    size = nodes.num_ranks
+    outcomes = nodes.run(run_check, name, size, "two_level", node_of_rank(size, 2))
+    assert outcomes == [None] * size
 
 
 def test_names_are_unique() -> None:

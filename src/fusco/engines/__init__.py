@@ -14,6 +14,7 @@ import torch
 from fusco.engines.base import Engine, World
 from fusco.engines.cpu import futex
 from fusco.errors import EngineUnavailableError
+from fusco.groups import cuda_backend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +51,14 @@ def _make_cuda(world: World) -> Engine:
 
 
 def _make_two_level(world: World) -> Engine:
+    from fusco.engines.two_level import TwoLevelEngine
+
+    if cuda_backend(world.group) == "nccl" and torch.cuda.is_available():
+        from fusco.engines.cuda.node import CudaNode
+
+        return TwoLevelEngine(world, CudaNode)
     from fusco.engines.cpu.node import CpuNode
     from fusco.engines.cpu.sliced import CompiledPlanner
-    from fusco.engines.two_level import TwoLevelEngine
 
     return TwoLevelEngine(world, CpuNode, CompiledPlanner)
 
@@ -70,6 +76,7 @@ def probe() -> tuple[EngineProbe, ...]:
     """What can run here, in order of preference."""
     reason = _why_no_cpu_engine()
     no_cuda = _why_no_cuda_engine()
+    has_gpu = torch.cuda.is_available()
     return (
         EngineProbe(
             name="cuda",
@@ -83,8 +90,8 @@ def probe() -> tuple[EngineProbe, ...]:
         ),
         EngineProbe(
             name="two_level",
-            available=not reason,
-            reason=reason or "the cpu engine on every host, and torch.distributed messages between",
+            available=not reason or has_gpu,
+            reason=_two_level_reason(reason, has_gpu),
         ),
         EngineProbe(
             name="reference",
@@ -92,6 +99,15 @@ def probe() -> tuple[EngineProbe, ...]:
             reason="plain torch.distributed messages, any device and group",
         ),
     )
+
+
+def _two_level_reason(no_cpu: str, has_gpu: bool) -> str:
+    if no_cpu and not has_gpu:
+        return no_cpu
+    kinds = [*([] if no_cpu else ["CPU tensors"])]
+    if has_gpu:
+        kinds.append("GPU tensors where NCCL serves the group")
+    return f"torch.distributed in slices between hosts: {', and '.join(kinds)}"
 
 
 def _why_no_cpu_engine() -> str:

@@ -46,11 +46,11 @@ def swap_segments(
     operation: str,
 ) -> None:
     """`Engine.exchange` once the sizes are known to match."""
-    sends = [_gather(source, segments) for segments in send]
-    receives = [out.new_empty(int(segments.size.sum())) for segments in receive]
+    sends = [_gather(source, segments).cpu() for segments in send]
+    receives = [torch.empty(int(each.size.sum()), dtype=out.dtype) for each in receive]
     mailbox.swap(sends, receives, operation=operation)
     for segments, received in zip(receive, receives, strict=True):
-        _scatter(received, out, segments)
+        _scatter(received.to(out.device), out, segments)
 
 
 def _gather(source: Tensor, segments: Segments) -> Tensor:

@@ -1,15 +1,17 @@
 """What a node engine promises to an engine that joins nodes: memory of every rank of one node which
 all of its ranks can write, rows scattered into it, and rows summed in the order of the contract.
 
-An operation goes: `reserve` a block of the own memory; tell the others where it is (that is the
-business of whoever uses this); `open` the operation with everybody's blocks; scatter, push and sum;
-`finish`. Blocks are divided into sections, which hold rows of one size each.
+An operation goes: `reserve` a block of the own memory; tell the others where it is and how large
+(that is the business of whoever uses this); `fit` it to its need, once all needs are known; `open`
+the operation with everybody's blocks; scatter, push and sum; `finish`. Blocks are divided into
+sections, which hold rows of one size each.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
 from fusco.layout.blocks import Ints, Sections
@@ -28,8 +30,8 @@ class Node(ABC):
 
     @property
     @abstractmethod
-    def device_types(self) -> tuple[str, ...]:
-        """Kinds of device whose tensors it takes."""
+    def device(self) -> torch.device:
+        """Where the tensors are that it takes: rows, lists and weights alike."""
 
     @property
     @abstractmethod
@@ -38,7 +40,8 @@ class Node(ABC):
 
     @abstractmethod
     def reserve(self, size: int) -> Block:
-        """A block of `size` bytes of this rank's memory.
+        """A block of `size` bytes of this rank's memory, or a smaller one where the memory grows
+        only together with that of others. What was there before is used no more.
 
         Raises:
             MemoryError: the system has not so much.
@@ -49,8 +52,20 @@ class Node(ABC):
         """The largest free block whole, for a need that is not known yet."""
 
     @abstractmethod
-    def shrink(self, block: Block, size: int) -> Block:
-        """Keep the first `size` bytes of a block; the rest is free again."""
+    def fit(self, operation: str, block: Block, needs: Ints, capacity: Ints) -> Block:
+        """Cut a block to this rank's need, or reserve another where it is too small. All ranks of
+        the node do, and know the same.
+
+        Args:
+            operation: what to call it in errors.
+            block: of this rank.
+            needs: `[ranks of the node]`, bytes.
+            capacity: `[ranks of the node]`, the size of each rank's block, bytes.
+
+        Raises:
+            MemoryError: some rank's system has not so much; the block is released.
+            PeerError: a rank did not come.
+        """
 
     @abstractmethod
     def release(self, block: Block) -> None:

@@ -24,6 +24,16 @@ def from_segments(segments: Tensor, like: Tensor) -> Tensor:
     return segments.view(like.dtype).view(shape)
 
 
+def as_words(*segments: Tensor) -> list[Tensor]:
+    """Tensors of segments, uint8 `[n, row_bytes]` of one size, seen as the widest integers that
+    all their rows are made of: fewer elements to move."""
+    for dtype in (torch.int64, torch.int32, torch.int16):
+        size = dtype.itemsize
+        if all(each.shape[1] % size == 0 == each.data_ptr() % size for each in segments):
+            return [each.view(dtype) for each in segments]
+    return list(segments)
+
+
 def as_bytes(tensor: Tensor) -> Tensor:
     """A contiguous tensor as uint8 `[bytes]`, the same memory."""
     return tensor.detach().view(-1).view(torch.uint8)

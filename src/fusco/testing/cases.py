@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import fusco
+from fusco.groups import cuda_backend
 from fusco.testing import dense
 from fusco.types import Rows, as_tuple
 
@@ -58,6 +59,8 @@ class Case:
     @property
     def node_of_rank(self) -> tuple[int, ...]:
         """The node of each rank."""
+        if self.ranks_per_node is None and _told:
+            return _told[: self.num_ranks]
         per_node = self.ranks_per_node or self.num_ranks
         return tuple(rank // per_node for rank in range(self.num_ranks))
 
@@ -172,8 +175,23 @@ def draw(case: Case, round_: int = 0) -> Inputs:
 
 
 def device_of(engine: str) -> str:
-    """The kind of device whose tensors an engine is tested with."""
-    return "cuda" if engine == "cuda" else "cpu"
+    """The kind of device whose tensors an engine is tested with in the default group."""
+    is_gpu_node = engine == "two_level" and dist.is_initialized() and _has_nccl()
+    return "cuda" if engine == "cuda" or is_gpu_node else "cpu"
+
+
+def _has_nccl() -> bool:
+    world = dist.group.WORLD
+    return world is not None and cuda_backend(world) == "nccl"
+
+
+def tell_nodes(node_of_rank: tuple[int, ...]) -> None:
+    """From now on the ranks of this process' groups are told these nodes (`FUSCO_NODE_ID`)."""
+    global _told
+    _told = node_of_rank
+
+
+_told: tuple[int, ...] = ()
 
 
 def on_device(inputs: Inputs, device: str) -> Inputs:

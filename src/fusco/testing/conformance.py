@@ -38,6 +38,7 @@ class Check:
         name: a short, unique name.
         description: what holds if it passes.
         fn: called as `fn(group, engine)` by every rank of the group.
+        only: the one engine that it is about; empty: any.
 
     `fn` raises AssertionError, on the ranks where it is so, when something does not hold.
     """
@@ -45,6 +46,7 @@ class Check:
     name: str
     description: str
     fn: Callable[[Group, str], None]
+    only: str = ""
 
 
 def _case(group: Group, engine: str, **changes: object) -> Case:
@@ -192,9 +194,9 @@ def _exchange(group: Group, engine: str) -> None:
     num_ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     if engine == "cuda":
         return
-    peers = range(num_ranks)
-    source = torch.tensor([[rank, peer] * 4 for peer in peers], dtype=torch.uint8)
-    out = torch.full((num_ranks, 8), 255, dtype=torch.uint8)
+    peers, device = range(num_ranks), device_of(engine)
+    source = torch.tensor([[rank, peer] * 4 for peer in peers], dtype=torch.uint8, device=device)
+    out = torch.full((num_ranks, 8), 255, dtype=torch.uint8, device=device)
 
     def segments(first: int, other: int) -> fusco.Segments:
         return fusco.Segments(
@@ -204,7 +206,7 @@ def _exchange(group: Group, engine: str) -> None:
 
     each = [segments(rank, peer) for peer in peers]
     fusco.exchange(source, each, out, each, group=group, engine=engine)
-    want = torch.full_like(out, 255)
+    want = torch.full((num_ranks, 8), 255, dtype=torch.uint8)
     for peer in peers:
         sent = torch.tensor([peer, rank] * 4, dtype=torch.uint8)
         for part in (slice((rank + peer) % 5), slice(5, 8)):

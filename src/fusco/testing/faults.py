@@ -20,6 +20,8 @@ import torch.distributed as dist
 
 import fusco
 from fusco.testing.cases import device_of, expect
+from fusco.testing.nodes import emulated_nodes
+from fusco.testing.ranks import BACKENDS
 
 NUM_RANKS = 3
 CULPRIT = 1
@@ -39,12 +41,14 @@ class Program:
         fault: "kill", "stop", "idle", "raise" or "exit".
         when: "dispatch", "combine" or "backward": the call before which the culprit fails.
         folder: for files of the programs; empty.
+        between_nodes: every rank is a node of its own, with a GPU, and NCCL joins them.
     """
 
     engine: str
     fault: str
     when: str
     folder: Path
+    between_nodes: bool = False
 
 
 def expect_survival(program: Program, method: str = "spawn") -> list[int]:
@@ -99,11 +103,13 @@ def _main(rank: int, program: Program) -> None:
     tempfile.tempdir = str(program.folder / "temporary")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(program.folder / "inductor")
     torch.set_num_threads(1)
-    device = torch.device(device_of(program.engine))
+    device = torch.device("cuda" if program.between_nodes else device_of(program.engine))
+    if program.between_nodes:
+        os.environ.update(emulated_nodes(NUM_RANKS, NUM_RANKS)[rank])
     if device.type == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
     dist.init_process_group(
-        "gloo",
+        BACKENDS["cuda"] if program.between_nodes else BACKENDS["cpu"],
         store=dist.FileStore(  # type: ignore[attr-defined]
             str(program.folder / "store"), NUM_RANKS
         ),

@@ -105,6 +105,7 @@ class RankPool:
         device: "cpu": the group is gloo's. "cuda": CUDA tensors go through NCCL, which refuses
             ranks that share a GPU, but only once it is used.
         seats: one a rank, instead of the loopback: the ranks of a `Cluster`.
+        environments: one a rank, variables that it is told beside those of this process.
         timeout_s: longest a `run` takes, and the timeout of the group, in seconds.
         threads_per_rank: threads of torch, OpenMP and numba in each worker.
         grace_s: how long the other ranks may go on, in seconds, once one has failed.
@@ -116,6 +117,7 @@ class RankPool:
         *,
         device: str = "cpu",
         seats: Sequence[Seat] | None = None,
+        environments: Sequence[Mapping[str, str]] | None = None,
         timeout_s: float = 180.0,
         threads_per_rank: int = 1,
         grace_s: float = 10.0,
@@ -123,6 +125,7 @@ class RankPool:
         self.num_ranks = num_ranks
         self.device = device
         self.seats = seats
+        self.environments = environments
         self.timeout_s = timeout_s
         self.threads_per_rank = threads_per_rank
         self.grace_s = grace_s
@@ -192,6 +195,7 @@ class RankPool:
                         timeout_s=self.timeout_s,
                         num_threads=self.threads_per_rank,
                         seat=None if self.seats is None else self.seats[rank],
+                        environment=dict(self.environments[rank]) if self.environments else {},
                     )
                     process = context.Process(target=_work, args=(settings, theirs), daemon=True)
                     process.start()
@@ -266,6 +270,7 @@ class _Settings:
     timeout_s: float
     num_threads: int
     seat: Seat | None
+    environment: dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,6 +334,7 @@ def _tcp_store(port: int, *, is_master: bool) -> Any:
 
 
 def _join_group(settings: _Settings) -> None:
+    os.environ.update(settings.environment)
     torch.set_num_threads(settings.num_threads)
     if torch.cuda.is_available():
         torch.cuda.set_device(settings.rank % torch.cuda.device_count())

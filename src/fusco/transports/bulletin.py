@@ -22,18 +22,19 @@ class Bulletin:
     Args:
         group: the ranks. All make their bulletins in the same order.
         timeout_s: bound of every wait, seconds.
+        part: names those who share it, where each part of the group has one of its own.
 
     Attributes:
-        name: the same on all ranks, and no other bulletin of the group has it.
+        name: the same on all ranks that share it, and no other bulletin of the group has it.
         store: where the texts are.
         group_name: the group's own name in this process.
     """
 
-    def __init__(self, group: dist.ProcessGroup, timeout_s: float) -> None:
+    def __init__(self, group: dist.ProcessGroup, timeout_s: float, part: str = "") -> None:
         # NOTE: torch offers no public way to a group's store.
         self.store = _get_process_group_store(group)
         self.group_name: str = group.group_name
-        self.name = f"fusco/{next(_numbers[group])}"
+        self.name = f"fusco/{next(_numbers[group])}{part and '/'}{part}"
         self._rank, self._num_ranks = group.rank(), group.size()
         self._timeout = timedelta(seconds=timeout_s)
 

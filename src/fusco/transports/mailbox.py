@@ -9,13 +9,14 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch import Tensor
 
+from fusco.transports.line import line_of
 from fusco.transports.notices import notices_of
 
 _TAG = 0xF05C
 
 
 class Mailbox:
-    """Swaps tensors of known sizes with the ranks of a group.
+    """Swaps CPU tensors of known sizes with the ranks of a group.
 
     Every wait is for one rank, so an error can name it. gloo sends and receives are used rather
     than collectives for that reason alone.
@@ -30,6 +31,7 @@ class Mailbox:
         self, group: dist.ProcessGroup, timeout_s: float, wait_s: list[float] | None = None
     ) -> None:
         self.group = group
+        self.line = line_of(group)
         self.timeout_s = timeout_s
         self.wait_s = [0.0] * group.size() if wait_s is None else wait_s
         self.notices = notices_of(group)
@@ -87,19 +89,17 @@ class Swap:
     def receive(self, tensor: Tensor, peer: int, tag: int) -> None:
         """Begin to fill a tensor from a rank."""
         try:
-            work = dist.irecv(tensor, group=self._mailbox.group, group_src=peer, tag=tag)
+            work = self._mailbox.line.recv([tensor], peer, tag)
         except RuntimeError as error:
             raise self._error(peer) from error
-        assert work is not None, "this rank is a member of its group"
         self._works.append((peer, work, tensor))
 
     def send(self, tensor: Tensor, peer: int, tag: int) -> None:
         """Begin to send a tensor to a rank."""
         try:
-            work = dist.isend(tensor, group=self._mailbox.group, group_dst=peer, tag=tag)
+            work = self._mailbox.line.send([tensor], peer, tag)
         except RuntimeError as error:
             raise self._error(peer) from error
-        assert work is not None, "this rank is a member of its group"
         self._works.append((peer, work, tensor))
 
     def wait(self) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from fusco.errors import PeerError
+from fusco.transports.line import line_of
 
 _TAG = 0xF05D
 _NOBODY = -1
@@ -24,13 +25,13 @@ class Notices:
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
+        self._line = line = line_of(group)
         self._has_told = False
         self._told = torch.full((group.size(), 1), _NOBODY)
         self._works = [
-            dist.irecv(self._told[peer], group=group, group_src=peer, tag=_TAG)
-            for peer in range(group.size())
-            if peer != group.rank()
+            line.recv([self._told[peer]], peer, _TAG)
+            for peer in range(line.size())
+            if peer != line.rank()
         ]
 
     def error(self, operation: str, missed: int, timeout_s: float, *, is_late: bool) -> PeerError:
@@ -49,7 +50,7 @@ class Notices:
             what = f"is lost, as rank {missed} has found"
         self.tell(lost)
         return PeerError(
-            f"{operation}: rank {lost} {what} (waited for by rank {self._group.rank()}); "
+            f"{operation}: rank {lost} {what} (waited for by rank {self._line.rank()}); "
             "this Shuffle is closed for good, restart the ranks",
             operation=operation,
             rank=lost,
@@ -61,13 +62,12 @@ class Notices:
             return
         self._has_told = True
         message = torch.tensor([lost])
-        for peer in range(self._group.size()):
-            if peer in (lost, self._group.rank()):
+        for peer in range(self._line.size()):
+            if peer in (lost, self._line.rank()):
                 continue
             # Whoever cannot be reached has left already, and knows.
             with contextlib.suppress(RuntimeError):
-                work = dist.isend(message, group=self._group, group_dst=peer, tag=_TAG)
-                assert work is not None, "this rank is a member of its group"
+                work = self._line.send([message], peer, _TAG)
                 work.wait(timeout=timedelta(seconds=_TELL_S))
 
 
@@ -80,3 +80,4 @@ def notices_of(group: dist.ProcessGroup) -> Notices:
 def forget_notices() -> None:
     """Expect no notices any more, before groups are destroyed."""
     notices_of.cache_clear()
+    line_of.cache_clear()

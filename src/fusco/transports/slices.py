@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from datetime import timedelta
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -18,8 +17,8 @@ from torch import Tensor
 
 from fusco.profiling import mark
 from fusco.transports.notices import notices_of
+from fusco.transports.wires import Moving, Wire
 
-_TAG = 0xF05E
 _EVERYBODY = -1
 
 
@@ -71,19 +70,12 @@ class Cargo(ABC):
         """All lanes have brought the step's slices: uint8, lane by lane at the step's stride."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Moving:
-    peer: int
-    step: int
-    work: dist.Work
-    begin_s: float = field(default_factory=time.perf_counter)
-
-
 class SliceTransport:
-    """Moves cargoes over torch.distributed messages between the ranks of a group.
+    """Moves cargoes between the ranks of a group.
 
     Args:
         group: the ranks.
+        wire: between them; None where there is but one node.
         slot_bytes: the largest slice.
         num_lanes: the most peers at once, in each direction.
         depth: slices on their way to and from each of them.
@@ -95,15 +87,16 @@ class SliceTransport:
     def __init__(
         self,
         group: dist.ProcessGroup,
+        wire: Wire | None,
         *,
         slot_bytes: int,
         num_lanes: int,
         depth: int,
-        device: torch.device | str,
+        device: torch.device,
         timeout_s: float,
         wait_s: list[float],
     ) -> None:
-        self._group = group
+        self._wire = wire
         self._depth = depth
         self._timeout_s = timeout_s
         self._wait_s = wait_s
@@ -117,6 +110,12 @@ class SliceTransport:
         """The memory of the ring, the same for messages of any size."""
         return self._leaving.numel() + self._arriving.numel()
 
+    def close(self, *, is_lost: bool) -> None:
+        """Give the ring up; where a rank was lost also what is under way."""
+        if is_lost and self._wire is not None:
+            self._wire.abort()
+        self._leaving = self._arriving = self._leaving.new_empty(0)
+
     def run(self, cargo: Cargo, operation: str) -> None:
         """Move a cargo whole.
 
@@ -124,8 +123,8 @@ class SliceTransport:
             PeerError: a peer died, or did not send or take a slice in time.
         """
         depth, steps = self._depth, cargo.num_steps
-        leaving: list[list[_Moving]] = [[] for _ in range(depth)]
-        arriving: list[list[_Moving]] = [[] for _ in range(depth)]
+        leaving: list[list[Moving]] = [[] for _ in range(depth)]
+        arriving: list[list[Moving]] = [[] for _ in range(depth)]
         for step in range(min(depth, steps)):
             arriving[step] = self._expect(cargo, step, operation)
         for step in range(min(depth, steps)):
@@ -141,7 +140,7 @@ class SliceTransport:
         for sent in leaving:
             self._finish("send", sent, operation)
 
-    def _expect(self, cargo: Cargo, step: int, operation: str) -> list[_Moving]:
+    def _expect(self, cargo: Cargo, step: int, operation: str) -> list[Moving]:
         moving = []
         for number, lane in enumerate(cargo.incoming):
             slot = _slot(self._arriving[step % self._depth], cargo, lane, number, step)
@@ -149,7 +148,7 @@ class SliceTransport:
                 moving.append(self._begin("receive", slot, lane.peer, step, operation))
         return moving
 
-    def _send(self, cargo: Cargo, step: int, operation: str) -> list[_Moving]:
+    def _send(self, cargo: Cargo, step: int, operation: str) -> list[Moving]:
         moving = []
         begin_s = time.perf_counter()
         cargo.begin(step)
@@ -160,9 +159,10 @@ class SliceTransport:
                 mark(operation, "load", lane.peer, step, begin_s, time.perf_counter())
                 moving.append(self._begin("send", slot, lane.peer, step, operation))
             begin_s = time.perf_counter()
+        self._flush(cargo, step, operation)
         return moving
 
-    def _collect(self, cargo: Cargo, step: int, arriving: list[_Moving], operation: str) -> None:
+    def _collect(self, cargo: Cargo, step: int, arriving: list[Moving], operation: str) -> None:
         slots, expected = self._arriving[step % self._depth], iter(arriving)
         for number, lane in enumerate(cargo.incoming):
             slot = _slot(slots, cargo, lane, number, step)
@@ -175,25 +175,33 @@ class SliceTransport:
         cargo.end(step, slots)
         mark(operation, "unload", _EVERYBODY, step, begin_s, time.perf_counter())
 
-    def _begin(self, stage: str, slot: Tensor, peer: int, step: int, operation: str) -> _Moving:
+    def _begin(self, stage: str, slot: Tensor, peer: int, step: int, operation: str) -> Moving:
+        assert self._wire is not None, "a peer is on another node"
         try:
             if stage == "send":
-                work = dist.isend(slot, group=self._group, group_dst=peer, tag=_TAG)
-            else:
-                work = dist.irecv(slot, group=self._group, group_src=peer, tag=_TAG)
+                return self._wire.send(slot, peer, step)
+            return self._wire.receive(slot, peer, step)
         except RuntimeError as error:
             raise self._notices.error(operation, peer, self._timeout_s, is_late=False) from error
-        assert work is not None, "this rank is a member of its group"
-        return _Moving(peer=peer, step=step, work=work)
 
-    def _finish(self, stage: str, moving: list[_Moving], operation: str) -> None:
+    def _flush(self, cargo: Cargo, step: int, operation: str) -> None:
+        if self._wire is None:
+            return
+        try:
+            self._wire.flush(step)
+        except RuntimeError as error:
+            peer = next(lane.peer for lane in (*cargo.incoming, *cargo.outgoing))
+            raise self._notices.error(operation, peer, self._timeout_s, is_late=False) from error
+
+    def _finish(self, stage: str, moving: list[Moving], operation: str) -> None:
         for one in moving:
             self._wait(stage, one, operation)
 
-    def _wait(self, stage: str, moving: _Moving, operation: str) -> None:
+    def _wait(self, stage: str, moving: Moving, operation: str) -> None:
         start_s = time.perf_counter()
+        assert self._wire is not None, "a peer is on another node"
         try:
-            moving.work.wait(timeout=timedelta(seconds=self._timeout_s))
+            self._wire.wait(moving, self._timeout_s)
         except RuntimeError as error:
             is_late = time.perf_counter() - start_s >= self._timeout_s
             raise self._notices.error(

@@ -31,8 +31,8 @@ class CpuNode(Node):
         self._session = Session(world, wait_s, ranks)
 
     @property
-    def device_types(self) -> tuple[str, ...]:
-        return ("cpu",)
+    def device(self) -> torch.device:
+        return torch.device("cpu")
 
     @property
     def window_bytes(self) -> int:
@@ -44,8 +44,13 @@ class CpuNode(Node):
     def reserve_largest(self) -> Block:
         return self._session.window.reserve_largest()
 
-    def shrink(self, block: Block, size: int) -> Block:
-        return self._session.window.heap.shrink(block, size)
+    def fit(self, operation: str, block: Block, needs: Ints, capacity: Ints) -> Block:
+        window, place = self._session.window, self._session.rank
+        need = int(needs[place])
+        if need <= capacity[place]:
+            return window.heap.shrink(block, need)
+        window.heap.release(block)
+        return window.reserve(need)
 
     def release(self, block: Block) -> None:
         self._session.window.heap.release(block)

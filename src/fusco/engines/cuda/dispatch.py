@@ -23,7 +23,7 @@ from fusco.layout.segments import bytes_per_row
 from fusco.types import CompactPlan
 
 _PLAN_THREADS = 512
-_TOKENS_PER_PLAN_BLOCK = 64
+_TOKENS_PER_PLAN_BLOCK = 8
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from fusco.layout.records import HEADER, Field, Operation
 from fusco.transports.bulletin import Bulletin
 
 _REMEMBERED = 64
+_LOST = int(Verdict.LOST)  # members of enumerations are slow to look up
 
 
 class Failures:
@@ -69,7 +70,7 @@ class Failures:
         Raises:
             PeerError: it did not come, or not with what it should bring.
         """
-        if self._told[0] == Verdict.LOST:
+        if self._told[0] == _LOST:
             raise self._lost(self._read())
 
     def raise_pending(self) -> None:

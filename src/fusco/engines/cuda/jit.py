@@ -12,7 +12,7 @@ import hashlib
 import os
 import tempfile
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,13 @@ class Variant:
     Attributes:
         name: of the kernel and, with ".cu", of its file.
         element: an entry of `ELEMENTS`; empty where rows are bytes.
-        bulk: use bulk asynchronous copies where the architecture has them.
+        bulk: use bulk asynchronous copies where the architecture has them; the default is the
+            environment's.
     """
 
     name: str
     element: str = ""
-    bulk: bool = True
+    bulk: bool = field(default_factory=env.BULK_COPIES.get)
 
     def macros(self) -> list[str | tuple[str, str]]:
         """What its source is compiled with."""

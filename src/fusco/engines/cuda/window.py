@@ -30,11 +30,13 @@ class Allocation:
     Attributes:
         memory: uint8 `[bytes]`, this rank's.
         address: by rank, where each rank's memory is mapped here.
+        peers: by rank, each rank's memory as a tensor of this rank's device, where it is known.
         base: where this rank's own is.
     """
 
     memory: Tensor
     address: tuple[int, ...]
+    peers: tuple[Tensor, ...] = ()
 
     @functools.cached_property
     def base(self) -> int:
@@ -87,7 +89,13 @@ class TorchAllocator(Allocator):
 
         handle = _SymmetricMemory.rendezvous(memory, self._name)
         assert handle is not None, "every rank of the group takes part"
-        return Allocation(memory=memory, address=tuple(handle.buffer_ptrs))
+        size = (memory.numel(),)
+        # The own part is the memory itself: all mappings end when nothing holds that.
+        peers = (
+            memory if rank == handle.rank else handle.get_buffer(rank, size, torch.uint8)
+            for rank in range(handle.world_size)
+        )
+        return Allocation(memory=memory, address=tuple(handle.buffer_ptrs), peers=tuple(peers))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ def combine(
         call, block = session.reserve(call, int(own.total[0]))
         records = session.agree(call, block, held)
     sections = _sections(records[:, HEADER : HEADER + 2], widths)
-    agreement = session.agreed(call, block, records)
+    agreement = session.fit(call, block, records, sections.total)
     blocks = session.open(agreement, sections.of(session.node.ranks))
     values = None
     if row_values is not None:
@@ -83,7 +83,7 @@ class _Values:
         """Give the ranks of the node theirs."""
         partials = self._plan.partials
         target = torch.repeat_interleave(partials.target, partials.slot_ptr.diff())
-        each = torch.arange(partials.slot.shape[0] + 1)
+        each = torch.arange(partials.slot.shape[0] + 1, device=row_values.device)
         self._blocks.scatter(
             self._section, row_values, partials.slot, each, partials.pair_place, target
         )
@@ -99,10 +99,10 @@ class _Values:
         self._returned[plan.near.pair] = found[:num_near]
         held = found.new_empty(plan.relay_pair.shape[0])
         held[plan.relay_pair] = found[num_near:]
-        self._arriving = found.new_empty(plan.far.pair.shape[0])
+        self._arriving = torch.empty(plan.far.pair.shape[0])
         received, far = plan.received, plan.far
         self._swap = self._session.mailbox.start(
-            held.split(received.slot_ptr[received.peer_ptr].diff().tolist()),
+            held.cpu().split(received.slot_ptr[received.peer_ptr].diff().tolist()),
             self._arriving.split(far.slot_ptr[far.peer_ptr].diff().tolist()),
             operation=self._operation,
         )
@@ -110,7 +110,7 @@ class _Values:
     def finish(self) -> Tensor:
         """float32 `[T, K]`, once all have arrived."""
         self._swap.wait()
-        self._returned[self._plan.far.pair] = self._arriving
+        self._returned[self._plan.far.pair] = self._arriving.to(self._returned.device)
         return self._returned.view(self._plan.num_tokens, self._plan.top_k)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from fusco.engines.two_level.plans import (
     pack_lists,
     packed_len,
     unpack_lists,
+    with_bounds_on_host,
 )
 from fusco.engines.two_level.session import Session
 from fusco.engines.two_level.unfused import dispatch_whole, pairs_to_node
@@ -78,7 +79,8 @@ class _Job:
             received = learn()
             letters.wait()
             if self.weights is not None:
-                self._write_weights(received_weights, received.slot, received.target)
+                arrived = received_weights.to(self.weights.device)
+                self._write_weights(arrived, received.slot, received.target)
             return received
 
         cargo = DispatchCargo(
@@ -106,7 +108,8 @@ class _Job:
         if self.weights is not None:
             near = plan.near
             self._write_weights(self.weights.flatten()[near.pair], near.slot, near.target)
-            self._write_weights(received_weights, received.slot, received.target)
+            arrived = received_weights.to(self.weights.device)
+            self._write_weights(arrived, received.slot, received.target)
         return dispatch_whole(self.session, self.operation, self.blocks, self.rows, plan, handed)
 
     def deliver(self, plan: SlicedPlan, moved: list[Tensor] | None = None) -> Delivery:
@@ -128,7 +131,7 @@ class _Job:
         return Delivery(rows=tuple(got), row_weights=row_weights, plan=plan)
 
     def _expect_weights(self, pairs: Tensor) -> tuple[Letters, Tensor]:
-        """The letters with weights, and the weights themselves once they have come.
+        """The letters with weights, and the weights themselves once they have come, on the CPU.
 
         Args:
             pairs: int64 `[P]`, how many come from each rank.
@@ -138,15 +141,15 @@ class _Job:
         return Letters(self.session.mailbox, parts, self.operation), received
 
     def _weights_for(self, far: Leg) -> tuple[Tensor, ...]:
-        """By forwarder, the weights of what it gets."""
+        """By forwarder, the weights of what it gets, on the CPU."""
         if self.weights is None:
             return ()
         counts = far.slot_ptr[far.peer_ptr].diff().tolist()
-        parts: tuple[Tensor, ...] = self.weights.flatten()[far.pair].split(counts)
+        parts: tuple[Tensor, ...] = self.weights.flatten()[far.pair].cpu().split(counts)
         return parts
 
     def _write_weights(self, values: Tensor, slot: Tensor, target: Tensor) -> None:
-        each = torch.arange(values.shape[0] + 1)
+        each = torch.arange(values.shape[0] + 1, device=values.device)
         self.blocks.scatter(len(self.rows), values, None, each, slot, target)
 
 
@@ -168,13 +171,23 @@ def dispatch_new(
     identity = new_identity()
     with stage("plan"):
         counts = Counts.split(
-            records[:, HEADER:], topology.num_experts, topology.num_ranks, topology.num_nodes
+            records[:, HEADER:].to(topk_idx.device),
+            topology.num_experts,
+            topology.num_ranks,
+            topology.num_nodes,
         )
         sends = session.planner.plan_sends(counted, counts)
         hops = Hops.of(sends.traffic)
         list_lens = node_list_lens(hops)
     assert sends.forward is not None
-    sections = _sections(rows, sends.traffic.rows.numpy(), list_lens.sum(dim=0).numpy())
+    sends = replace(
+        sends,
+        direct=with_bounds_on_host(sends.direct),
+        forward=with_bounds_on_host(sends.forward),
+    )
+    assert sends.forward is not None
+    num_rows = sends.traffic.rows.cpu()
+    sections = _sections(rows, num_rows.numpy(), list_lens.sum(dim=0).numpy())
     agreement = session.fit(call, block, records, sections.total)
     blocks = session.open(agreement, sections.of(session.node.ranks))
     job = _Job(
@@ -194,7 +207,7 @@ def dispatch_new(
         plan = planning.finish(identity)
     if not world.ablation.fusion:
         moved = job.move_whole(plan, hops.near.pairs + hops.relay.pairs)
-    return job.deliver(plan, moved), sends.traffic.rows
+    return job.deliver(plan, moved), num_rows
 
 
 def dispatch_planned(
@@ -210,7 +223,7 @@ def dispatch_planned(
         records = session.agree(call, block, payload)
     num_rows = records[:, HEADER].numpy()
     sections = _sections(rows, num_rows, np.zeros_like(num_rows))
-    agreement = session.agreed(call, block, records)
+    agreement = session.fit(call, block, records, sections.total)
     blocks = session.open(agreement, sections.of(session.node.ranks))
     job = _Job(
         session=session, operation=call.operation.text, blocks=blocks, rows=rows, weights=weights
@@ -255,7 +268,7 @@ class _Planning:
         self._letters.wait()
         with stage("plan"):
             self._received, self._in_slice = unpack_lists(
-                self._lists, self._hops.far, topology.rank
+                self._lists, self._hops.far, topology.rank, near.row.device
             )
             self._relay = session.planner.plan_relay(self._received, self._hops.relay)
         section = len(self._job.rows) + 1
@@ -281,13 +294,15 @@ class _Planning:
         """The whole plan, once all ranks of the node have written."""
         session = self._job.session
         rank = session.world.topology.rank
-        lists = self._job.blocks.view(len(self._job.rows) + 1, torch.empty(0, dtype=torch.int64))
+        like = torch.empty(0, dtype=torch.int64)
+        lists = self._job.blocks.view(len(self._job.rows) + 1, like)
         partials = session.planner.read_partials(
             lists, self._hops.near, self._hops.relay, session.node.ranks
         )
         sends = self._sends
         assert sends.forward is not None
-        is_padding = torch.ones(int(sends.traffic.rows[rank]), dtype=torch.bool)
+        num_rows = int(sends.traffic.rows[rank])
+        is_padding = torch.ones(num_rows, dtype=torch.bool, device=lists.device)
         is_padding[partials.slot] = False
         return SlicedPlan(
             identity=identity,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusco.engines.node import NodeBlocks
 from fusco.engines.two_level.lanes import lanes_of
-from fusco.layout.segments import as_segments
+from fusco.layout.segments import as_segments, as_words
 from fusco.topology import Topology
 from fusco.transports.slices import Cargo, Lane
 from fusco.types import Arrival, Leg
@@ -73,8 +73,8 @@ class DispatchCargo(Cargo):
     def load(self, step: int, lane: int, slot: Tensor) -> None:
         number, part = divmod(step, len(self._parts))
         rows = self._far.row[self._leaving[lane][number]]
-        out = slot.view(-1, self._widths[part])
-        torch.index_select(self._parts[part], 0, rows, out=out)
+        source, out = as_words(self._parts[part], slot.view(-1, self._widths[part]))
+        torch.index_select(source, 0, rows, out=out)
 
     def meanwhile(self) -> None:
         self._tell_once()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from fusco.engines.two_level.combine import combine
 from fusco.engines.two_level.dispatch import dispatch_new, dispatch_planned
 from fusco.engines.two_level.session import Session
 from fusco.engines.two_level.torch_planner import TorchPlanner
-from fusco.layout.records import HEADER
+from fusco.errors import input_error
+from fusco.layout.records import HEADER, Operation
 from fusco.layout.segments import bytes_per_row
 from fusco.types import Plan, Segments, SlicedPlan, Stats
 
@@ -45,7 +47,7 @@ class TwoLevelEngine(Engine):
 
     @property
     def device_types(self) -> tuple[str, ...]:
-        return self._session.node.device_types
+        return (self._session.node.device.type,)
 
     @property
     def plans_two_levels(self) -> bool:
@@ -65,6 +67,7 @@ class TwoLevelEngine(Engine):
         weights: Tensor | None,
         routing: Tensor | Plan,
     ) -> Delivery:
+        self._check_device(call, rows)
         if isinstance(routing, SlicedPlan):
             delivery = dispatch_planned(self._session, call, rows, weights, routing)
         else:
@@ -77,7 +80,7 @@ class TwoLevelEngine(Engine):
         assert isinstance(plan, SlicedPlan)
         num_ranks = self.world.topology.num_ranks
         slots = torch.cat((plan.near.target, plan.received.target))
-        sent = torch.bincount(slots, minlength=num_ranks) + plan.far.peer_ptr.diff()
+        sent = torch.bincount(slots, minlength=num_ranks).cpu() + plan.far.peer_ptr.diff()
         self.meter.moved((sent * _total_bytes(rows)).tolist())
         self.meter.dispatched(int(plan.tokens_per_expert.sum()))
         return delivery
@@ -91,9 +94,10 @@ class TwoLevelEngine(Engine):
         row_values: Tensor | None = None,
     ) -> Returned:
         assert isinstance(plan, SlicedPlan), "plans come from this engine"
+        self._check_device(call, rows)
         returned = combine(self._session, call, rows, row_weights, plan, row_values)
         num_ranks = self.world.topology.num_ranks
-        partials = torch.bincount(plan.partials.target, minlength=num_ranks)
+        partials = torch.bincount(plan.partials.target, minlength=num_ranks).cpu()
         self.meter.moved(((partials + plan.received.peer_ptr.diff()) * _total_bytes(rows)).tolist())
         self.meter.combined()
         return returned
@@ -113,7 +117,9 @@ class TwoLevelEngine(Engine):
         )
 
     def synchronize(self) -> None:
-        pass
+        device = self._session.node.device
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
 
     def stats(self) -> Stats:
         return self.meter.stats(window_bytes=self._session.node.window_bytes)
@@ -125,6 +131,21 @@ class TwoLevelEngine(Engine):
 
     def close(self, lost: int | None = None) -> None:
         self._session.close(lost)
+
+    def _check_device(self, call: Call, rows: Sequence[Tensor]) -> None:
+        """Raise on all ranks where this one's rows are on another of its GPUs."""
+        expected = self._session.node.device
+        for each in rows:
+            if each.device == expected:
+                continue
+            error = input_error(
+                call.operation.text,
+                "x" if call.operation == Operation.DISPATCH else "rows",
+                got=f"a tensor on {each.device}",
+                expected=f"{expected}, the current device when the Shuffle was made",
+                remedy="call torch.cuda.set_device before making it",
+            )
+            self.agree_on_error(replace(call, error=error))
 
 
 def _total_bytes(rows: Sequence[Tensor]) -> int:

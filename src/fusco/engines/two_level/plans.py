@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from fusco.types import Arrival, Leg, Partials
 
 @dataclass(frozen=True, kw_only=True)
 class Hops:
-    """Sizes of the three hops of a plan."""
+    """Sizes of the three hops of a plan, on the CPU, where they are looked at one by one."""
 
     near: HopSizes
     far: HopSizes
@@ -25,16 +25,25 @@ class Hops:
     def of(cls, traffic: Traffic) -> Hops:
         assert traffic.forward is not None
         assert traffic.relay is not None
-        return cls(near=traffic.direct, far=traffic.forward, relay=traffic.relay)
+        parts = (traffic.direct, traffic.forward, traffic.relay)
+        near, far, relay = (
+            HopSizes(segments=part.segments.cpu(), pairs=part.pairs.cpu()) for part in parts
+        )
+        return cls(near=near, far=far, relay=relay)
+
+
+def with_bounds_on_host(leg: Leg) -> Leg:
+    """A leg whose few `peer_ptr` are on the CPU, whatever device the rest is on."""
+    return replace(leg, peer_ptr=leg.peer_ptr.cpu())
 
 
 def pack_lists(leg: Leg, peer: int, tokens_per_slice: int) -> Tensor:
-    """What a forwarder must know of the segments it gets, int32: slots and slice of each segment,
-    then the slots and their ranks."""
+    """What a forwarder must know of the segments it gets, int32 on the CPU: slots and slice of each
+    segment, then the slots and their ranks."""
     segments, slots = _ranges(leg, peer)
     row, ptr = leg.row[segments], leg.slot_ptr[segments.start : segments.stop + 1]
     parts = (ptr.diff(), row // tokens_per_slice, leg.slot[slots], leg.target[slots])
-    return torch.cat(parts).to(torch.int32)
+    return torch.cat(parts).to(torch.int32).cpu()
 
 
 def packed_len(sizes: HopSizes, sender: int, receiver: int) -> int:
@@ -43,14 +52,21 @@ def packed_len(sizes: HopSizes, sender: int, receiver: int) -> int:
     return 2 * int(segments) + 2 * int(pairs)
 
 
-def unpack_lists(packed: Sequence[Tensor], sizes: HopSizes, rank: int) -> tuple[Arrival, Tensor]:
-    """What a forwarder receives, and the slice of each segment; from all ranks' packed lists."""
+def unpack_lists(
+    packed: Sequence[Tensor], sizes: HopSizes, rank: int, device: torch.device | str = "cpu"
+) -> tuple[Arrival, Tensor]:
+    """What a forwarder receives, and the slice of each segment; from all ranks' packed lists.
+
+    Bounds stay on the CPU, all else goes to `device`.
+    """
     fields: tuple[list[Tensor], ...] = ([], [], [], [])
     for sender, message in enumerate(packed):
         n, m = int(sizes.segments[sender, rank]), int(sizes.pairs[sender, rank])
-        for field, part in zip(fields, message.to(torch.int64).split([n, n, m, m]), strict=True):
+        for field, part in zip(fields, message.split([n, n, m, m]), strict=True):
             field.append(part)
-    counts, in_slice, slot, target = (torch.cat(field) for field in fields)
+    counts, in_slice, slot, target = (
+        torch.cat(field).to(device).to(torch.int64) for field in fields
+    )
     return mirror(sizes, rank, counts, slot, target), in_slice
 
 
@@ -81,6 +97,7 @@ def read_partials(
         node: its ranks, ascending.
         rank: this rank.
     """
+    device = lists.device
     columns: list[list[Tensor]] = [[] for _ in range(6)]
     begin = 0
     for peer in node:
@@ -91,9 +108,9 @@ def read_partials(
             first_pair = pair_place + int(hop.pairs[peer, :rank].sum())
             found = lists[begin : begin + 2 * n + m].split([n, n, m])
             made = (
-                torch.full((n,), peer),
-                torch.arange(first, first + n),
-                torch.arange(first_pair, first_pair + m),
+                torch.full((n,), peer, device=device),
+                torch.arange(first, first + n, device=device),
+                torch.arange(first_pair, first_pair + m, device=device),
             )
             for column, part in zip(columns, (*found, *made), strict=True):
                 column.append(part)
@@ -105,9 +122,9 @@ def read_partials(
     sorted_counts = counts[order]
     slot_ptr = offsets(sorted_counts)
     shift = torch.repeat_interleave(offsets(counts)[:-1][order] - slot_ptr[:-1], sorted_counts)
-    chosen = torch.arange(slot.shape[0]) + shift
+    chosen = torch.arange(slot.shape[0], device=device) + shift
     return Partials(
-        slice_ptr=offsets(torch.bincount(in_slice)),
+        slice_ptr=offsets(torch.bincount(in_slice)).cpu(),
         target=target[order],
         place=place_of[order],
         slot_ptr=slot_ptr,
@@ -134,13 +151,13 @@ def final_lists(
     There each lane has `rows` rows; the own node's sums come behind the last lane.
     """
     num_near, segment = near.row.shape[0], near.sum_segment
-    num_tokens = segment.shape[0]
+    num_tokens, device = segment.shape[0], segment.device
     lane_of_peer = torch.zeros(far.peer_ptr.shape[0] - 1, dtype=torch.int64)
     lane_of_peer[list(lanes)] = torch.arange(len(lanes))
-    lane = torch.repeat_interleave(lane_of_peer, far.peer_ptr.diff())
+    lane = torch.repeat_interleave(lane_of_peer.to(device), far.peer_ptr.diff().to(device))
     # Segments of a lane and slice follow one another; each counts from the first of them.
     group = lane * (num_tokens + 1) + far.row // tokens
-    number = torch.arange(far.row.shape[0])
+    number = torch.arange(far.row.shape[0], device=device)
     starts = torch.ones_like(number, dtype=torch.bool)
     starts[1:] = group[1:] != group[:-1]
     far_item = lane * rows + number - torch.where(starts, number, 0).cummax(0).values
@@ -148,7 +165,7 @@ def final_lists(
     is_near = (segment >= 0) & (segment < num_near)
     # The own node is one term, however many of its ranks have a part in it.
     is_listed = (segment >= num_near) | (is_near & (is_near.cumsum(dim=1) == 1))
-    own_item = len(lanes) * rows + torch.arange(num_tokens) % tokens
+    own_item = len(lanes) * rows + torch.arange(num_tokens, device=device) % tokens
     item = own_item[:, None].expand_as(segment).clone()
     is_far = segment >= num_near
     item[is_far] = far_item[segment[is_far] - num_near]

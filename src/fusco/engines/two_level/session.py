@@ -16,16 +16,20 @@ from fusco.engines.mail import share_records
 from fusco.engines.node import Node, NodeBlocks
 from fusco.engines.sliced import SlicedPlanner
 from fusco.engines.two_level.lanes import SliceSize, most_lanes
-from fusco.errors import DisagreementError, InputError, WindowMemoryError
+from fusco.errors import (
+    DisagreementError,
+    EngineUnavailableError,
+    InputError,
+    WindowMemoryError,
+)
 from fusco.layout.blocks import Ints, Sections
 from fusco.layout.heap import Block, align
 from fusco.layout.records import HEADER, Field, Status
 from fusco.transports.mailbox import Mailbox
 from fusco.transports.notices import notices_of
 from fusco.transports.slices import SliceTransport
+from fusco.transports.wires import Wire, open_wire, slice_bytes
 
-SLICE_BYTES = 512 << 10
-"""The largest slice, where a row is not larger: 10 ms on a link of 400 Mbit/s."""
 DEPTH = 3
 """Slices on their way to and from each peer: one is loaded, one travels, one waits."""
 _MOST_STEPS = 1 << 14
@@ -72,23 +76,39 @@ class Session:
         self.node = make_node(world, wait_s, tuple(mates))
         self.planner = make_planner(world)
         most_segments = 1 if world.ablation.deduplicate else world.top_k
-        fitting = SLICE_BYTES // (max(world.row_bytes, 1) * most_segments)
+        wanted = slice_bytes(self.node.device, topology.num_nodes)
+        fitting = wanted // (max(world.row_bytes, 1) * most_segments)
         tokens = max(1, fitting, -(-world.max_tokens // _MOST_STEPS))
+        # No slice is larger than all there is to send.
+        tokens = min(tokens, max(world.max_tokens, 1))
         self.size = SliceSize(tokens=tokens, rows=tokens * most_segments)
         lanes = most_lanes(topology, forwarders=world.ablation.deduplicate)
         self.transport = SliceTransport(
             world.group,
+            self._open_wire(),
             slot_bytes=align(self.size.rows * world.row_bytes),
             # The sums of the own node lie beside those that arrive.
             num_lanes=lanes + 1,
             depth=DEPTH,
-            device=self.node.device_types[0],
+            device=self.node.device,
             timeout_s=world.timeout_s,
             wait_s=wait_s,
         )
         self._epoch = 0
         self._process = os.getpid()
         self.is_closed = False
+
+    def _open_wire(self) -> Wire | None:
+        """What joins the nodes; None where there is one."""
+        if self.world.topology.num_nodes == 1:
+            return None
+        try:
+            return open_wire(self.world.group, self.node.device)
+        except RuntimeError as error:
+            raise EngineUnavailableError(
+                f"Shuffle: engine 'two_level' cannot join the nodes: {error}; make the group with "
+                "backend='cpu:gloo,cuda:nccl', or use engine='reference'"
+            ) from error
 
     def agree(
         self, call: Call, block: Block | None = None, payload: Tensor | None = None
@@ -104,7 +124,7 @@ class Session:
         place = (block.base, block.size) if block is not None else (0, 0)
         record[:HEADER] = torch.tensor(call.head(self._epoch, *place))
         if payload is not None:
-            record[HEADER : HEADER + payload.shape[0]] = payload
+            record[HEADER : HEADER + payload.shape[0]] = payload.cpu()
         try:
             return share_records(self.mailbox, call, record)
         except (InputError, DisagreementError, WindowMemoryError):
@@ -119,38 +139,31 @@ class Session:
         except MemoryError as error:
             return call.failed(_no_memory(call.operation.text, error)), _NOTHING
 
-    def agreed(self, call: Call, block: Block, records: Tensor) -> Agreement:
-        """What all ranks have agreed on, where each has reserved what it needs."""
-        return Agreement(
-            operation=call.operation.text,
-            block=block,
-            base=records[:, Field.BASE].numpy(),
-            payload=records[:, HEADER:],
-        )
-
     def fit(self, call: Call, block: Block, records: Tensor, needs: Ints) -> Agreement:
-        """Shrink this rank's block to its need; where one is too small, its rank reserves another,
+        """Cut this rank's block to its need; where one is too small, its node reserves another,
         and all ranks learn the new place.
 
         Args:
             call: what was agreed on.
-            block: reserved before needs were known.
+            block: of this rank.
             records: of all ranks.
             needs: int64 `[P]`, bytes each rank needs, the same on all ranks.
         """
-        rank, operation = self.world.topology.rank, call.operation.text
-        short = needs > records[:, Field.CAPACITY].numpy()
+        operation, mates = call.operation.text, list(self.node.ranks)
+        capacity = records[:, Field.CAPACITY].numpy()
         problem: MemoryError | None = None
-        if short[rank]:
-            self.node.release(block)
-            try:
-                block = self.node.reserve(int(needs[rank]))
-            except MemoryError as error:
-                block, problem = _NOTHING, error
-        else:
-            block = self.node.shrink(block, int(needs[rank]))
-        if not short.any():
-            return self.agreed(call, block, records)
+        try:
+            block = self.node.fit(operation, block, needs[mates], capacity[mates])
+        except MemoryError as error:
+            block, problem = _NOTHING, error
+        agreement = Agreement(
+            operation=operation,
+            block=block,
+            base=records[:, Field.BASE].numpy(),
+            payload=records[:, HEADER:],
+        )
+        if not (needs > capacity).any():
+            return agreement
         status = Status.READY if problem is None else Status.NO_MEMORY
         mine = torch.tensor([block.base, status])
         everybody = range(self.world.topology.num_ranks)
@@ -160,7 +173,7 @@ class Session:
             culprit = int(np.flatnonzero(places[:, 1])[0])
             text = problem or f"rank {culprit}: no memory left to grow its window"
             raise _no_memory(operation, text)
-        return replace(self.agreed(call, block, records), base=places[:, 0])
+        return replace(agreement, base=places[:, 0])
 
     def open(self, agreement: Agreement, sections: Sections) -> NodeBlocks:
         """Begin the operation on this node; `sections` are of all ranks of the node."""
@@ -175,6 +188,7 @@ class Session:
         self.is_closed = True
         if lost is not None:
             notices_of(self.world.group).tell(lost)
+        self.transport.close(is_lost=lost is not None)
         self.node.close(lost)
 
 

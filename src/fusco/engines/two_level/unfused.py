@@ -21,9 +21,10 @@ from fusco.types import SlicedPlan
 
 
 def pairs_to_node(plan: SlicedPlan, num_ranks: int) -> Tensor:
-    """int64 `[P]`: how many rows, one for each pair, this rank hands to each rank of its node."""
+    """int64 `[P]` on the CPU: how many rows, one for each pair, this rank hands to each rank of its
+    node."""
     target = torch.cat((plan.near.target, plan.received.target))
-    return torch.bincount(target, minlength=num_ranks)
+    return torch.bincount(target, minlength=num_ranks).cpu()
 
 
 def dispatch_whole(
@@ -50,8 +51,9 @@ def dispatch_whole(
     """
     topology, near, received = session.world.topology, plan.near, plan.received
     own_rows = torch.div(near.pair, plan.top_k, rounding_mode="floor")
+    num_received = received.slot_ptr.shape[0] - 1
     row_of_pair = torch.repeat_interleave(
-        torch.arange(received.slot_ptr.shape[0] - 1), received.slot_ptr.diff()
+        torch.arange(num_received, device=own_rows.device), received.slot_ptr.diff()
     )
     relayed_rows = row_of_pair[plan.relay_pair]
     # Pairs are sorted by the rank that they are handed to.
@@ -95,8 +97,8 @@ def combine_whole(
     `[R, ...]` and their weights, float32 `[R]`."""
     node, partials = session.node, plan.partials
     arrival = _order_of_arrival(plan)
-    place = torch.empty(plan.num_rows, dtype=torch.int64)
-    place[arrival] = torch.arange(arrival.shape[0])
+    place = arrival.new_empty(plan.num_rows)
+    place[arrival] = torch.arange(arrival.shape[0], device=arrival.device)
     weights = None if row_weights is None else row_weights[arrival]
     for section, each in enumerate(rows):
         blocks.push_sums(
@@ -115,30 +117,33 @@ def combine_whole(
     for section, each in enumerate(rows):
         held = each.new_empty(plan.held_ptr.shape[0] - 1, *each.shape[1:])
         node.sum_rows(blocks.view(section, each), None, plan.held_ptr, plan.held, held)
-        returned = as_segments(each).new_empty(plan.far.row.shape[0], bytes_per_row(each))
+        returned = torch.empty(plan.far.row.shape[0], bytes_per_row(each), dtype=torch.uint8)
+        leaving = as_segments(held[plan.num_tokens :]).cpu()
         session.mailbox.swap(
-            as_segments(held[plan.num_tokens :]).split(plan.received.peer_ptr.diff().tolist()),
+            leaving.split(plan.received.peer_ptr.diff().tolist()),
             returned.split(plan.far.peer_ptr.diff().tolist()),
             operation=operation,
         )
-        terms = torch.cat((from_segments(returned, each), held[: plan.num_tokens]))
-        terms = terms.index_select(0, item)
+        arrived = from_segments(returned.to(each.device), each)
+        terms = torch.cat((arrived, held[: plan.num_tokens])).index_select(0, item)
         out = each.new_empty(plan.num_tokens, *each.shape[1:])
-        node.sum_rows(terms, None, list_ptr, torch.arange(item.shape[0]), out)
+        each_term = torch.arange(item.shape[0], device=item.device)
+        node.sum_rows(terms, None, list_ptr, each_term, out)
         sums.append(out)
     return sums
 
 
 def _cross(session: Session, operation: str, rows: Tensor, plan: SlicedPlan) -> Tensor:
     """Rows of forwarding descriptors to their forwarders: what has come from all nodes."""
-    leaving = rows.index_select(0, plan.far.row)
-    there = rows.new_empty(plan.received.slot_ptr.shape[0] - 1, rows.shape[1])
+    leaving = rows.index_select(0, plan.far.row).cpu()
+    num_received = plan.received.slot_ptr.shape[0] - 1
+    there = torch.empty(num_received, rows.shape[1], dtype=rows.dtype)
     session.mailbox.swap(
         leaving.split(plan.far.peer_ptr.diff().tolist()),
         there.split(plan.received.peer_ptr.diff().tolist()),
         operation=operation,
     )
-    return there
+    return there.to(rows.device)
 
 
 def _order_of_arrival(plan: SlicedPlan) -> Tensor:
@@ -158,6 +163,6 @@ def _sums_of_tokens(plan: SlicedPlan) -> tuple[Tensor, Tensor]:
     is_far = segment >= num_near
     is_near = (segment >= 0) & ~is_far
     is_listed = is_far | (is_near & (is_near.cumsum(dim=1) == 1))
-    own = plan.far.row.shape[0] + torch.arange(plan.num_tokens)
+    own = plan.far.row.shape[0] + torch.arange(plan.num_tokens, device=segment.device)
     item = torch.where(is_far, segment - num_near, own[:, None])
     return offsets(is_listed.sum(dim=1)), item[is_listed]

@@ -51,8 +51,6 @@ def _mistakes(mistakes: Mapping[str, Mistake]) -> Callable[[Group, str], None]:
     def check(group: Group, engine: str) -> None:
         if dist.get_world_size(group) != len(CASE.num_tokens):
             return
-        if mistakes is CUDA_MISTAKES and engine != "cuda":
-            return
         failures = []
         for name, mistake in mistakes.items():
             outcome = make_mistake(mistake, group, engine)
@@ -66,9 +64,9 @@ def _mistakes(mistakes: Mapping[str, Mistake]) -> Callable[[Group, str], None]:
 
 
 def _nccl_group(group: Group, engine: str) -> None:
-    """A group that has only NCCL meets through its store, and gets the CUDA engine by itself."""
+    """A group that has only NCCL meets through its store, and gets its engine by itself."""
     num_ranks = dist.get_world_size(group)
-    if engine != "cuda" or num_ranks > torch.cuda.device_count():
+    if device_of(engine) != "cuda" or num_ranks > torch.cuda.device_count():
         return
     ranks = dist.get_process_group_ranks(group)
     alone = dist.new_group(ranks, backend="nccl", use_local_synchronization=True)
@@ -80,7 +78,7 @@ def _nccl_group(group: Group, engine: str) -> None:
     )
     with case.shuffle(alone, "auto") as shuffle:
         expect_round_trip(shuffle, draw(case), dist.get_rank(group))
-        expect(shuffle.engine_name == "cuda", f"engine {shuffle.engine_name}")
+        expect(shuffle.engine_name == engine, f"engine {shuffle.engine_name}")
 
 
 def _size_hint(group: Group, engine: str) -> None:
@@ -197,19 +195,36 @@ GPU_CHECKS: tuple[Check, ...] = (
         description="gradients of plain sums",
         fn=_gradients(weighted=False),
     ),
-    Check(name="static-rows", description="outputs of fixed size, without a wait", fn=static_rows),
-    Check(name="graphs", description="a CUDA graph replayed with other routing", fn=graphs),
-    Check(name="overflow", description="more rows than max_recv_tokens", fn=overflow),
+    Check(
+        name="static-rows",
+        description="outputs of fixed size, without a wait",
+        fn=static_rows,
+        only="cuda",
+    ),
+    Check(
+        name="graphs",
+        description="a CUDA graph replayed with other routing",
+        fn=graphs,
+        only="cuda",
+    ),
+    Check(name="overflow", description="more rows than max_recv_tokens", fn=overflow, only="cuda"),
     Check(
         name="late-errors",
         description="what a combine finds is raised by all ranks in the same call",
         fn=late_errors,
+        only="cuda",
     ),
-    Check(name="two-at-once", description="two shuffles on side streams at once", fn=two_at_once),
+    Check(
+        name="two-at-once",
+        description="two shuffles on side streams at once",
+        fn=two_at_once,
+        only="cuda",
+    ),
     Check(
         name="other-streams",
         description="changing streams and current devices",
         fn=other_streams,
+        only="cuda",
     ),
     Check(
         name="mistakes",
@@ -220,5 +235,6 @@ GPU_CHECKS: tuple[Check, ...] = (
         name="gpu-mistakes",
         description="wrong calls that only this engine knows (3 ranks)",
         fn=_mistakes(CUDA_MISTAKES),
+        only="cuda",
     ),
 )

@@ -1,6 +1,7 @@
-"""`python -m fusco.testing.gpu`: every check of the CUDA engine, a line each, on shared GPUs.
+"""`python -m fusco.testing.gpu`: every check of an engine for GPUs, a line each, on shared GPUs.
 
-Needs torch, numpy and cuda-core, and at least one GPU; ranks share GPUs where there are fewer.
+Needs torch, numpy and cuda-core, and at least one GPU; ranks share GPUs where there are fewer. With
+`--nodes 2 --ranks 2,4` ranks are told that they are on two nodes, which NCCL joins by sockets.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusco import env
+from fusco.testing.cases import tell_nodes
 from fusco.testing.conformance import CHECKS
 from fusco.testing.faults import Program, expect_survival
 from fusco.testing.gpu.checks import GPU_CHECKS
+from fusco.testing.nodes import emulated_nodes, node_of_rank
 from fusco.testing.ranks import RankFailure, RankPool, subgroup
 
 _ALL = {check.name: check for check in (*CHECKS, *GPU_CHECKS)}
@@ -37,7 +40,8 @@ class Outcome:
 def main() -> int:
     """Run, print, and count what failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--engine", default="cuda")
+    parser.add_argument("--engine", help='"cuda", or with --nodes "two_level"')
+    parser.add_argument("--nodes", type=int, help="nodes to emulate, each with a GPU a rank")
     parser.add_argument("--ranks", default="1,2,3,4,8", help="sizes of groups")
     parser.add_argument("--only", default="", help="names of checks, or parts of them, by comma")
     parser.add_argument("--no-faults", action="store_true", help="end no rank on purpose")
@@ -46,9 +50,15 @@ def main() -> int:
     os.environ.setdefault(env.TIMEOUT_S.name, _TIMEOUT_S)
     members = [int(size) for size in arguments.ranks.split(",")]
     wanted = [part for part in arguments.only.split(",") if part]
-    names = [name for name in _ALL if not wanted or any(part in name for part in wanted)]
+    engine = arguments.engine or ("cuda" if arguments.nodes is None else "two_level")
+    names = [
+        check.name
+        for check in _ALL.values()
+        if check.only in ("", engine) and (not wanted or any(part in check.name for part in wanted))
+    ]
+    no_faults = arguments.no_faults or bool(wanted)
     num_failed = num_run = 0
-    for outcome in _outcomes(arguments.engine, members, names, arguments.no_faults or bool(wanted)):
+    for outcome in _outcomes(engine, members, names, arguments.nodes, no_faults):
         verdict = "FAIL" if outcome.failures else "pass"
         print(f"{verdict}  {outcome.seconds:6.2f} s  {outcome.label}", flush=True)
         for failure in outcome.failures:
@@ -59,8 +69,19 @@ def main() -> int:
     return int(num_failed > 0 or num_run == 0)
 
 
-def run_check(rank: int, name: str, members: int, engine: str) -> str | None:
-    """Run one check on the first ranks of the default group; what failed, or None."""
+def run_check(
+    rank: int, name: str, members: int, engine: str, nodes: tuple[int, ...] = ()
+) -> str | None:
+    """Run one check on the first ranks of the default group; what failed, or None.
+
+    Args:
+        rank: this one.
+        name: of the check.
+        members: how many ranks.
+        engine: as `Shuffle` takes it.
+        nodes: of all ranks, where their environment tells them.
+    """
+    tell_nodes(nodes)
     group = subgroup(range(members))
     if group is None:
         return None
@@ -72,22 +93,30 @@ def run_check(rank: int, name: str, members: int, engine: str) -> str | None:
 
 
 def _outcomes(
-    engine: str, sizes: list[int], names: list[str], no_faults: bool
+    engine: str, sizes: list[int], names: list[str], num_nodes: int | None, no_faults: bool
 ) -> Iterator[Outcome]:
     timeout_s = _WAITS_OF_A_CHECK * (env.TIMEOUT_S.get() or 0)
-    with RankPool(max(sizes), timeout_s=timeout_s) as pool:
+    if num_nodes is None:
+        with RankPool(max(sizes), timeout_s=timeout_s) as pool:
+            for size in sizes:
+                yield from _checks(pool, names, size, engine, ())
+    else:
         for size in sizes:
-            for name in names:
-                begin = time.perf_counter()
-                failures = _run(pool, name, size, engine)
-                seconds = time.perf_counter() - begin
-                yield Outcome(label=f"{size} ranks, {name}", failures=failures, seconds=seconds)
+            nodes, told = node_of_rank(size, num_nodes), emulated_nodes(size, num_nodes)
+            with RankPool(size, device="cuda", environments=told, timeout_s=timeout_s) as pool:
+                yield from _checks(pool, names, size, engine, nodes)
     for fault, when in () if no_faults else _FAULTS:
         begin = time.perf_counter()
         failures = []
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "temporary").mkdir()
-            program = Program(engine=engine, fault=fault, when=when, folder=Path(folder))
+            program = Program(
+                engine=engine,
+                fault=fault,
+                when=when,
+                folder=Path(folder),
+                between_nodes=num_nodes is not None,
+            )
             try:
                 expect_survival(program)
             except (AssertionError, OSError) as failure:
@@ -96,9 +125,20 @@ def _outcomes(
         yield Outcome(label=label, failures=failures, seconds=time.perf_counter() - begin)
 
 
-def _run(pool: RankPool, name: str, size: int, engine: str) -> list[str]:
+def _checks(
+    pool: RankPool, names: list[str], size: int, engine: str, nodes: tuple[int, ...]
+) -> Iterator[Outcome]:
+    where = f"{size} ranks" + (f" on {len(set(nodes))} nodes" if nodes else "")
+    for name in names:
+        begin = time.perf_counter()
+        failures = _run(pool, name, size, engine, nodes)
+        seconds = time.perf_counter() - begin
+        yield Outcome(label=f"{where}, {name}", failures=failures, seconds=seconds)
+
+
+def _run(pool: RankPool, name: str, size: int, engine: str, nodes: tuple[int, ...]) -> list[str]:
     try:
-        outcomes = pool.run(run_check, name, size, engine)
+        outcomes = pool.run(run_check, name, size, engine, nodes)
     except RankFailure as failure:
         return [
             f"rank {rank}: {error.type_name}: {error.message}"
