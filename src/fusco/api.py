@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from fusco import ops
+from fusco import eager, fakes, ops  # noqa: F401 - fakes are for tracers
 from fusco.checks import Limits
 from fusco.configuration import Configuration
 from fusco.engines import make_engine
@@ -244,9 +244,9 @@ class Shuffle:
                     self._accepted.add(key)
             rows = as_tuple(x)
             grads = ops.wanted_gradients(rows, topk_weights)
-            if grads == ops.NO_GRADIENTS and ops.is_eager((*rows, topk_idx, topk_weights)):
+            if ops.is_eager((*rows, topk_idx, topk_weights)):
                 # The operators' own work takes longer than that of a small dispatch.
-                delivery = self._run(rows, topk_idx, topk_weights, plan)
+                delivery = self._run(rows, topk_idx, topk_weights, plan, grads)
                 got, row_weights, plan = delivery.rows, delivery.row_weights, delivery.plan
             elif plan is not None:
                 got, row_weights = ops.dispatch_planned(
@@ -335,18 +335,20 @@ class Shuffle:
             inputs = [*rows, dispatched.row_weights, *([] if anchor is None else [anchor])]
             has_graph = torch.is_grad_enabled() and any(each.requires_grad for each in inputs)
             sums: Sequence[Tensor]
-            if not has_graph and ops.is_eager((*rows, row_weights)):
-                plan, no_grads = dispatched.plan, ops.NO_GRADIENTS
-                sums = ops.run_combine(rows, row_weights, plan, self._key, no_grads).sums
-            else:
+            plan = dispatched.plan
+            if not ops.is_eager((*rows, row_weights, anchor)):
                 sums = ops.combine(
                     [each.contiguous() for each in rows],
                     row_weights,
                     anchor,
-                    dispatched.plan.to_tensors(),
+                    plan.to_tensors(),
                     self._key,
-                    "with gradients" if has_graph else ops.NO_GRADIENTS,
+                    ops.WITH_GRADIENTS if has_graph else ops.NO_GRADIENTS,
                 )
+            elif has_graph:
+                sums = eager.combine(rows, row_weights, anchor, plan, self._key)
+            else:
+                sums = ops.run_combine(rows, row_weights, plan, self._key, ops.NO_GRADIENTS).sums
         return like(expert_outputs, sums)
 
     def synchronize(self) -> None:
@@ -398,12 +400,18 @@ class Shuffle:
         topk_idx: Tensor | None,
         topk_weights: Tensor | None,
         plan: Plan | None,
+        grads: str,
     ) -> Delivery:
-        if plan is not None:
-            return ops.run_planned(rows, topk_weights, plan, self._key, ops.NO_GRADIENTS)
-        assert topk_idx is not None, "checked above"
-        topk_idx = topk_idx.to(torch.int64)
-        return ops.run_dispatch(rows, topk_idx, topk_weights, self._key, ops.NO_GRADIENTS)
+        def run() -> Delivery:
+            if plan is not None:
+                return ops.run_planned(rows, topk_weights, plan, self._key, grads)
+            assert topk_idx is not None, "checked before"
+            wide = topk_idx.to(torch.int64)
+            return ops.run_dispatch(rows, wide, topk_weights, self._key, grads)
+
+        if grads == ops.NO_GRADIENTS:
+            return run()
+        return eager.dispatch(run, self._key, topk_weights, rows)
 
     def _beside(
         self, operation: Callable[[], Result], tensors: Sequence[Tensor | None]

@@ -20,16 +20,17 @@ from fusco.engines.agreement import Call
 from fusco.engines.base import Delivery, Engine, Returned
 from fusco.engines.ids import find_bad_id
 from fusco.errors import ClosedError, PeerError
-from fusco.layout.compact import links_len
 from fusco.layout.records import Operation
 from fusco.layout.segments import describe_format
-from fusco.types import NUM_PLAN_TENSORS, NUM_SLICED_TENSORS, Plan, SlicedPlan
+from fusco.types import Plan
 
 # torch.library.custom_op would do, but its first call imports the compiler, two seconds of work.
-_LIBRARY = torch.library.Library("fusco", "DEF")
+LIBRARY = torch.library.Library("fusco", "DEF")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 NO_GRADIENTS = "no gradients"
+WITH_GRADIENTS = "with gradients"
+"""Of a combine."""
 
 ENGINES: dict[int, Engine] = {}
 """The engines of all open Shuffles, by key."""
@@ -71,8 +72,8 @@ def _operator(schema: str) -> Callable[[_Function], _Function]:
     name = schema.partition("(")[0]
 
     def register(function: _Function) -> _Function:
-        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, _not_traced(function), "CompositeExplicitAutograd")
+        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(name, _not_traced(function), "CompositeExplicitAutograd")
         return cast(_Function, getattr(torch.ops.fusco, name))
 
     return register
@@ -123,8 +124,10 @@ def _form_of(
 
 def is_eager(tensors: Iterable[Tensor | None]) -> bool:
     """Whether nothing but these plain tensors' own kernels would see an operator of them."""
-    return not torch.compiler.is_compiling() and all(
-        type(each) is Tensor for each in tensors if each is not None
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and all(type(each) is Tensor for each in tensors if each is not None)
     )
 
 
@@ -227,13 +230,19 @@ def dispatch_backward(
     shuffle: int,
 ) -> tuple[list[Tensor], Tensor]:
     """Gradients `[R, ...]` summed to `[T, ...]`; those of row weights back to `[T, K]`."""
-    whole = Plan.from_tensors(plan)
-    form = _form(grads, grad_row_weights)
-    call = Call(operation=Operation.DISPATCH_BACKWARD, plan=whole.number, form=form)
-    with using(shuffle) as engine:
-        got = engine.combine(call, tuple(grads), None, whole, grad_row_weights)
+    got = run_dispatch_backward(tuple(grads), grad_row_weights, Plan.from_tensors(plan), shuffle)
     values = got.pair_values
     return list(got.sums), plan[0].new_empty(0, dtype=torch.float32) if values is None else values
+
+
+def run_dispatch_backward(
+    grads: tuple[Tensor, ...], grad_row_weights: Tensor | None, plan: Plan, shuffle: int
+) -> Returned:
+    """What the operator `dispatch_backward` does."""
+    form = _form(grads, grad_row_weights)
+    call = Call(operation=Operation.DISPATCH_BACKWARD, plan=plan.number, form=form)
+    with using(shuffle) as engine:
+        return engine.combine(call, grads, None, plan, grad_row_weights)
 
 
 @_operator(
@@ -249,10 +258,21 @@ def combine_backward(
 ) -> tuple[list[Tensor], Tensor]:
     """Gradients `[T, ...]` to those of the rows `[R, ...]` and of the row weights `[R]`."""
     whole = Plan.from_tensors(plan)
-    call = Call(operation=Operation.COMBINE_BACKWARD, plan=whole.number, form=_form(grads, None))
-    with using(shuffle) as engine:
-        got = engine.combine_backward(call, tuple(grads), tuple(rows), row_weights, whole)
+    got = run_combine_backward(tuple(grads), tuple(rows), row_weights, whole, shuffle)
     return list(got[0]), got[1]
+
+
+def run_combine_backward(
+    grads: tuple[Tensor, ...],
+    rows: tuple[Tensor, ...],
+    row_weights: Tensor | None,
+    plan: Plan,
+    shuffle: int,
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """What the operator `combine_backward` does."""
+    call = Call(operation=Operation.COMBINE_BACKWARD, plan=plan.number, form=_form(grads, None))
+    with using(shuffle) as engine:
+        return engine.combine_backward(call, grads, rows, row_weights, plan)
 
 
 def _dispatch_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -276,15 +296,31 @@ def _remember_dispatch(
 def _gather_gradients(
     ctx: Any, grads: Sequence[Tensor], grad_row_weights: Tensor
 ) -> tuple[list[Tensor | None], Tensor | None]:
-    wanted = [grad.contiguous() for grad, need in zip(grads, ctx.needs, strict=True) if need]
-    values = grad_row_weights.contiguous() if ctx.needs_weights else None
+    wanted, values = to_gather(grads, grad_row_weights, ctx.needs, needs_weights=ctx.needs_weights)
+    sums, grad_weights = dispatch_backward(wanted, values, list(ctx.saved_tensors), ctx.shuffle)
+    return gathered(sums, ctx.needs), grad_weights if ctx.needs_weights else None
+
+
+def to_gather(
+    grads: Sequence[Tensor],
+    grad_row_weights: Tensor,
+    needs: Sequence[bool],
+    *,
+    needs_weights: bool,
+) -> tuple[list[Tensor], Tensor | None]:
+    """What goes back to the tokens: wanted gradients of rows, and those of row weights."""
+    wanted = [grad.contiguous() for grad, need in zip(grads, needs, strict=True) if need]
+    values = grad_row_weights.contiguous() if needs_weights else None
     if not wanted and values is not None:
         # Values travel beside rows: where only weights want gradients, beside the narrowest.
         wanted = [values.new_zeros((values.shape[0], 4))]
-    sums, grad_weights = dispatch_backward(wanted, values, list(ctx.saved_tensors), ctx.shuffle)
+    return wanted, values
+
+
+def gathered(sums: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """The gradient of each tensor of rows, None where it is not wanted."""
     rest = iter(sums)
-    grad_rows = [next(rest) if need else None for need in ctx.needs]
-    return grad_rows, grad_weights if ctx.needs_weights else None
+    return [next(rest) if need else None for need in needs]
 
 
 def _dispatch_grad(ctx: Any, grads: Sequence[Tensor], grad_row_weights: Tensor, _: Any) -> Any:
@@ -315,144 +351,11 @@ def _combine_grad(ctx: Any, grads: Sequence[Tensor]) -> Any:
 
 
 torch.library.register_autograd(
-    "fusco::dispatch", _dispatch_grad, setup_context=_dispatch_setup, lib=_LIBRARY
+    "fusco::dispatch", _dispatch_grad, setup_context=_dispatch_setup, lib=LIBRARY
 )
 torch.library.register_autograd(
-    "fusco::dispatch_planned", _planned_grad, setup_context=_planned_setup, lib=_LIBRARY
+    "fusco::dispatch_planned", _planned_grad, setup_context=_planned_setup, lib=LIBRARY
 )
 torch.library.register_autograd(
-    "fusco::combine", _combine_grad, setup_context=_combine_setup, lib=_LIBRARY
+    "fusco::combine", _combine_grad, setup_context=_combine_setup, lib=LIBRARY
 )
-
-
-@torch.library.register_fake("fusco::dispatch", lib=_LIBRARY)
-def _dispatch_fake(
-    rows: Sequence[Tensor], topk_idx: Tensor, topk_weights: Tensor | None, shuffle: int, grads: str
-) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    plan = _fake_plan(topk_idx, engine_of(shuffle))
-    got, row_weights = _fake_rows(rows, plan)
-    return got, row_weights, plan
-
-
-@torch.library.register_fake("fusco::dispatch_planned", lib=_LIBRARY)
-def _planned_fake(
-    rows: Sequence[Tensor],
-    topk_weights: Tensor | None,
-    plan: Sequence[Tensor],
-    shuffle: int,
-    grads: str,
-) -> tuple[list[Tensor], Tensor]:
-    return _fake_rows(rows, plan)
-
-
-@torch.library.register_fake("fusco::combine", lib=_LIBRARY)
-def _combine_fake(
-    rows: Sequence[Tensor],
-    row_weights: Tensor | None,
-    anchor: Tensor | None,
-    plan: Sequence[Tensor],
-    shuffle: int,
-    grads: str,
-) -> list[Tensor]:
-    num_tokens = Plan.from_tensors(plan).num_tokens
-    return [each.new_empty(num_tokens, *each.shape[1:]) for each in rows]
-
-
-@torch.library.register_fake("fusco::dispatch_backward", lib=_LIBRARY)
-def _dispatch_backward_fake(
-    grads: Sequence[Tensor],
-    grad_row_weights: Tensor | None,
-    plan: Sequence[Tensor],
-    shuffle: int,
-) -> tuple[list[Tensor], Tensor]:
-    whole = Plan.from_tensors(plan)
-    sums = [each.new_empty(whole.num_tokens, *each.shape[1:]) for each in grads]
-    if grad_row_weights is None:
-        return sums, plan[0].new_empty(0, dtype=torch.float32)
-    return sums, grad_row_weights.new_empty(whole.num_tokens, whole.top_k)
-
-
-@torch.library.register_fake("fusco::combine_backward", lib=_LIBRARY)
-def _combine_backward_fake(
-    grads: Sequence[Tensor],
-    rows: Sequence[Tensor],
-    row_weights: Tensor | None,
-    plan: Sequence[Tensor],
-    shuffle: int,
-) -> tuple[list[Tensor], Tensor]:
-    return _fake_rows(grads, plan)
-
-
-def _fake_rows(rows: Sequence[Tensor], plan: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    num_rows = Plan.from_tensors(plan).num_rows
-    got = [each.new_empty(num_rows, *each.shape[1:]) for each in rows]
-    return got, plan[1].new_empty(num_rows, dtype=torch.float32)
-
-
-def _fake_plan(topk_idx: Tensor, engine: Engine) -> list[Tensor]:
-    topology = engine.world.topology
-    num_tokens, top_k = topk_idx.shape
-    num_ranks = topology.num_ranks
-    ctx = torch.library.get_ctx()
-
-    def int64(*shape: int | torch.SymInt) -> Tensor:
-        return topk_idx.new_empty(shape, dtype=torch.int64)
-
-    is_sliced = engine.plan_type is SlicedPlan
-
-    def bounds(size: int | torch.SymInt) -> Tensor:
-        # Of plans in slices these are on the CPU.
-        return torch.empty(size, dtype=torch.int64) if is_sliced else int64(size)
-
-    def leg(num_rows: int | torch.SymInt) -> list[Tensor]:
-        segments, slots = ctx.new_dynamic_size(), ctx.new_dynamic_size()
-        sums = [int64(num_rows, top_k), int64(num_rows, top_k)]
-        head = [bounds(num_ranks + 1), int64(segments), int64(segments + 1)]
-        return [*head, int64(slots), int64(slots), int64(slots), *sums]
-
-    def arrival() -> list[Tensor]:
-        slots = ctx.new_dynamic_size()
-        head = [bounds(num_ranks + 1), bounds(num_ranks), bounds(num_ranks)]
-        return [*head, int64(ctx.new_dynamic_size(min=1)), int64(slots), int64(slots)]
-
-    num_local = topology.num_local_experts[topology.rank]
-    if engine.has_compact_plans:
-        world = engine.world
-        size = links_len(num_tokens, num_ranks, world.max_tokens, top_k)
-        num_rows = world.max_recv_tokens or ctx.new_dynamic_size()
-        return [
-            torch.empty(2, dtype=torch.int64),
-            int64(num_local),
-            topk_idx.new_empty(num_local + 1, dtype=torch.int32),
-            topk_idx.new_empty((2, num_tokens, top_k), dtype=torch.int32),
-            topk_idx.new_empty(size, dtype=torch.int32),
-            topk_idx.new_empty(num_rows, dtype=torch.uint8),
-        ]
-    plan = [
-        torch.empty(2, dtype=torch.int64),
-        int64(num_local),
-        topk_idx.new_empty(num_local + 1, dtype=torch.int32),
-    ]
-    if is_sliced:
-        lists, some = ctx.new_dynamic_size(min=1), ctx.new_dynamic_size
-        plan += [
-            topk_idx.new_empty(some(), dtype=torch.bool),
-            *leg(num_tokens),
-            *leg(num_tokens),
-            *arrival(),
-            *(int64(some()) for _ in range(2)),
-            bounds(some()),
-            *(int64(some()) for _ in range(5)),
-            int64(lists),
-            int64(some()),
-            int64(num_tokens + 1),
-            int64(some()),
-        ]
-        assert len(plan) == NUM_SLICED_TENSORS
-        return plan
-    plan += [int64(ctx.new_dynamic_size()), *leg(num_tokens), *arrival()]
-    if engine.plans_two_levels:
-        received = arrival()
-        plan += [*leg(num_tokens), *received, *leg(received[3].shape[0] - 1), *arrival()]
-    assert len(plan) == NUM_PLAN_TENSORS[2 if engine.plans_two_levels else 1]
-    return plan

@@ -20,6 +20,7 @@ from fusco.testing import dense
 from fusco.types import Rows, as_tuple
 
 Routing = Literal["uniform", "repeated", "holes", "one-expert", "nobody"]
+_SCALE_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,10 @@ class Case:
         return len(self.num_tokens)
 
     @property
+    def _num_scales(self) -> int:
+        return -(-self.hidden_size // 128) if self.payload == "scaled" else 0
+
+    @property
     def node_of_rank(self) -> tuple[int, ...]:
         """The node of each rank."""
         if self.ranks_per_node is None and _told:
@@ -70,7 +75,8 @@ class Case:
         """A `fusco.Shuffle` of this case over `group`."""
         arguments: dict[str, Any] = {
             "num_experts": self.num_experts,
-            "hidden_size": self.hidden_size,
+            # Scales may need more than narrower rows leave.
+            "hidden_size": self.hidden_size + self._num_scales * _SCALE_BYTES,
             "top_k": self.top_k,
             "max_tokens": max(1, *self.num_tokens),
             "group": group,
@@ -301,7 +307,7 @@ def _rows(case: Case, num_tokens: int, generator: torch.Generator) -> Rows:
         return torch.randint(256, shape, generator=generator, dtype=torch.uint8)
     rows = torch.randn(shape, generator=generator)
     if case.payload == "scaled":
-        scales = torch.rand((num_tokens, -(-case.hidden_size // 128)), generator=generator)
+        scales = torch.rand((num_tokens, case._num_scales), generator=generator)
         return rows.to(torch.float8_e4m3fn), scales
     return rows.to(case.dtype)
 

@@ -181,10 +181,10 @@ def _wrap(
         segments = window.as_tensor(Block(base=block.base + begin, size=align(size)), size)
         if not fuses:
             segments = expert_major(segments.view(num_rows, -1), plan)
-        moved = from_segments(segments.view(num_rows, bytes_per_row(like)), like)
+        segments = segments.view(num_rows, bytes_per_row(like))
         if fuses and padding is not None:
-            moved[padding] = 0
-        got.append(moved)
+            segments[padding] = 0
+        got.append(from_segments(segments, like))
     # Weights stay in the window too, beside rows that peers may read there in combine.
     size = num_rows * 4
     kept = Block(base=block.base + weights_at, size=align(size))

@@ -20,7 +20,7 @@ from fusco.engines.cuda.kernels import structs
 from fusco.engines.cuda.launch import Launcher
 from fusco.engines.cuda.streams import Order
 from fusco.engines.cuda.window import NOWHERE, Place, SymmetricHeap, TorchAllocator
-from fusco.errors import WindowMemoryError, input_error
+from fusco.errors import PeerError, WindowMemoryError, input_error
 from fusco.layout.compact import WindowLayout, chunk_bytes
 from fusco.layout.records import Operation
 from fusco.transports.bulletin import Bulletin
@@ -227,7 +227,13 @@ class Session:
             memory = self._allocate(size)
         except RuntimeError as error:  # of the driver, which torch does not tell apart
             problem = str(error) or "out of memory"
-        problems = self.bulletin.swap(f"growth {self._ticket}", problem)
+        try:
+            problems = self.bulletin.swap(f"growth {self._ticket}", problem)
+        except PeerError as error:
+            if self.world.max_recv_tokens is None:
+                raise
+            text = f"{error}; did all ranks keep equally many outputs, as max_recv_tokens wants?"
+            raise PeerError(text, operation=operation, rank=error.rank) from None
         for rank, text in enumerate(problems):
             if text:
                 raise WindowMemoryError(

@@ -1,0 +1,106 @@
+"""Dispatch and combine with gradients, where nobody traces: what the operators do, without them.
+
+An operator that is written in Python takes longer to call than a small dispatch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fusco import ops
+from fusco.engines.base import Delivery
+from fusco.types import Plan
+
+
+def dispatch(
+    run: Callable[[], Delivery],
+    shuffle: int,
+    topk_weights: Tensor | None,
+    rows: tuple[Tensor, ...],
+) -> Delivery:
+    """What `run()` brings of these rows and weights, with their graph."""
+    delivered: list[Delivery] = []
+    *got, row_weights = _Dispatch.apply(  # type: ignore[no-untyped-call]
+        run, delivered, shuffle, topk_weights, *rows
+    )
+    return replace(delivered[0], rows=tuple(got), row_weights=row_weights)
+
+
+def combine(
+    rows: Iterable[Tensor],
+    row_weights: Tensor | None,
+    anchor: Tensor | None,
+    plan: Plan,
+    shuffle: int,
+) -> tuple[Tensor, ...]:
+    """The sums with their graph; for `anchor` see `ops.combine`."""
+    dense = (each.contiguous() for each in rows)
+    sums: tuple[Tensor, ...] = _Combine.apply(  # type: ignore[no-untyped-call]
+        plan, shuffle, anchor, row_weights, *dense
+    )
+    return sums
+
+
+_NUM_OTHERS = 4
+"""Arguments of the functions below that are not rows; the last of them are weights."""
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        run: Callable[[], Delivery],
+        delivered: list[Delivery],
+        shuffle: int,
+        topk_weights: Tensor | None,
+        *rows: Tensor,
+    ) -> tuple[Tensor, ...]:
+        delivery = run()
+        delivered.append(delivery)
+        ctx.plan, ctx.shuffle = delivery.plan, shuffle
+        *_, ctx.needs_weights = ctx.needs_input_grad[:_NUM_OTHERS]
+        ctx.needs = ctx.needs_input_grad[_NUM_OTHERS:]
+        return (*delivery.rows, delivery.row_weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        wanted, values = ops.to_gather(
+            grads[:-1], grads[-1], ctx.needs, needs_weights=ctx.needs_weights
+        )
+        got = ops.run_dispatch_backward(tuple(wanted), values, ctx.plan, ctx.shuffle)
+        return (None, None, None, got.pair_values, *ops.gathered(got.sums, ctx.needs))
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        plan: Plan,
+        shuffle: int,
+        anchor: Tensor | None,
+        row_weights: Tensor | None,
+        *rows: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.plan, ctx.shuffle, ctx.is_weighted = plan, shuffle, row_weights is not None
+        ctx.save_for_backward(*rows, *(() if row_weights is None else (row_weights,)))
+        return ops.run_combine(rows, row_weights, plan, shuffle, ops.WITH_GRADIENTS).sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows = ctx.saved_tensors
+        row_weights = None
+        if ctx.is_weighted:
+            *rows, row_weights = rows
+        dense = tuple(grad.contiguous() for grad in grads)
+        grad_rows, grad_weights = ops.run_combine_backward(
+            dense, tuple(rows), row_weights, ctx.plan, ctx.shuffle
+        )
+        return (None, None, None, grad_weights if ctx.is_weighted else None, *grad_rows)
