@@ -58,7 +58,7 @@ class Shuffle:
         max_recv_tokens: room for so many rows on every rank, always: dispatch returns outputs of
             that size without waiting for the GPU, and can be captured in a CUDA graph. Rows behind
             the last are not written, nor are their gradients. If a rank would receive more,
-            nothing is stored and every rank raises at its next call. None: outputs have as many
+            nothing is stored, and `synchronize` raises on every rank. None: outputs have as many
             rows as arrive. "cuda" only.
         num_sms: the most multiprocessors of a GPU that an operation takes; None: all.
         ablation: mechanisms to switch off, for measurements.
@@ -356,7 +356,7 @@ class Shuffle:
 
         Only the engine "cuda" returns from `combine`, or with `max_recv_tokens` from `dispatch`,
         before it is known whether all ranks agree: the error is raised by the next dispatch, or
-        here. With `max_recv_tokens` a dispatch raises it only if this rank knows of it by then.
+        here. With `max_recv_tokens` only this raises; until then no call does anything.
         """
         self._require_open()
         with ops.using(self._key) as engine:

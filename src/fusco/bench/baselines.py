@@ -9,6 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusco.bench.traffic import CountedAllToAll
+
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineDispatched:
@@ -53,18 +55,16 @@ class AllToAllBaseline:
     def __init__(
         self, *, num_experts: int, group: dist.ProcessGroup, keep_buffers: bool = False
     ) -> None:
-        self._group = group
+        self._all_to_all = CountedAllToAll(group)
         self._keep_buffers = keep_buffers
         self._num_experts = num_experts
         self._num_ranks = dist.get_world_size(group)
-        self._rank = dist.get_rank(group)
         self._buffers: dict[str, Tensor] = {}
-        self._wire_bytes = 0
 
     @property
     def wire_bytes(self) -> int:
         """Bytes that this rank has sent to others so far."""
-        return self._wire_bytes
+        return self._all_to_all.wire_bytes
 
     def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> BaselineDispatched:
         """As `Shuffle.dispatch`, expert by expert in the same order."""
@@ -110,17 +110,6 @@ class AllToAllBaseline:
         self._all_to_all(returned[:-1], rows, d.sent, d.received)
         return_of_choice = inverse(d.choice_of_sent, d.topk_weights.numel())
         return _weighted_sum(returned, return_of_choice.view_as(d.topk_weights), d.topk_weights)
-
-    def _all_to_all(
-        self,
-        received: Tensor,
-        sent: Tensor,
-        received_splits: list[int] | None = None,
-        sent_splits: list[int] | None = None,
-    ) -> None:
-        dist.all_to_all_single(received, sent, received_splits, sent_splits, group=self._group)
-        own = sent_splits[self._rank] if sent_splits else len(sent) // self._num_ranks
-        self._wire_bytes += (len(sent) - own) * sent[:1].nbytes
 
     def _buffer(self, name: str, num_rows: int, like: Tensor) -> Tensor:
         buffer = self._buffers.get(name)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fusco.bench.baselines import expert_major, inverse
 from fusco.bench.rows import RowMover
+from fusco.bench.traffic import CountedAllToAll
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,17 +52,15 @@ class NcclBaseline:
     """
 
     def __init__(self, *, num_experts: int, group: dist.ProcessGroup, rows: RowMover) -> None:
-        self._group = group
+        self._all_to_all = CountedAllToAll(group)
         self._rows = rows
         self._num_experts = num_experts
         self._num_ranks = group.size()
-        self._rank = group.rank()
-        self._wire_bytes = 0
 
     @property
     def wire_bytes(self) -> int:
         """Bytes that this rank has sent to others so far."""
-        return self._wire_bytes
+        return self._all_to_all.wire_bytes
 
     def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> NcclDispatched:
         """As `Shuffle.dispatch`, row by row in the same order."""
@@ -102,14 +101,3 @@ class NcclBaseline:
         returned = expert_outputs.new_empty((sum(d.sent), expert_outputs.shape[1]))
         self._all_to_all(returned, leaving, d.sent, d.received)
         return self._rows.weighted_sum(returned, d.return_TK, d.topk_weights)
-
-    def _all_to_all(
-        self,
-        received: Tensor,
-        sent: Tensor,
-        received_splits: list[int] | None = None,
-        sent_splits: list[int] | None = None,
-    ) -> None:
-        dist.all_to_all_single(received, sent, received_splits, sent_splits, group=self._group)
-        own = sent_splits[self._rank] if sent_splits else len(sent) // self._num_ranks
-        self._wire_bytes += (len(sent) - own) * sent[:1].nbytes

@@ -144,7 +144,7 @@ class Dispatcher:
             self._launch_plan(stream, num_tokens)
             self._dispatch(stream, session.num_sms, form.threads, form.shared_bytes)
             if num_rows is not None:
-                session.failures.raise_pending()
+                session.failures.warn()
                 break
             # There is time until the report comes.
             with suppress(torch.OutOfMemoryError):
@@ -193,7 +193,7 @@ class Dispatcher:
             ticket = session.describe(call, place)
             kernel(stream, session.num_sms, form.threads, form.shared_bytes)
             if session.world.max_recv_tokens is not None:
-                session.failures.raise_pending()
+                session.failures.warn()
                 break
             report = session.await_report(ticket)
             if report.verdict == Verdict.GO:
@@ -238,7 +238,7 @@ class Dispatcher:
     def _make_room(self, call: Call, place: Place, report: Report) -> None:
         self._session.heap.release(place)
         if report.verdict != Verdict.SHORT:
-            self._session.failures.raise_pending()
+            self._session.failures.raise_reported()
         self._session.grow(call.operation.text, report.need)
 
     def _set_rows(self, rows: tuple[Tensor, ...], weights: Tensor | None, work: _Work) -> _Format:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Concatenate, NoReturn, ParamSpec, TypeVar
+from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -85,14 +85,14 @@ class CudaEngine(Engine):
     ) -> Delivery:
         works = self._open()
         works.session.check_device(call, rows[0])
-        dense = tuple(map(_dense, rows))
-        weights = None if weights is None else weights.contiguous()
         if isinstance(routing, CompactPlan):
-            got = works.dispatcher.dispatch_planned(call, dense, weights, routing)
+            weights, *dense = works.dense(call, weights, *rows)
+            got = works.dispatcher.dispatch_planned(call, tuple(dense), weights, routing)
         else:
             assert isinstance(routing, Tensor), "plans come from this engine"
+            topk_idx, weights, *dense = works.dense(call, routing, weights, *rows)
             got = works.dispatcher.dispatch_new(
-                call, dense, weights, routing.contiguous(), self.new_identity
+                call, tuple(dense), weights, topk_idx, self.new_identity
             )
         assert isinstance(got.plan, CompactPlan)
         works.last_plan = got.plan
@@ -112,10 +112,8 @@ class CudaEngine(Engine):
         works = self._open()
         works.session.check_device(call, rows[0])
         self.meter.combined()
-        dense = tuple(map(_dense, rows))
-        row_weights = None if row_weights is None else row_weights.contiguous()
-        row_values = None if row_values is None else row_values.contiguous()
-        return works.combiner.combine(call, dense, row_weights, plan, row_values)
+        row_weights, row_values, *dense = works.dense(call, row_weights, row_values, *rows)
+        return works.combiner.combine(call, tuple(dense), row_weights, plan, row_values)
 
     @_on_own_device
     def combine_backward(
@@ -132,13 +130,8 @@ class CudaEngine(Engine):
         works = self._open()
         works.session.check_device(call, grads[0])
         self.meter.dispatched(0)
-        got = works.dispatcher.dispatch_planned(
-            call,
-            (_dense(grads[0]),),
-            row_weights.contiguous(),
-            plan,
-            combined=_dense(rows[0]),
-        )
+        grad, weights, combined = works.dense(call, grads[0], row_weights, rows[0])
+        got = works.dispatcher.dispatch_planned(call, (grad,), weights, plan, combined=combined)
         return got.rows, got.row_weights
 
     def exchange(
@@ -199,6 +192,13 @@ class _Works:
         self.combiner = Combiner(self.session)
         self.last_plan: CompactPlan | None = None
 
+    def dense(self, call: Call, *tensors: Tensor | None) -> list[Any]:
+        """The same tensors, each in one piece; without memory for that all ranks raise."""
+        try:
+            return [None if each is None else _dense(each) for each in tensors]
+        except torch.OutOfMemoryError as error:
+            self.session.raise_out_of_memory(call, error)
+
     def rows_per_rank(self, plan: CompactPlan) -> Tensor | None:
         """int64 `[P]` on the CPU; None where the ranks did not agree on the plan."""
         ranks, top_k = self.session.num_ranks, plan.top_k
@@ -206,9 +206,9 @@ class _Works:
         return links.rows.cpu().to(torch.int64) if int(links.number) else None
 
 
-def _dense(rows: Tensor) -> Tensor:
-    """The same rows one behind the other, at an address that is a multiple of 16."""
-    dense = rows.contiguous()
+def _dense(tensor: Tensor) -> Tensor:
+    """The same elements one behind the other, from an address that is a multiple of 16 on."""
+    dense = tensor.contiguous()
     return dense if dense.data_ptr() % 16 == 0 else dense.clone()
 
 

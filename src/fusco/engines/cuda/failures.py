@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import warnings
 from collections import deque
 from dataclasses import replace
 from typing import NoReturn
@@ -35,8 +37,8 @@ class Failures:
     A failure that all ranks find together stays pending, and no operation does anything, until
     every rank has settled it: has raised it in a call that waits for the device. Such calls are
     the same on all ranks, so that all raise in the same call, and their next ones belong together,
-    however late a rank's host learns of a failure. With fixed outputs only `synchronize` waits; a
-    dispatch raises if it knows, and until then calls ask the others for nothing.
+    however late a rank's host learns of a failure. With fixed outputs only `synchronize` waits, and
+    until then calls ask the others for nothing.
 
     Args:
         world: what the engine is made for.
@@ -54,6 +56,7 @@ class Failures:
         self._pending = pending
         self._calls: deque[tuple[int, Call]] = deque(maxlen=_REMEMBERED)
         self._last: FuscoError | None = None
+        self._has_warned = False
 
     @property
     def is_pending(self) -> bool:
@@ -87,6 +90,26 @@ class Failures:
         self._settle()
         raise error
 
+    def raise_reported(self) -> NoReturn:
+        """Raise what a kernel has reported; what it tells may be a moment behind the report."""
+        deadline = time.monotonic() + self._world.timeout_s
+        while not self.is_pending and time.monotonic() < deadline:
+            pass
+        self.raise_pending()
+        raise AssertionError("a kernel reported a failure that it did not tell")
+
+    def warn(self) -> None:
+        """Say once for each failure that nothing is done until it is raised."""
+        if not self.is_pending or self._has_warned:
+            return
+        self.raise_lost()
+        self._has_warned = True
+        warnings.warn(
+            "an earlier call of this Shuffle failed, and no call since has done anything: "
+            "synchronize() raises the error, on all ranks alike",
+            stacklevel=2,
+        )
+
     def raise_own(self, ticket: int, call: Call, *, all_settle: bool) -> NoReturn:
         """Raise the error of a call that was published with it, on the rank that made it.
 
@@ -115,6 +138,7 @@ class Failures:
             self._post(failure, self._call_of(failure))
 
     def _settle(self) -> None:
+        self._has_warned = False
         self._told[:] = 0
         self._pending.zero_()
 

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import NamedTuple, NoReturn
 
@@ -92,6 +93,7 @@ class Session:
         self.one = torch.zeros(1, dtype=torch.uint8, device=self.device)
         self._say = self.launcher(Variant(name="agree"))
         self._ticket = 0
+        self._num_growths = 0
         self._last_call: Call | None = None
         pending = self._tables["state"].view(torch.int32)[_PENDING : _PENDING + 1]
         self.failures = Failures(world, self.bulletin, self._failure, pending)
@@ -206,6 +208,9 @@ class Session:
 
     def raise_everywhere(self, call: Call) -> NoReturn:
         """Publish a call whose error is set, so that all ranks raise it, and raise it here."""
+        if torch.cuda.is_current_stream_capturing():
+            assert call.error is not None
+            raise call.error  # nothing of a capture has run, so nobody waits
         stream = self.order.begin()
         ticket = self.describe(call, NOWHERE)
         self._say(stream, 1, _SAY_THREADS)
@@ -222,13 +227,14 @@ class Session:
     def grow(self, operation: str, need: int) -> None:
         """Add a chunk where a block of `need` bytes fits; all ranks call it with the same need."""
         size = chunk_bytes(need)
+        self._num_growths += 1  # also of those that fail
         problem = ""
         try:
             memory = self._allocate(size)
         except RuntimeError as error:  # of the driver, which torch does not tell apart
             problem = str(error) or "out of memory"
         try:
-            problems = self.bulletin.swap(f"growth {self._ticket}", problem)
+            problems = self.bulletin.swap(f"growth {self._num_growths}", problem)
         except PeerError as error:
             if self.world.max_recv_tokens is None:
                 raise
@@ -272,11 +278,19 @@ class Session:
     def close(self) -> None:
         """Give up the room on the device. Memory goes when nothing uses it any more."""
         _SHARING.discard(self)
+        # Kernels still report, each within a bound; a broken device has nothing to wait for.
+        with suppress(RuntimeError):
+            self._wait()
         self.failures.close()
+
+    def _wait(self) -> None:
+        """For all operations, also those that a replayed graph has put on the current stream."""
+        self.order.synchronize()
+        torch.cuda.current_stream(self.device).synchronize()
 
     def synchronize(self) -> None:
         """Until all that was asked for is done."""
-        self.order.synchronize()
+        self._wait()
         if self.failures.is_pending:
             self.order.begin()
             self.failures.raise_pending()
@@ -301,7 +315,7 @@ class Session:
 
     def counted(self) -> Counted:
         """What the kernels have counted so far."""
-        self.order.synchronize()
+        self._wait()
         state = self._tables["state"].view(torch.int32)
         return Counted(
             num_rows=int(state[_NUM_ROWS : _NUM_ROWS + 2].view(torch.int64)),

@@ -1,0 +1,156 @@
+"""How failures that kernels report become errors, with the kernels left out."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fusco.engines.agreement import Call
+from fusco.engines.cuda.failures import Failures
+from fusco.engines.cuda.kernels import structs
+from fusco.engines.cuda.kernels.structs import Verdict
+from fusco.errors import (
+    DisagreementError,
+    FuscoError,
+    InputError,
+    PeerError,
+    WindowMemoryError,
+    input_error,
+)
+from fusco.layout.records import Operation
+
+TICKET = 7
+RIGHT = Call(operation=Operation.COMBINE, plan=3)
+WRONG = Call(
+    operation=Operation.COMBINE,
+    plan=3,
+    error=input_error("combine", "rows", got="2", expected="3", remedy="count them"),
+)
+
+
+class Board:
+    """A bulletin in one process."""
+
+    def __init__(self) -> None:
+        self.texts: dict[tuple[str, int], str] = {}
+
+    def of(self, rank: int) -> Any:
+        return SimpleNamespace(
+            post=lambda topic, text: self.texts.__setitem__((topic, rank), text),
+            read=lambda topic, peer: self.texts[topic, peer],
+        )
+
+
+class Rank:
+    """Failures of one rank of two, and what its kernels would write."""
+
+    def __init__(self, rank: int, board: Board, max_recv_tokens: int | None = None) -> None:
+        topology = SimpleNamespace(rank=rank, num_ranks=2, num_experts=4)
+        world = SimpleNamespace(topology=topology, timeout_s=1.0, max_recv_tokens=max_recv_tokens)
+        names = [name for name, _ in structs.Failure._fields_]
+        self._place = {name: at for at, name in enumerate(names)}
+        self.told = np.zeros(len(names), dtype=np.int64)
+        self.pending = torch.zeros(1, dtype=torch.int32)
+        self.failures = Failures(world, board.of(rank), self.told, self.pending)  # type: ignore[arg-type]
+
+    def fail(self, verdict: Verdict, **fields: int) -> None:
+        facts = {"operation": Operation.COMBINE, "ticket": TICKET, "awaited": -1, "epoch": 5}
+        for name, value in (facts | fields | {"verdict": verdict}).items():
+            self.told[self._place[name]] = value
+        self.pending.fill_(5)
+
+    def error(self) -> FuscoError:
+        with pytest.raises(FuscoError) as caught:
+            self.failures.raise_pending()
+        return caught.value
+
+    def is_settled(self) -> bool:
+        return not self.told.any() and not self.pending.any()
+
+
+def two_ranks(wrong: int = 1, **changes: Any) -> tuple[Rank, Rank]:
+    board = Board()
+    ranks = Rank(0, board, **changes), Rank(1, board, **changes)
+    for rank, each in enumerate(ranks):
+        each.failures.remember(TICKET, WRONG if rank == wrong else RIGHT)
+        each.fail(Verdict.UNLIKE)
+    return ranks
+
+
+def test_a_wrong_call_is_raised_by_all_with_its_rank() -> None:
+    right, wrong = two_ranks()
+    with pytest.raises(InputError, match="count them"):
+        wrong.failures.raise_own(TICKET, WRONG, all_settle=False)
+    error = right.error()
+    assert isinstance(error, InputError)
+    assert "rank 1" in str(error)
+    assert right.is_settled()
+    assert wrong.is_settled()
+
+
+def test_who_has_raised_before_the_others_raises_again_with_them() -> None:
+    _, wrong = two_ranks()
+    with pytest.raises(InputError):
+        wrong.failures.raise_own(TICKET, WRONG, all_settle=False)
+    wrong.fail(Verdict.STALE, ticket=TICKET + 1)
+    assert wrong.error() is WRONG.error
+
+
+def test_a_wrong_call_after_a_failure_leaves_it_pending() -> None:
+    board = Board()
+    rank = Rank(1, board)
+    rank.failures.remember(TICKET, RIGHT)
+    rank.fail(Verdict.SHORT, need=9)
+    with pytest.raises(InputError, match="count them"):
+        rank.failures.raise_own(TICKET + 1, WRONG, all_settle=False)
+    assert not rank.is_settled()
+    with pytest.raises(WindowMemoryError):
+        rank.failures.raise_own(TICKET + 2, WRONG, all_settle=True)
+    assert rank.is_settled()
+
+
+def test_calls_that_do_not_fit_together() -> None:
+    first, second = two_ranks(wrong=-1)
+    second.failures.close()  # leaves before it has raised, but not without a word
+    assert isinstance(first.error(), DisagreementError)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "kind", "names"),
+    [
+        (Verdict.SHORT, WindowMemoryError, "max_recv_tokens=9"),
+        (Verdict.INVALID, InputError, "plan"),
+        (Verdict.STALE, DisagreementError, "earlier"),
+    ],
+)
+def test_what_needs_no_word_of_others(verdict: Verdict, kind: type[FuscoError], names: str) -> None:
+    rank = Rank(0, Board(), max_recv_tokens=4)
+    rank.fail(verdict, need=9)
+    error = rank.error()
+    assert isinstance(error, kind)
+    assert names in str(error)
+    assert rank.is_settled()
+
+
+def test_a_loss_is_for_good() -> None:
+    rank = Rank(0, Board())
+    rank.fail(Verdict.LOST, awaited=1, item=-1)
+    for call in (rank.failures.raise_lost, rank.failures.raise_pending, rank.failures.warn):
+        with pytest.raises(PeerError, match="rank 1 is lost"):
+            call()
+    assert not rank.is_settled()
+
+
+def test_a_warning_for_each_failure() -> None:
+    rank = Rank(0, Board(), max_recv_tokens=4)
+    rank.failures.warn()
+    for _ in range(2):
+        rank.fail(Verdict.SHORT, need=9)
+        with pytest.warns(UserWarning, match="synchronize"):
+            rank.failures.warn()
+        rank.failures.warn()
+        rank.error()
