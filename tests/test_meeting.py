@@ -30,6 +30,7 @@ def choose(
     settings: dict[str, object],
     sends: tuple[str, ...],
     nodes: tuple[str, ...] = (),
+    without: tuple[str, ...] = (),
 ) -> str:
     """The engine that ranks with such GPUs get, or why they get none."""
     group = subgroup(MEMBERS)
@@ -42,7 +43,7 @@ def choose(
         mock.patch.object(meeting, "group_device_types", return_value=sends),
     ):
         try:
-            return meeting.meet("Shuffle", group, settings, engine=asked).engine
+            return meeting.meet("Shuffle", group, settings, engine=asked, without=without).engine
         except fusco.EngineUnavailableError as error:
             return str(error)
 
@@ -89,6 +90,12 @@ def test_choice_between_nodes(pool: RankPool, name: str) -> None:
     got = pool.run(choose, reaches, asked, settings, sends, NODES)[: len(MEMBERS)]
     assert len(set(got)) == 1, got
     assert want in got[0]
+
+
+@pytest.mark.parametrize("nodes", [(), NODES])
+def test_no_engine_for_gpus_exchanges(pool: RankPool, nodes: tuple[str, ...]) -> None:
+    got = pool.run(choose, JOINED, "auto", {}, ("cuda",), nodes, ("cuda",))[: len(MEMBERS)]
+    assert all(" serve Shuffle; for other" in text or "serves Shuffle; " in text for text in got)
 
 
 def test_ranks_that_share_a_gpu_are_joined() -> None:

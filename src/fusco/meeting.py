@@ -196,9 +196,10 @@ def _choose(
         if is_apart and shares_memory and not why_no_nodes and "cuda" not in without:
             return "two_level"
     if "cpu" not in group_device_types(group):
+        why_not_apart = _why_not_apart(operation, reaches, labels, shares_memory, without)
         raise EngineUnavailableError(
             f"{operation}: the group sends CUDA tensors only, and no engine for them can serve it: "
-            f"{why_no_nodes if is_apart else why_no_cuda}; for other engines make the group with "
+            f"{why_not_apart if is_apart else why_no_cuda}; for other engines make the group with "
             "backend='cpu:gloo,cuda:nccl'"
         )
     can_run = [each.name for each in probe() if each.available]
@@ -226,6 +227,20 @@ def _why_no_cuda(
         if reach.no_kernels:
             return f"rank {rank} {reach.no_kernels}"
     return why_not_joined(dict(enumerate(reaches)))
+
+
+def _why_not_apart(
+    operation: str,
+    reaches: Sequence[Reach],
+    labels: Sequence[object],
+    shares_memory: bool,
+    without: Sequence[str],
+) -> str:
+    if "cuda" in without:
+        return f"none that joins hosts serves {operation}"
+    if not shares_memory:
+        return "the ranks of a node are on several hosts"
+    return _why_no_gpu_nodes(reaches, labels) or "not all ranks send them by NCCL"
 
 
 def _why_no_gpu_nodes(reaches: Sequence[Reach], labels: Sequence[object]) -> str:
