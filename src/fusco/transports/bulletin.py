@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import MutableMapping
 from datetime import timedelta
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_process_group_store
@@ -34,7 +34,8 @@ class Bulletin:
         # NOTE: torch offers no public way to a group's store.
         self.store = _get_process_group_store(group)
         self.group_name: str = group.group_name
-        self.name = f"fusco/{next(_numbers[group])}{part and '/'}{part}"
+        number = next(_numbers.setdefault(group, itertools.count()))
+        self.name = f"fusco/{number}{part and '/'}{part}"
         self._rank, self._num_ranks = group.rank(), group.size()
         self._timeout = timedelta(seconds=timeout_s)
 
@@ -75,4 +76,4 @@ class Bulletin:
         return f"{self.name}/{topic}/{rank}"
 
 
-_numbers: defaultdict[dist.ProcessGroup, Iterator[int]] = defaultdict(itertools.count)
+_numbers: MutableMapping[dist.ProcessGroup, itertools.count[int]] = WeakKeyDictionary()

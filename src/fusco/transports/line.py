@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import MutableMapping
 from datetime import timedelta
 from typing import Any, Protocol, cast
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch import Tensor
 
+from fusco.errors import EngineUnavailableError
 from fusco.groups import group_device_types, group_timeout_s
 from fusco.transports.bulletin import Bulletin
 
@@ -29,20 +31,42 @@ class Line(Protocol):
         """Begin to fill one."""
 
 
-@functools.cache
-def line_of(group: dist.ProcessGroup) -> Line:
+def line_of(group: dist.ProcessGroup, timeout_s: float | None = None) -> Line:
     """The group itself where it sends CPU tensors, else a gloo backend over the group's store.
 
-    That is one for all Shuffles of the group, no group that torch or the user knows, and made by
-    all ranks together.
+    That is one for all Shuffles of the group, no group that torch or the user knows, made by all
+    ranks together when it is first asked for, and gone with the group.
+
+    Args:
+        group: the ranks.
+        timeout_s: bound of making it, seconds; None: the group's timeout.
+
+    Raises:
+        EngineUnavailableError: the ranks do not reach each other by gloo.
     """
     if "cpu" in group_device_types(group):
         return group
+    if group not in LINES:
+        LINES[group] = _connect(group, timeout_s or group_timeout_s(group))
+    return LINES[group]
+
+
+def _connect(group: dist.ProcessGroup, timeout_s: float) -> Line:
     from torch._C._distributed_c10d import PrefixStore
 
-    timeout_s = group_timeout_s(group)
     bulletin = Bulletin(group, timeout_s)
     store = PrefixStore(f"{bulletin.name}/line", bulletin.store)
     timeout = timedelta(seconds=timeout_s)
-    backend: Any = dist.ProcessGroupGloo(store, group.rank(), group.size(), timeout)
+    try:
+        backend: Any = dist.ProcessGroupGloo(store, group.rank(), group.size(), timeout)
+    except RuntimeError as error:
+        raise EngineUnavailableError(
+            "Shuffle: the group sends CUDA tensors only, and its ranks cannot join by gloo within "
+            f"{timeout_s:g} s for what is told beside them: {error}; set GLOO_SOCKET_IFNAME on "
+            "every rank to the network interface that reaches the others, such as eth0"
+        ) from error
     return cast(Line, backend)
+
+
+LINES: MutableMapping[dist.ProcessGroup, Line] = WeakKeyDictionary()
+"""Of groups that send no CPU tensors. A line does not hold its group."""

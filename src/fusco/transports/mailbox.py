@@ -23,7 +23,7 @@ class Mailbox:
 
     Args:
         group: the ranks.
-        timeout_s: bound of a whole swap, seconds.
+        timeout_s: bound of the wait for a whole swap, seconds.
         wait_s: `[P]`, where to add up the seconds spent waiting for each rank.
     """
 
@@ -31,7 +31,7 @@ class Mailbox:
         self, group: dist.ProcessGroup, timeout_s: float, wait_s: list[float] | None = None
     ) -> None:
         self.group = group
-        self.line = line_of(group)
+        self.line = line_of(group, timeout_s)
         self.timeout_s = timeout_s
         self.wait_s = [0.0] * group.size() if wait_s is None else wait_s
         self.notices = notices_of(group)
@@ -82,7 +82,6 @@ class Swap:
     def __init__(self, mailbox: Mailbox, operation: str) -> None:
         self._mailbox = mailbox
         self._operation = operation
-        self._deadline = time.monotonic() + mailbox.timeout_s
         # With their tensors, which a message under way does not keep alive.
         self._works: list[tuple[int, dist.Work, Tensor]] = []
 
@@ -91,7 +90,7 @@ class Swap:
         try:
             work = self._mailbox.line.recv([tensor], peer, tag)
         except RuntimeError as error:
-            raise self._error(peer) from error
+            raise self._error(peer, is_late=False) from error
         self._works.append((peer, work, tensor))
 
     def send(self, tensor: Tensor, peer: int, tag: int) -> None:
@@ -99,7 +98,7 @@ class Swap:
         try:
             work = self._mailbox.line.send([tensor], peer, tag)
         except RuntimeError as error:
-            raise self._error(peer) from error
+            raise self._error(peer, is_late=False) from error
         self._works.append((peer, work, tensor))
 
     def wait(self) -> None:
@@ -108,16 +107,17 @@ class Swap:
         Raises:
             PeerError: a rank died, or was late.
         """
+        # From here on: what was begun long before may not have been sent yet.
+        deadline = time.monotonic() + self._mailbox.timeout_s
         for peer, work, _ in self._works:
             start = time.monotonic()
             try:
-                work.wait(timeout=timedelta(seconds=max(self._deadline - start, 0.001)))
+                work.wait(timeout=timedelta(seconds=max(deadline - start, 0.001)))
             except RuntimeError as error:
-                raise self._error(peer) from error
+                raise self._error(peer, is_late=time.monotonic() >= deadline) from error
             self._mailbox.wait_s[peer] += time.monotonic() - start
         self._works.clear()
 
-    def _error(self, peer: int) -> Exception:
-        is_late = time.monotonic() >= self._deadline
+    def _error(self, peer: int, *, is_late: bool) -> Exception:
         mailbox = self._mailbox
         return mailbox.notices.error(self._operation, peer, mailbox.timeout_s, is_late=is_late)

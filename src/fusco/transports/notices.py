@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import weakref
+from collections.abc import MutableMapping
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from fusco.errors import PeerError
-from fusco.transports.line import line_of
+from fusco.transports.line import LINES, Line, line_of
 
 _TAG = 0xF05D
 _NOBODY = -1
 _TELL_S = 1.0
+_HANG_UP = timedelta(milliseconds=1)
 
 
 class Notices:
@@ -25,14 +27,22 @@ class Notices:
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self._line = line = line_of(group)
+        # What is kept with a group must not hold it.
+        self._group = weakref.ref(group)
+        self._rank = group.rank()
         self._has_told = False
+        line = line_of(group)
         self._told = torch.full((group.size(), 1), _NOBODY)
         self._works = [
             line.recv([self._told[peer]], peer, _TAG)
-            for peer in range(line.size())
-            if peer != line.rank()
+            for peer in range(group.size())
+            if peer != self._rank
         ]
+
+    @property
+    def has_lost(self) -> bool:
+        """Whether some rank has told that one was lost."""
+        return bool((self._told != _NOBODY).any())
 
     def error(self, operation: str, missed: int, timeout_s: float, *, is_late: bool) -> PeerError:
         """The error to raise where `missed` did not answer; all others are told of it.
@@ -44,13 +54,17 @@ class Notices:
             is_late: whether that time has passed; else its connection has ended.
         """
         what = f"did not arrive within {timeout_s:g} s" if is_late else "is gone"
-        told = int(self._told[missed])
-        lost = missed if told == _NOBODY else told
-        if lost != missed:
-            what = f"is lost, as rank {missed} has found"
+        # Who is waited for may itself wait for the rank that another has told of.
+        told = self._told.flatten().tolist()
+        teller = next((peer for peer in (missed, *range(len(told))) if told[peer] != _NOBODY), None)
+        lost = missed if teller is None else told[teller]
+        if lost == teller:
+            what = "has left after an error of its own"
+        elif lost != missed:
+            what = f"is lost, as rank {teller} has found"
         self.tell(lost)
         return PeerError(
-            f"{operation}: rank {lost} {what} (waited for by rank {self._line.rank()}); "
+            f"{operation}: rank {lost} {what} (waited for by rank {self._rank}); "
             "this Shuffle is closed for good, restart the ranks",
             operation=operation,
             rank=lost,
@@ -58,26 +72,43 @@ class Notices:
 
     def tell(self, lost: int) -> None:
         """Tell all others, once, as far as they can still be reached."""
-        if self._has_told:
+        line = self._line()
+        if self._has_told or line is None:
             return
         self._has_told = True
         message = torch.tensor([lost])
-        for peer in range(self._line.size()):
-            if peer in (lost, self._line.rank()):
+        for peer in range(line.size()):
+            if peer in (lost, self._rank):
                 continue
             # Whoever cannot be reached has left already, and knows.
             with contextlib.suppress(RuntimeError):
-                work = self._line.send([message], peer, _TAG)
+                work = line.send([message], peer, _TAG)
                 work.wait(timeout=timedelta(seconds=_TELL_S))
 
+    def hang_up(self) -> None:
+        """End this rank's connections, so that nobody waits for it any more. Who was told of a
+        lost rank finds that out only when a wait ends."""
+        for work in self._works:
+            # NOTE: a wait that times out is the one thing that makes gloo close connections.
+            with contextlib.suppress(RuntimeError):
+                work.wait(timeout=_HANG_UP)
 
-@functools.cache
+    def _line(self) -> Line | None:
+        group = self._group()
+        return None if group is None else line_of(group)
+
+
 def notices_of(group: dist.ProcessGroup) -> Notices:
     """The notices of a group, expected from the first call on."""
-    return Notices(group)
+    if group not in _NOTICES:
+        _NOTICES[group] = Notices(group)
+    return _NOTICES[group]
 
 
 def forget_notices() -> None:
     """Expect no notices any more, before groups are destroyed."""
-    notices_of.cache_clear()
-    line_of.cache_clear()
+    _NOTICES.clear()
+    LINES.clear()
+
+
+_NOTICES: MutableMapping[dist.ProcessGroup, Notices] = weakref.WeakKeyDictionary()
