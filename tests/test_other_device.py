@@ -151,10 +151,10 @@ def round_trip(rank: int, dtype: torch.dtype, fusion: bool) -> None:
     with (
         mock.patch.dict(engines.FACTORIES, {"two_level": make_engine}),
         mock.patch.object(
-            session, "open_wire", lambda group, _: WireThere(group, torch.device("cpu"))
+            session, "open_wire", lambda group, _, to: WireThere(group, torch.device("cpu"), to)
         ),
         mock.patch.object(session, "slice_bytes", return_value=512),
-        mock.patch.object(wires, "_wait_for", lambda work, deadline_s: work.wait()),
+        mock.patch.object(wires, "_wait_for", lambda work, *_: work.wait()),
         mock.patch.object(Tensor, "new_tensor", new_tensor),
         mock.patch.object(lists, "as_words", lambda *segments: segments),
         mock.patch.object(dispatch_cargo, "as_words", lambda *segments: segments),

@@ -52,8 +52,10 @@ class using:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, PeerError):
-            del ENGINES[self._shuffle]
             self._engine.close(lost=error.rank)
+        # An engine that fails where its ranks count on it has closed itself.
+        if isinstance(error, PeerError) or self._engine.is_closed:
+            ENGINES.pop(self._shuffle, None)
 
 
 def engine_of(shuffle: int) -> Engine:

@@ -44,6 +44,7 @@ class Batches:
         self.asked: list[list[tuple[str, int]]] = []
         self.works: list[Work] = []
         self.num_aborts = 0
+        self.has_lost = False
 
     def begin(self, operations: list[Any]) -> list[Work]:
         self.asked.append([(each.op, each.group_peer) for each in operations])
@@ -52,9 +53,10 @@ class Batches:
     def abort(self) -> None:
         self.num_aborts += 1
 
-    def wire(self) -> wires.StepWire:
+    def wire(self, *peers: int) -> wires.StepWire:
         group: Any = SimpleNamespace(_get_backend=lambda device: self)
-        return wires.StepWire(group, torch.device("cpu"))
+        with mock.patch.object(wires, "notices_of", return_value=self):
+            return wires.StepWire(group, torch.device("cpu"), peers)
 
 
 def operation(op: Any, slot: torch.Tensor, group: Any, group_peer: int) -> Any:
@@ -70,6 +72,13 @@ def batches() -> Iterator[Batches]:
         mock.patch.object(dist, "batch_isend_irecv", made.begin),
     ):
         yield made
+
+
+def test_all_peers_are_connected_at_once(batches: Batches) -> None:
+    batches.works = [work := Work(0)]
+    batches.wire(2, 5)
+    assert batches.asked == [[("irecv", 2), ("irecv", 5), ("isend", 2), ("isend", 5)]]
+    assert work.num_waits == 1
 
 
 def test_a_step_is_one_operation(batches: Batches) -> None:
@@ -111,6 +120,17 @@ def test_what_went_wrong_is_found_while_waiting(batches: Batches) -> None:
     assert batches.num_aborts == 1
 
 
+def test_a_wait_ends_when_a_rank_was_lost(batches: Batches) -> None:
+    wire = batches.wire()
+    batches.works = [Work(1 << 60)]
+    moving = wire.receive(SLOT, 1, 0)
+    wire.flush(0)
+    batches.has_lost = True
+    with pytest.raises(RuntimeError, match="a rank was lost"):
+        wire.wait(moving, 60.0)
+    assert batches.num_aborts == 1
+
+
 def test_gpus_want_larger_slices_but_not_with_many_peers() -> None:
     cpu = {wires.slice_bytes(torch.device("cpu"), nodes) for nodes in (1, 2, 64)}
     assert cpu == {512 << 10}
@@ -124,4 +144,4 @@ def test_only_nccl_joins_nodes_of_gpus(backend: str) -> None:
         mock.patch.object(wires, "cuda_backend", return_value=backend),
         pytest.raises(RuntimeError, match=f"by {backend or 'nothing'}, not by nccl"),
     ):
-        wires.open_wire(mock.Mock(), CUDA)
+        wires.open_wire(mock.Mock(), CUDA, [1])

@@ -6,6 +6,7 @@ import contextlib
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fusco.groups import cuda_backend
 from fusco.transports.line import line_of
+from fusco.transports.notices import Notices, notices_of
 
 _TAG = 0xF05E
 _LOOK_S = 1e-3
@@ -81,15 +83,40 @@ class StepWire(Wire):
     NCCL runs what it is given on one stream, one after the other. Since an operation holds both
     what a rank sends and what it receives in a step, and all ranks go through the steps in one
     order, the operation of the least step that is not done can always end.
+
+    Args:
+        group: the ranks; all make their wires together.
+        device: of the slices.
+        peers: ranks that slices may go to or come from; each has this one among its own.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, device: torch.device, peers: Sequence[int]
+    ) -> None:
         self._group = group
         self._device = device
+        self._notices = notices_of(group)
         self._is_aborted = False
         self._told: dict[int, list[tuple[dist.P2POp, Moving]]] = defaultdict(list)
         # A communicator is made by all ranks together; in a step some may have nothing to do.
         dist.all_reduce(torch.zeros(1, device=device), group=group)
+        self._connect(peers)
+
+    def _connect(self, peers: Sequence[int]) -> None:
+        """NCCL connects two ranks in the first operation of theirs, and its host waits for that
+        without a bound: better here, where all ranks come, than where one may have been lost."""
+        if not peers:
+            return
+        mine = torch.zeros(1, dtype=torch.uint8, device=self._device)
+        theirs = torch.zeros(len(peers), dtype=torch.uint8, device=self._device).split(1)
+        operations = [
+            dist.P2POp(dist.irecv, each, group=self._group, group_peer=peer)
+            for each, peer in zip(theirs, peers, strict=True)
+        ]
+        for peer in peers:
+            operations.append(dist.P2POp(dist.isend, mine, group=self._group, group_peer=peer))
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
 
     def receive(self, slot: Tensor, peer: int, step: int) -> Moving:
         return self._tell(dist.P2POp(dist.irecv, slot, group=self._group, group_peer=peer), step)
@@ -109,7 +136,7 @@ class StepWire(Wire):
     def wait(self, moving: Moving, timeout_s: float) -> None:
         try:
             for work in moving.works:
-                _wait_for(work, time.perf_counter() + timeout_s)
+                _wait_for(work, time.perf_counter() + timeout_s, self._notices)
         except RuntimeError:
             self.abort()
             raise
@@ -130,7 +157,7 @@ class StepWire(Wire):
                 self._group._get_backend(self._device).abort()
 
 
-def _wait_for(work: dist.Work, deadline_s: float) -> None:
+def _wait_for(work: dist.Work, deadline_s: float, notices: Notices) -> None:
     look_s = 0.0
     while not work.is_completed():
         now_s = time.perf_counter()
@@ -140,6 +167,8 @@ def _wait_for(work: dist.Work, deadline_s: float) -> None:
             # NOTE: without a timeout this lets the stream wait and not the host; it raises what
             # NCCL has found wrong meanwhile.
             work.wait()
+            if notices.has_lost:
+                raise RuntimeError("a rank was lost")
             look_s = now_s + _LOOK_S
         time.sleep(_NAP_S)
     work.wait()
@@ -159,8 +188,8 @@ def slice_bytes(device: torch.device, num_nodes: int) -> int:
     return max(_STEP_BYTES // max(num_nodes - 1, 1), _MESSAGE_BYTES)
 
 
-def open_wire(group: dist.ProcessGroup, device: torch.device) -> Wire:
-    """The wire for tensors on a device; collective.
+def open_wire(group: dist.ProcessGroup, device: torch.device, peers: Sequence[int]) -> Wire:
+    """The wire for tensors on a device, to and from these ranks; collective.
 
     Raises:
         RuntimeError: the group sends no such tensors between hosts.
@@ -170,4 +199,4 @@ def open_wire(group: dist.ProcessGroup, device: torch.device) -> Wire:
     backend = cuda_backend(group)
     if backend != "nccl":
         raise RuntimeError(f"the group sends CUDA tensors by {backend or 'nothing'}, not by nccl")
-    return StepWire(group, device)
+    return StepWire(group, device, peers)

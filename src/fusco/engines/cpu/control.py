@@ -213,6 +213,8 @@ class Control:
         if state >= _LOST:
             lost = state - _LOST
             what = f"is lost, as rank {self._ranks[rank]} has found"
+            if lost == self._ranks[rank]:
+                what = "has left after an error of its own"
             raise self._error(operation, lost, what)
         if state == _CLOSED:
             raise self._error(operation, self._ranks[rank], "has closed its Shuffle")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,7 +19,7 @@ from fusco.engines.two_level.combine import combine
 from fusco.engines.two_level.dispatch import dispatch_new, dispatch_planned
 from fusco.engines.two_level.session import Session
 from fusco.engines.two_level.torch_planner import TorchPlanner
-from fusco.errors import input_error
+from fusco.errors import FuscoError, input_error
 from fusco.layout.records import HEADER, Operation
 from fusco.layout.segments import bytes_per_row
 from fusco.types import Plan, Segments, SlicedPlan, Stats
@@ -67,23 +68,24 @@ class TwoLevelEngine(Engine):
         weights: Tensor | None,
         routing: Tensor | Plan,
     ) -> Delivery:
-        self._check_device(call, rows)
-        if isinstance(routing, SlicedPlan):
-            delivery = dispatch_planned(self._session, call, rows, weights, routing)
-        else:
-            assert isinstance(routing, Tensor), "plans come from this engine"
-            delivery, rows_per_rank = dispatch_new(
-                self._session, call, rows, weights, routing, self.new_identity
-            )
-            self.meter.planned(rows_per_rank)
-        plan = delivery.plan
-        assert isinstance(plan, SlicedPlan)
-        num_ranks = self.world.topology.num_ranks
-        slots = torch.cat((plan.near.target, plan.received.target))
-        sent = torch.bincount(slots, minlength=num_ranks).cpu() + plan.far.peer_ptr.diff()
-        self.meter.moved((sent * _total_bytes(rows)).tolist())
-        self.meter.dispatched(int(plan.tokens_per_expert.sum()))
-        return delivery
+        with self._leaving_on_error():
+            self._check_device(call, rows)
+            if isinstance(routing, SlicedPlan):
+                delivery = dispatch_planned(self._session, call, rows, weights, routing)
+            else:
+                assert isinstance(routing, Tensor), "plans come from this engine"
+                delivery, rows_per_rank = dispatch_new(
+                    self._session, call, rows, weights, routing, self.new_identity
+                )
+                self.meter.planned(rows_per_rank)
+            plan = delivery.plan
+            assert isinstance(plan, SlicedPlan)
+            num_ranks = self.world.topology.num_ranks
+            slots = torch.cat((plan.near.target, plan.received.target))
+            sent = torch.bincount(slots, minlength=num_ranks).cpu() + plan.far.peer_ptr.diff()
+            self.meter.moved((sent * _total_bytes(rows)).tolist())
+            self.meter.dispatched(int(plan.tokens_per_expert.sum()))
+            return delivery
 
     def combine(
         self,
@@ -94,13 +96,15 @@ class TwoLevelEngine(Engine):
         row_values: Tensor | None = None,
     ) -> Returned:
         assert isinstance(plan, SlicedPlan), "plans come from this engine"
-        self._check_device(call, rows)
-        returned = combine(self._session, call, rows, row_weights, plan, row_values)
-        num_ranks = self.world.topology.num_ranks
-        partials = torch.bincount(plan.partials.target, minlength=num_ranks).cpu()
-        self.meter.moved(((partials + plan.received.peer_ptr.diff()) * _total_bytes(rows)).tolist())
-        self.meter.combined()
-        return returned
+        with self._leaving_on_error():
+            self._check_device(call, rows)
+            returned = combine(self._session, call, rows, row_weights, plan, row_values)
+            num_ranks = self.world.topology.num_ranks
+            partials = torch.bincount(plan.partials.target, minlength=num_ranks).cpu()
+            sums = partials + plan.received.peer_ptr.diff()
+            self.meter.moved((sums * _total_bytes(rows)).tolist())
+            self.meter.combined()
+            return returned
 
     def exchange(
         self,
@@ -110,11 +114,12 @@ class TwoLevelEngine(Engine):
         out: Tensor,
         receive: Sequence[Segments],
     ) -> None:
-        records = self._session.agree(call, payload=exchange_payload(send, receive))
-        check_exchange(records[:, HEADER:], self.world.topology.rank)
-        swap_segments(
-            self._session.mailbox, source, send, out, receive, operation=call.operation.text
-        )
+        with self._leaving_on_error():
+            records = self._session.agree(call, payload=exchange_payload(send, receive))
+            check_exchange(records[:, HEADER:], self.world.topology.rank)
+            swap_segments(
+                self._session.mailbox, source, send, out, receive, operation=call.operation.text
+            )
 
     def synchronize(self) -> None:
         device = self._session.node.device
@@ -131,6 +136,19 @@ class TwoLevelEngine(Engine):
 
     def close(self, lost: int | None = None) -> None:
         self._session.close(lost)
+
+    @contextlib.contextmanager
+    def _leaving_on_error(self) -> Iterator[None]:
+        """Once ranks have agreed, one that cannot go on, out of memory perhaps, is lost to them."""
+        epoch = self._session.epoch
+        try:
+            yield
+        except FuscoError:
+            raise
+        except Exception:
+            if self._session.epoch != epoch:
+                self.close(lost=self.world.topology.rank)
+            raise
 
     def _check_device(self, call: Call, rows: Sequence[Tensor]) -> None:
         """Raise on all ranks where this one's rows are on another of its GPUs."""

@@ -26,7 +26,6 @@ from fusco.layout.blocks import Ints, Sections
 from fusco.layout.heap import Block, align
 from fusco.layout.records import HEADER, Field, Status
 from fusco.transports.mailbox import Mailbox
-from fusco.transports.notices import notices_of
 from fusco.transports.slices import SliceTransport
 from fusco.transports.wires import Wire, open_wire, slice_bytes
 
@@ -60,6 +59,9 @@ class Session:
         make_node: see `TwoLevelEngine`.
         make_planner: see `TwoLevelEngine`.
         wait_s: by rank, where to add up the seconds waited.
+
+    Attributes:
+        epoch: how often ranks have been asked to agree.
     """
 
     def __init__(
@@ -94,16 +96,18 @@ class Session:
             timeout_s=world.timeout_s,
             wait_s=wait_s,
         )
-        self._epoch = 0
+        self.epoch = 0
         self._process = os.getpid()
         self.is_closed = False
 
     def _open_wire(self) -> Wire | None:
         """What joins the nodes; None where there is one."""
-        if self.world.topology.num_nodes == 1:
+        topology = self.world.topology
+        if topology.num_nodes == 1:
             return None
+        away = [rank for rank, node in enumerate(topology.node_of_rank) if node != topology.node]
         try:
-            return open_wire(self.world.group, self.node.device)
+            return open_wire(self.world.group, self.node.device, away)
         except RuntimeError as error:
             raise EngineUnavailableError(
                 f"Shuffle: engine 'two_level' cannot join the nodes: {error}; make the group with "
@@ -119,10 +123,10 @@ class Session:
             InputError, DisagreementError, WindowMemoryError: on all ranks.
             PeerError: a rank did not come.
         """
-        self._epoch += 1
+        self.epoch += 1
         record = torch.zeros(self.world.record_len, dtype=torch.int64)
         place = (block.base, block.size) if block is not None else (0, 0)
-        record[:HEADER] = torch.tensor(call.head(self._epoch, *place))
+        record[:HEADER] = torch.tensor(call.head(self.epoch, *place))
         if payload is not None:
             record[HEADER : HEADER + payload.shape[0]] = payload.cpu()
         try:
@@ -187,9 +191,11 @@ class Session:
             return
         self.is_closed = True
         if lost is not None:
-            notices_of(self.world.group).tell(lost)
+            self.mailbox.notices.tell(lost)
         self.transport.close(is_lost=lost is not None)
         self.node.close(lost)
+        if lost is not None:
+            self.mailbox.notices.hang_up()
 
 
 _NOTHING = Block(base=0, size=0)
