@@ -3,28 +3,36 @@ suite, with slices that travel step by step as NCCL wants them."""
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+import fusco
 from fusco import engines
 from fusco.engines.base import Engine, World
+from fusco.engines.cuda import lists
 from fusco.engines.cuda.lists import list_sums
 from fusco.engines.cuda.node import CudaNode
 from fusco.engines.cuda.node_memory import NodeHeap, NodeMemory, Span
 from fusco.engines.reference.sums import partial_sums
-from fusco.engines.two_level import TwoLevelEngine, session
+from fusco.engines.two_level import TwoLevelEngine, combine_cargo, dispatch, session
+from fusco.testing.cases import Case, draw, expect_same
 from fusco.testing.conformance import CHECKS
 from fusco.testing.gpu.checks import GPU_CHECKS
 from fusco.testing.gpu.runner import run_check
-from fusco.testing.ranks import RankPool
+from fusco.testing.ranks import RankPool, subgroup
 from fusco.transports import wires
 from fusco.transports.bulletin import Bulletin
 
@@ -69,20 +77,26 @@ class FileMemory(NodeMemory):
 
 
 def make_engine(folder: Path, world: World) -> Engine:
-    make_node = functools.partial(CudaNode, make_memory=functools.partial(FileMemory, folder))
+    make_node = partial(CudaNode, make_memory=partial(FileMemory, folder))
     return TwoLevelEngine(world, make_node)
 
 
 def check_over_files(rank: int, name: str, members: int, folder: Path) -> str | None:
-    factories = {"two_level": functools.partial(make_engine, folder)}
+    with over_files(partial(make_engine, folder)):
+        return run_check(rank, name, members, "two_level")
+
+
+@contextlib.contextmanager
+def over_files(make: Callable[[World], Engine]) -> Iterator[None]:
+    """Let `make` make the engine "two_level", and its slices be small."""
     with (
-        mock.patch.dict(engines.FACTORIES, factories),
+        mock.patch.dict(engines.FACTORIES, {"two_level": make}),
         mock.patch.object(session, "open_wire", wires.StepWire),
         mock.patch.object(session, "slice_bytes", return_value=SMALL_SLICE_BYTES),
         # gloo does not say whether a message has come before one waits for it.
         mock.patch.object(wires, "_wait_for", lambda work, *_: work.wait()),
     ):
-        return run_check(rank, name, members, "two_level")
+        yield
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
@@ -105,9 +119,89 @@ def test_sums_have_the_bits_of_the_reference(dtype: torch.dtype, weighted: bool)
     counts = torch.randint(0, 7, (40,), generator=generator)
     list_ptr = torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0)))
     item = torch.randint(0, 50, (int(list_ptr[-1]),), generator=generator)
-    order, sums = list_sums(rows, weights, list_ptr, item)
-    got = torch.empty_like(sums).index_copy_(0, order, sums)
+    got = rows.new_empty(40, 33)
+    with mock.patch.object(lists, "_CHUNK_BYTES", 7 * 33 * rows.element_size()):
+        chunks = list(list_sums(rows, weights, list_ptr, item))
+    assert len(chunks) > 5
+    for order, sums in chunks:
+        got.index_copy_(0, order, sums)
     assert torch.equal(got, partial_sums(rows, weights, list_ptr, item))
+
+
+def fail_to_connect(rank: int, folder: Path) -> list[str]:
+    """One rank cannot map what the others have allocated; the next call works."""
+    case = Case(num_tokens=(5, 9, 0, 7), ranks_per_node=2)
+    group = subgroup(range(case.num_ranks))
+    if group is None:
+        return []
+    inputs = draw(case)
+    problem = RuntimeError("out of address space") if rank == 2 else None
+    make = partial(make_engine, folder)
+    with over_files(make), case.shuffle(group, "two_level") as shuffle:
+        failing = mock.patch.object(FileMemory, "connect", side_effect=problem)
+        with (
+            failing if problem else contextlib.nullcontext(),
+            pytest.raises(fusco.WindowMemoryError) as found,
+        ):
+            shuffle.dispatch(inputs.x[rank], inputs.topk_idx[rank])
+        got = shuffle.dispatch(inputs.x[rank], inputs.topk_idx[rank])
+        expect_same(got.tokens, inputs.rows(rank), "tokens")
+    return [str(found.value)]
+
+
+def test_all_ranks_say_which_cannot_connect(pool: RankPool, tmp_path: Path) -> None:
+    texts = pool.run(fail_to_connect, tmp_path)[:4]
+    assert "out of address space" in texts[2][0]
+    assert all("rank 2" in text for (text,) in texts)
+
+
+CULPRIT = 1
+TIMEOUT_S = 60.0
+
+
+def run_out_of_memory(rank: int, when: str, folder: Path | None) -> tuple[str, float]:
+    """One rank cannot go on after the ranks have agreed, and stays; each says what it raised, and
+    after how long."""
+    case = Case(num_tokens=(50, 90, 0, 70), ranks_per_node=2)
+    # Of its own: its connections end.
+    group = dist.new_group(range(case.num_ranks), timeout=timedelta(seconds=TIMEOUT_S))
+    if rank >= case.num_ranks:
+        return "", 0.0
+    inputs = draw(case)
+    where: Any = dispatch.Hops if when == "dispatch" else combine_cargo.CombineCargo
+    failing: Any = contextlib.nullcontext()
+    if rank == CULPRIT:
+        problem = torch.OutOfMemoryError("no memory for this")
+        name = "of" if when == "dispatch" else "end"
+        failing = mock.patch.object(where, name, side_effect=problem)
+    make = contextlib.nullcontext() if folder is None else over_files(partial(make_engine, folder))
+    with make, case.shuffle(group, "two_level") as shuffle:
+        begin_s = time.monotonic()
+        try:
+            with failing:
+                got = shuffle.dispatch(inputs.x[rank], inputs.topk_idx[rank])
+                shuffle.combine(inputs.outputs[rank], got)
+                # Who has nothing to wait for hears of it here.
+                shuffle.dispatch(inputs.x[rank], inputs.topk_idx[rank])
+        except fusco.PeerError as error:
+            text = f"rank {error.rank}"
+        except torch.OutOfMemoryError as error:
+            text = str(error)
+        took_s = time.monotonic() - begin_s
+        with pytest.raises(fusco.ClosedError):
+            shuffle.dispatch(inputs.x[rank], inputs.topk_idx[rank])
+    return text, took_s
+
+
+@pytest.mark.parametrize("when", ["dispatch", "combine"])
+@pytest.mark.parametrize("over", ["files", "windows"])
+def test_a_rank_that_cannot_go_on_is_lost(
+    pool: RankPool, when: str, over: str, tmp_path: Path
+) -> None:
+    got = pool.run(run_out_of_memory, when, tmp_path if over == "files" else None)[:4]
+    assert got.pop(CULPRIT)[0] == "no memory for this"
+    assert [text for text, _ in got] == [f"rank {CULPRIT}"] * 3
+    assert max(took_s for _, took_s in got) < TIMEOUT_S / 4
 
 
 class OwnMemory(NodeMemory):

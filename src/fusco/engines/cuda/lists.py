@@ -10,7 +10,7 @@ from torch import Tensor
 from fusco.layout.segments import as_segments, as_words
 
 _CHUNK_BYTES = 64 << 20
-"""Rows on their way to scattered places pass through so much memory at most."""
+"""Rows on their way to scattered places, and sums, pass through so much memory at most."""
 
 
 def scatter_rows(rows: Tensor, source: Tensor, place: Tensor, out: Tensor) -> None:
@@ -35,12 +35,12 @@ def scatter_rows(rows: Tensor, source: Tensor, place: Tensor, out: Tensor) -> No
 
 def list_sums(
     rows: Tensor, weights: Tensor | None, list_ptr: Tensor, item: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Sums of listed rows; see `Node.sum_rows`.
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Sums of listed rows, some lists at a time; see `Node.sum_rows`.
 
     Longest lists first, so that no row is read where a list has ended.
 
-    Returns:
+    Yields:
         int64 `[n]`, the list of each sum; and the sums, `[n, elements]` of the dtype of `rows`.
     """
     flat = rows.reshape(rows.shape[0], rows.shape[1:].numel())
@@ -48,15 +48,21 @@ def list_sums(
     counts = list_ptr.diff()
     order = torch.argsort(counts, descending=True)
     first = list_ptr[:-1][order]
-    total = torch.zeros((counts.shape[0], flat.shape[1]), dtype=wide, device=rows.device)
-    for k, num_lists in enumerate(_longer_than(counts)):
-        chosen = item[first[:num_lists] + k]
-        term = flat.index_select(0, chosen)
-        if weights is not None:
-            # Rounded on its own: the contract knows no fused multiply-add.
-            term = term * weights.index_select(0, chosen).to(wide)[:, None]
-        total[:num_lists].add_(term)
-    return order, total.to(rows.dtype)
+    longer = _longer_than(counts)
+    step = max(1, _CHUNK_BYTES // max(flat.shape[1] * wide.itemsize, 1))
+    for begin in range(0, counts.shape[0], step):
+        chunk = first[begin : begin + step]
+        total = torch.zeros((chunk.shape[0], flat.shape[1]), dtype=wide, device=rows.device)
+        for k, end in enumerate(longer):
+            if end <= begin:
+                break
+            chosen = item[chunk[: end - begin] + k]
+            term = flat.index_select(0, chosen)
+            if weights is not None:
+                # Rounded on its own: the contract knows no fused multiply-add.
+                term = term * weights.index_select(0, chosen).to(wide)[:, None]
+            total[: end - begin].add_(term)
+        yield order[begin : begin + step], total.to(rows.dtype)
 
 
 def _longer_than(counts: Tensor) -> list[int]:

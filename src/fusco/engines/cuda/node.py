@@ -7,6 +7,7 @@ no kernels of our own. Ranks wait for each other on the host, after their stream
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from fusco.layout.heap import Block, align
 from fusco.layout.segments import as_bytes, bytes_per_row, from_segments
 from fusco.transports.mailbox import Mailbox
 from fusco.transports.progress import Progress
+
+Made = TypeVar("Made")
 
 
 class CudaNode(Node):
@@ -82,20 +85,27 @@ class CudaNode(Node):
         return block
 
     def _grow(self, operation: str, size: int) -> None:
-        problem = ""
+        memory = self._on_all(operation, size, lambda: self._memory.allocate(size))
+        # Mapping what the others have allocated takes room as well.
+        parts = self._on_all(operation, size, lambda: self._memory.connect(memory))
+        self._heap.add(parts)
+
+    def _on_all(self, operation: str, size: int, make: Callable[[], Made]) -> Made:
+        """What is made, if all ranks of the node make theirs; else all raise a MemoryError."""
+        made, problem = None, ""
         try:
-            memory = self._memory.allocate(size)
+            made = make()
         except RuntimeError as error:  # of the driver, which torch does not tell apart
             problem = str(error) or "out of memory"
         flag = torch.tensor([int(bool(problem))])
         failed = self._mailbox.share(flag, self.ranks, operation=operation)
-        if failed.any():
+        if made is None or failed.any():
             rank = self.ranks[int(failed[:, 0].argmax())]
             raise MemoryError(
                 f"rank {rank} cannot grow its window by {size} bytes: "
                 f"{problem or 'see its own error'}"
             )
-        self._heap.add(self._memory.connect(memory))
+        return made
 
     def release(self, block: Block) -> None:
         self._heap.release(block)
@@ -108,8 +118,9 @@ class CudaNode(Node):
     def sum_rows(
         self, rows: Tensor, weights: Tensor | None, list_ptr: Tensor, item: Tensor, out: Tensor
     ) -> None:
-        order, sums = list_sums(rows, weights, list_ptr, item)
-        out.view(sums.shape).index_copy_(0, order, sums)
+        flat = out.view(list_ptr.shape[0] - 1, rows.shape[1:].numel())
+        for order, sums in list_sums(rows, weights, list_ptr, item):
+            flat.index_copy_(0, order, sums)
 
     def close(self, lost: int | None = None) -> None:
         # Memory goes with the last tensor over it.
@@ -168,14 +179,14 @@ class _CudaBlocks(NodeBlocks):
         target: Tensor,
         place: Tensor,
     ) -> None:
-        order, sums = list_sums(rows, weights, list_ptr, item)
-        target, place = target[order], place[order]
-        for mate, chosen in by_rank(target, self._ranks):
-            part = self._parts[section][mate]
-            if chosen is None:
-                _rows_of(part, sums).index_copy_(0, place, sums)
-            else:
-                _rows_of(part, sums).index_copy_(0, place[chosen], sums[chosen])
+        for order, sums in list_sums(rows, weights, list_ptr, item):
+            to = place[order]
+            for mate, chosen in by_rank(target[order], self._ranks):
+                out = _rows_of(self._parts[section][mate], sums)
+                if chosen is None:
+                    out.index_copy_(0, to, sums)
+                else:
+                    out.index_copy_(0, to[chosen], sums[chosen])
 
     def reach(self, step: int) -> None:
         self._memory.settle()
