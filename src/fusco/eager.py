@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from fusco import ops
 from fusco.engines.base import Delivery
+from fusco.profiling import stage
 from fusco.types import Plan
 
 
@@ -74,7 +75,8 @@ class _Dispatch(torch.autograd.Function):
         wanted, values = ops.to_gather(
             grads[:-1], grads[-1], ctx.needs, needs_weights=ctx.needs_weights
         )
-        got = ops.run_dispatch_backward(tuple(wanted), values, ctx.plan, ctx.shuffle)
+        with stage("dispatch_backward"):
+            got = ops.run_dispatch_backward(tuple(wanted), values, ctx.plan, ctx.shuffle)
         return (None, None, None, got.pair_values, *ops.gathered(got.sums, ctx.needs))
 
 
@@ -100,7 +102,8 @@ class _Combine(torch.autograd.Function):
         if ctx.is_weighted:
             *rows, row_weights = rows
         dense = tuple(grad.contiguous() for grad in grads)
-        grad_rows, grad_weights = ops.run_combine_backward(
-            dense, tuple(rows), row_weights, ctx.plan, ctx.shuffle
-        )
+        with stage("combine_backward"):
+            grad_rows, grad_weights = ops.run_combine_backward(
+                dense, tuple(rows), row_weights, ctx.plan, ctx.shuffle
+            )
         return (None, None, None, grad_weights if ctx.is_weighted else None, *grad_rows)
