@@ -41,10 +41,29 @@ MORE = ("random-0", "random-1", "wide-rows", "tuple-of-four", "held", "gradients
 SMALL_SLICE_BYTES = 2048
 
 
-class FileMemory(NodeMemory):
-    """Shared files, which ranks of one host map."""
+class OwnMemory(NodeMemory):
+    """Of one rank."""
 
     device = torch.device("cpu")
+
+    def allocate(self, num_bytes: int) -> Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def connect(self, memory: Tensor) -> tuple[Tensor, ...]:
+        return (memory,)
+
+    def lend(self, part: Tensor, give_back: Callable[[], None]) -> Tensor:
+        return torch.from_numpy(np.asarray(Span(part, give_back)))
+
+    def begin(self) -> None:
+        pass
+
+    def settle(self) -> None:
+        pass
+
+
+class FileMemory(OwnMemory):
+    """Shared files, which ranks of one host map."""
 
     def __init__(self, folder: Path, world: World, ranks: tuple[int, ...]) -> None:
         self._folder = folder
@@ -62,15 +81,6 @@ class FileMemory(NodeMemory):
         topic = f"chunk {self._count}"
         paths = [self._bulletin.read(topic, rank) for rank in self._ranks]
         return tuple(self._map(path, memory.numel()) for path in paths)
-
-    def lend(self, part: Tensor, give_back: Callable[[], None]) -> Tensor:
-        return torch.from_numpy(np.asarray(Span(part, give_back)))
-
-    def begin(self) -> None:
-        pass
-
-    def settle(self) -> None:
-        pass
 
     def _map(self, path: str, num_bytes: int) -> Tensor:
         return torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8)
@@ -202,27 +212,6 @@ def test_a_rank_that_cannot_go_on_is_lost(
     assert got.pop(CULPRIT)[0] == "no memory for this"
     assert [text for text, _ in got] == [f"rank {CULPRIT}"] * 3
     assert max(took_s for _, took_s in got) < TIMEOUT_S / 4
-
-
-class OwnMemory(NodeMemory):
-    """Of one rank."""
-
-    device = torch.device("cpu")
-
-    def allocate(self, num_bytes: int) -> Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8)
-
-    def connect(self, memory: Tensor) -> tuple[Tensor, ...]:
-        return (memory,)
-
-    def lend(self, part: Tensor, give_back: Callable[[], None]) -> Tensor:
-        return torch.from_numpy(np.asarray(Span(part, give_back)))
-
-    def begin(self) -> None:
-        pass
-
-    def settle(self) -> None:
-        pass
 
 
 def test_a_block_returns_with_its_last_tensor() -> None:

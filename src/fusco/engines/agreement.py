@@ -8,8 +8,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
-from fusco.errors import DisagreementError, FuscoError, InputError, WindowMemoryError
+from fusco.errors import (
+    DisagreementError,
+    FuscoError,
+    InputError,
+    WindowMemoryError,
+    input_error,
+)
 from fusco.layout.records import ALIKE, Field, Operation, Status
 
 
@@ -37,6 +45,17 @@ class Call:
     def failed(self, error: WindowMemoryError) -> Call:
         """The same call, which this rank cannot make."""
         return replace(self, error=self.error or error)
+
+    def elsewhere(self, tensor: Tensor, expected: torch.device) -> Call:
+        """The same call, whose rows are on another GPU than the engine's."""
+        error = input_error(
+            self.operation.text,
+            "x" if self.operation == Operation.DISPATCH else "rows",
+            got=f"a tensor on {tensor.device}",
+            expected=f"{expected}, the current device when the Shuffle was made",
+            remedy="call torch.cuda.set_device before making it",
+        )
+        return replace(self, error=error)
 
     @property
     def _status(self) -> Status:

@@ -7,7 +7,6 @@ import functools
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -302,16 +301,8 @@ class Session:
 
     def check_device(self, call: Call, rows: Tensor) -> None:
         """Raise on all ranks where this one's rows are on another of its GPUs."""
-        if rows.device == self.device:
-            return
-        error = input_error(
-            call.operation.text,
-            "x" if call.operation == Operation.DISPATCH else "rows",
-            got=f"a tensor on {rows.device}",
-            expected=f"{self.device}, the current device when the Shuffle was made",
-            remedy="call torch.cuda.set_device before making it",
-        )
-        self.raise_everywhere(replace(call, error=error))
+        if rows.device != self.device:
+            self.raise_everywhere(call.elsewhere(rows, self.device))
 
     def counted(self) -> Counted:
         """What the kernels have counted so far."""

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fusco.engines.node import Node, NodeBlocks
-from fusco.engines.two_level.lanes import SliceSize, lanes_of
+from fusco.engines.two_level.lanes import SliceSize, lanes_of, make_lanes
 from fusco.layout.segments import bytes_per_row, from_segments
 from fusco.topology import Topology
-from fusco.transports.slices import Cargo, Lane
+from fusco.transports.slices import Cargo
 from fusco.types import SlicedPlan
 
 
@@ -61,8 +61,8 @@ class CombineCargo(Cargo):
             _cut(plan.received_slice, plan.received.peer_ptr, peer) for peer in sources
         ]
         arriving = [_cut(far_slice, plan.far.peer_ptr, peer) for peer in forwarders]
-        self.outgoing = self._lanes(sources, self._leaving)
-        self.incoming = self._lanes(forwarders, arriving)
+        self.outgoing = make_lanes(sources, self._leaving, self._widths)
+        self.incoming = make_lanes(forwarders, arriving, self._widths)
 
     @property
     def num_steps(self) -> int:
@@ -130,15 +130,6 @@ class CombineCargo(Cargo):
             self._plan.held,
             from_segments(slot.view(-1, self._widths[part]), like),
         )
-
-    def _lanes(self, peers: list[int], cuts: list[list[slice]]) -> list[Lane]:
-        return [
-            Lane(
-                peer=peer,
-                sizes=[(cut.stop - cut.start) * width for cut in lane for width in self._widths],
-            )
-            for peer, lane in zip(peers, cuts, strict=True)
-        ]
 
 
 def _cut(in_slice: Tensor, peer_ptr: Tensor, peer: int) -> list[slice]:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fusco.engines.node import NodeBlocks
-from fusco.engines.two_level.lanes import lanes_of
+from fusco.engines.two_level.lanes import lanes_of, make_lanes
 from fusco.layout.segments import as_segments, as_words
 from fusco.topology import Topology
-from fusco.transports.slices import Cargo, Lane
+from fusco.transports.slices import Cargo
 from fusco.types import Arrival, Leg
 
 
@@ -56,8 +56,8 @@ class DispatchCargo(Cargo):
         arriving = lanes_of(far_ptr, topology, away=-1)
         self._leaving = [self._cut(far.peer_ptr, peer) for peer in leaving]
         self._arriving = [self._cut(far_ptr, peer) for peer in arriving]
-        self.outgoing = self._lanes(leaving, self._leaving)
-        self.incoming = self._lanes(arriving, self._arriving)
+        self.outgoing = make_lanes(leaving, self._leaving, self._widths)
+        self.incoming = make_lanes(arriving, self._arriving, self._widths)
 
     @property
     def num_steps(self) -> int:
@@ -102,12 +102,3 @@ class DispatchCargo(Cargo):
         begin, end = peer_ptr[peer : peer + 2].tolist()
         bounds = [*range(begin, end, self._rows_per_slice), end]
         return [slice(first, last) for first, last in pairwise(bounds)]
-
-    def _lanes(self, peers: list[int], cuts: list[list[slice]]) -> list[Lane]:
-        return [
-            Lane(
-                peer=peer,
-                sizes=[(cut.stop - cut.start) * width for cut in lane for width in self._widths],
-            )
-            for peer, lane in zip(peers, cuts, strict=True)
-        ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,8 +18,8 @@ from fusco.engines.two_level.combine import combine
 from fusco.engines.two_level.dispatch import dispatch_new, dispatch_planned
 from fusco.engines.two_level.session import Session
 from fusco.engines.two_level.torch_planner import TorchPlanner
-from fusco.errors import FuscoError, input_error
-from fusco.layout.records import HEADER, Operation
+from fusco.errors import FuscoError
+from fusco.layout.records import HEADER
 from fusco.layout.segments import bytes_per_row
 from fusco.types import Plan, Segments, SlicedPlan, Stats
 
@@ -154,16 +153,8 @@ class TwoLevelEngine(Engine):
         """Raise on all ranks where this one's rows are on another of its GPUs."""
         expected = self._session.node.device
         for each in rows:
-            if each.device == expected:
-                continue
-            error = input_error(
-                call.operation.text,
-                "x" if call.operation == Operation.DISPATCH else "rows",
-                got=f"a tensor on {each.device}",
-                expected=f"{expected}, the current device when the Shuffle was made",
-                remedy="call torch.cuda.set_device before making it",
-            )
-            self.agree_on_error(replace(call, error=error))
+            if each.device != expected:
+                self.agree_on_error(call.elsewhere(each, expected))
 
 
 def _total_bytes(rows: Sequence[Tensor]) -> int:

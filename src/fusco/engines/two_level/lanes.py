@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fusco.topology import Topology
+from fusco.transports.slices import Lane
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,20 @@ def lanes_of(peer_ptr: Tensor, topology: Topology, *, away: int) -> list[int]:
     counts = peer_ptr.diff().tolist()
     peers = [peer for peer, count in enumerate(counts) if count]
     return sorted(peers, key=lambda peer: (away * (nodes[peer] - own) % topology.num_nodes, peer))
+
+
+def make_lanes(peers: list[int], cuts: list[list[slice]], widths: list[int]) -> list[Lane]:
+    """Lanes to or from these peers.
+
+    Args:
+        peers: as `lanes_of` returns them.
+        cuts: by peer, the segments of each slice.
+        widths: bytes of a segment of each tensor, whose slices follow one another.
+    """
+    return [
+        Lane(peer=peer, sizes=[(cut.stop - cut.start) * width for cut in lane for width in widths])
+        for peer, lane in zip(peers, cuts, strict=True)
+    ]
 
 
 def most_lanes(topology: Topology, *, forwarders: bool) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fusco.engines.cpu.kernels.compiling import inner, kernel
+from fusco.engines.cpu.kernels.order import offsets, sort_by_rank
 from fusco.layout.blocks import Ints
 
 _LARGE = 2**62
@@ -148,7 +149,7 @@ def describe(
         deduplicate: whether pairs of one token and rank share a segment.
     """
     num_tokens, top_k = topk_idx.shape
-    peer_ptr, pair_ptr = _offsets(segments), _offsets(pairs)
+    peer_ptr, pair_ptr = offsets(segments), offsets(pairs)
     num_segments, num_pairs = peer_ptr[-1], pair_ptr[-1]
     row = np.empty(num_segments, dtype=np.int64)
     slot_ptr = np.empty(num_segments + 1, dtype=np.int64)
@@ -161,20 +162,7 @@ def describe(
     next_segment, next_pair = peer_ptr.copy(), pair_ptr.copy()
     by_rank = np.empty(top_k, dtype=np.int64)
     for token in range(num_tokens):
-        count = 0
-        for k in range(top_k):
-            expert = topk_idx[token, k]
-            if expert < 0:
-                continue
-            order = order_of_rank[rank_of_expert[expert]]
-            place = count
-            while place > 0 and (
-                order_of_rank[rank_of_expert[topk_idx[token, by_rank[place - 1]]]] > order
-            ):
-                by_rank[place] = by_rank[place - 1]
-                place -= 1
-            by_rank[place] = k
-            count += 1
+        count = sort_by_rank(topk_idx, token, rank_of_expert, order_of_rank, by_rank)
         last = -1
         for j in range(count):
             expert = topk_idx[token, by_rank[j]]
@@ -219,19 +207,10 @@ def read_arrival(
             peer_start[peer] += segments[peer, before]
             pair_start[peer] += pairs[peer, before]
     row_segment = np.full(num_rows, -1, dtype=np.int64)
-    slot_ptr = _offsets(slots_per_segment)
+    slot_ptr = offsets(slots_per_segment)
     for segment in range(slots_per_segment.size):
         for i in range(slot_ptr[segment], slot_ptr[segment + 1]):
             row_segment[slot[i]] = segment
     target = np.full(slot.size, rank, dtype=np.int64)
-    peer_ptr = _offsets(segments[:, rank])
+    peer_ptr = offsets(segments[:, rank])
     return peer_ptr, peer_start, pair_start, slot_ptr, slot.copy(), target, row_segment
-
-
-@inner
-def _offsets(counts: Ints) -> Ints:
-    """`planner.offsets`."""
-    result = np.zeros(counts.size + 1, dtype=np.int64)
-    for i in range(counts.size):
-        result[i + 1] = result[i] + counts[i]
-    return result

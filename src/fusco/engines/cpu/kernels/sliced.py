@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fusco.engines.cpu.kernels.compiling import inner, kernel
+from fusco.engines.cpu.kernels.order import offsets, sort_by_rank
 from fusco.layout.blocks import Ints
 
 
@@ -47,26 +48,13 @@ def describe_sends(
     num_tokens, top_k = topk_idx.shape
     near_leg, far_leg = _new_leg(near), _new_leg(far)
     num_near = near_leg[1].size
-    near_segment, near_pair = near_leg[0].copy(), _offsets(near[1])
-    far_segment, far_pair = far_leg[0].copy(), _offsets(far[1])
+    near_segment, near_pair = near_leg[0].copy(), offsets(near[1])
+    far_segment, far_pair = far_leg[0].copy(), offsets(far[1])
     sum_segment = np.full((num_tokens, top_k), -1, dtype=np.int64)
     sum_node = np.full((num_tokens, top_k), num_nodes, dtype=np.int64)
     by_rank = np.empty(top_k, dtype=np.int64)
     for token in range(num_tokens):
-        count = 0
-        for k in range(top_k):
-            expert = topk_idx[token, k]
-            if expert < 0:
-                continue
-            order = order_of_rank[rank_of_expert[expert]]
-            place = count
-            while place > 0 and (
-                order_of_rank[rank_of_expert[topk_idx[token, by_rank[place - 1]]]] > order
-            ):
-                by_rank[place] = by_rank[place - 1]
-                place -= 1
-            by_rank[place] = k
-            count += 1
+        count = sort_by_rank(topk_idx, token, rank_of_expert, order_of_rank, by_rank)
         last_rank, last_node = -1, -1
         for j in range(count):
             expert = topk_idx[token, by_rank[j]]
@@ -107,7 +95,7 @@ def describe_relay(
     """
     num_rows = slot_ptr.size - 1
     leg = _new_leg(sizes)
-    next_segment, next_pair = leg[0].copy(), _offsets(sizes[1])
+    next_segment, next_pair = leg[0].copy(), offsets(sizes[1])
     sum_segment = np.full((num_rows, top_k), -1, dtype=np.int64)
     sum_node = np.full((num_rows, top_k), node, dtype=np.int64)
     for row in range(num_rows):
@@ -261,7 +249,7 @@ def sort_partials(
 @inner
 def _new_leg(sizes: Ints) -> Any:
     """peer_ptr, row, slot_ptr, slot, pair and target of a leg of these segments and pairs."""
-    peer_ptr = _offsets(sizes[0])
+    peer_ptr = offsets(sizes[0])
     num_segments, num_pairs = peer_ptr[-1], sizes[1].sum()
     slot_ptr = np.empty(num_segments + 1, dtype=np.int64)
     slot_ptr[num_segments] = num_pairs
@@ -296,12 +284,3 @@ def _add(
         rows[segment], slot_ptr[segment] = row, at
         next_segment[peer] += 1
     return segment
-
-
-@inner
-def _offsets(counts: Ints) -> Ints:
-    """`planner.offsets`."""
-    result = np.zeros(counts.size + 1, dtype=np.int64)
-    for i in range(counts.size):
-        result[i + 1] = result[i] + counts[i]
-    return result
