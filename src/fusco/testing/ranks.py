@@ -245,19 +245,24 @@ class RankPool:
         self._store = None
 
 
-def subgroup(ranks: Sequence[int], *, timeout_s: float = 180.0) -> dist.ProcessGroup | None:
+def subgroup(
+    ranks: Sequence[int], *, timeout_s: float = 180.0, backend: str | None = None
+) -> dist.ProcessGroup | None:
     """The group of these ranks of the default group, made once a process; None to a rank outside.
 
     Every rank of the default group calls it, in the same order, also those that are not in it.
+    With a backend it is never the default group itself.
     """
-    return _subgroup(tuple(ranks), timeout_s)
+    return _subgroup(tuple(ranks), timeout_s, backend)
 
 
 @functools.cache
-def _subgroup(ranks: tuple[int, ...], timeout_s: float) -> dist.ProcessGroup | None:
-    if ranks == tuple(range(dist.get_world_size())):
+def _subgroup(
+    ranks: tuple[int, ...], timeout_s: float, backend: str | None
+) -> dist.ProcessGroup | None:
+    if backend is None and ranks == tuple(range(dist.get_world_size())):
         return dist.group.WORLD
-    group = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s))
+    group = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s), backend=backend)
     return group if dist.get_rank() in ranks else None
 
 

@@ -24,6 +24,7 @@ from fusco.testing.mistakes import (
     expect_mistake,
     make_mistake,
 )
+from fusco.testing.ranks import subgroup
 
 Group = dist.ProcessGroup | None
 _NUM_SEEDS = 4
@@ -64,12 +65,14 @@ def _mistakes(mistakes: Mapping[str, Mistake]) -> Callable[[Group, str], None]:
 
 
 def _nccl_group(group: Group, engine: str) -> None:
-    """A group that has only NCCL meets through its store, and gets its engine by itself."""
+    """A group that has only NCCL meets through its store, and gets its engine by itself.
+
+    The runner has made it, for which ranks outside were needed too.
+    """
     num_ranks = dist.get_world_size(group)
     if device_of(engine) != "cuda" or num_ranks > torch.cuda.device_count():
         return
-    ranks = dist.get_process_group_ranks(group)
-    alone = dist.new_group(ranks, backend="nccl", use_local_synchronization=True)
+    alone = subgroup(range(num_ranks), backend="nccl")
     case = Case(
         num_tokens=sizes((30, 0, 41), group),
         num_experts=4 * num_ranks,

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from fusco import env
 from fusco.testing.cases import tell_nodes
 from fusco.testing.conformance import CHECKS
@@ -83,6 +85,8 @@ def run_check(
     """
     tell_nodes(nodes)
     group = subgroup(range(members))
+    if torch.cuda.is_available():
+        subgroup(range(members), backend="nccl")
     if group is None:
         return None
     try:

@@ -137,7 +137,9 @@ def tuple_of_four(group: Group, engine: str) -> None:
         rows = [parts(each)[part] for each in host.x]
         expect_same(d.tokens[part], dense.dispatch(host.layout, rows, rank), f"part {part}")
         outputs = [parts(each)[part] for each in host.outputs]
-        want = dense.combine(host.layout, outputs, rank, host.weights_of(rank))
+        want = dense.combine(
+            host.layout, outputs, rank, host.weights_of(rank), node_of_rank=case.node_of_rank
+        )
         expect_same(y[part], want, f"sums of part {part}")
 
 
