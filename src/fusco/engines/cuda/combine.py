@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,11 +16,20 @@ from fusco.layout.compact import round_up
 from fusco.layout.segments import bytes_per_row
 from fusco.types import CompactPlan
 
-_MAX_PIECE_BYTES = 2 * structs.GROUP_WARPS * 32 * 16
-"""What a group of warps sums in one step."""
+_MAX_PIECE_BYTES = 2 * structs.SUMMERS * 32 * 16
+"""What a pipeline sums in one step."""
 _NUM_BUFFERS = structs.SENDERS * structs.BUFFERS
-_THREADS = (1 + structs.GROUPS * structs.GROUP_WARPS + structs.SENDERS) * 32
+_THREADS = (1 + structs.SUMMERS + structs.SENDERS) * 32
+"""Of a pipeline."""
 _ITEMS_AT_ONCE = 4
+
+
+class Cut(NamedTuple):
+    """Rows in pieces, and a block's shared memory in places for them."""
+
+    piece_bytes: int
+    num_slots: int
+    shared_bytes: int
 
 
 class Combiner:
@@ -28,6 +39,7 @@ class Combiner:
         self._session = session
         self._args = structs.CombineArgs()
         self._kernels = session.launchers("combine", self._args)
+        self._cuts: dict[tuple[int, int], Cut] = {}
 
     def combine(
         self,
@@ -55,34 +67,51 @@ class Combiner:
         args.pairs, args.links = plan.pairs.data_ptr(), plan.links.data_ptr()
         args.num_tokens = num_tokens
         # Where there is little to do for each block, it takes less at a time.
-        args.items_at_once = min(_ITEMS_AT_ONCE, 2 * num_tokens // (60 * session.num_sms) + 1)
+        args.items_at_once = min(_ITEMS_AT_ONCE, num_tokens // (150 * session.num_sms) + 1)
+        num_pipelines = self._pipelines_for(num_tokens)
         args.returns_at = session.constants.returns_at
         for part, (each, out) in enumerate(zip(rows, sums, strict=True)):
             args.rows, args.out = each.data_ptr(), out.data_ptr()
             args.row_bytes = bytes_per_row(each)
             args.part, args.is_last = part, part == len(rows) - 1
-            shared_bytes = self._share(args.row_bytes)
-            kernels[part](stream, session.num_sms, _THREADS, shared_bytes)
+            pieces = self._cut(args.row_bytes, num_pipelines)
+            args.piece_bytes, args.num_slots = pieces.piece_bytes, pieces.num_slots
+            kernels[part](stream, session.num_sms, num_pipelines * _THREADS, pieces.shared_bytes)
             args.returns_at += session.layout.num_returns * args.row_bytes
             args.row_values = args.pair_values = 0
         return Returned(sums=sums, pair_values=pair_values)
 
-    def _share(self, row_bytes: int) -> int:
-        """Cut rows into pieces and shared memory into places for them; bytes of shared memory.
+    def _pipelines_for(self, num_tokens: int) -> int:
+        """Of a block: several where blocks are few, which then have much to do each, or where each
+        pipeline has a single token; else one, since the last one to finish keeps all waiting."""
+        session = self._session
+        is_short = session.num_sms <= session.max_sms // 2 or num_tokens <= session.num_sms
+        return structs.PIPELINES if is_short else 1
 
-        Two tokens' rows should fit, so that one is fetched while the other is summed.
-        """
-        session, args = self._session, self._args
-        room = session.max_shared_bytes - structs.COMBINE_SHARED_BYTES
-        num_pieces = -(-row_bytes // _MAX_PIECE_BYTES)
-        while True:
-            piece_bytes = round_up(-(-row_bytes // num_pieces), 16)
-            num_slots = room // piece_bytes - _NUM_BUFFERS
-            if num_slots >= 2 * session.world.top_k:
-                break
-            num_pieces += 1
-        args.piece_bytes, args.num_slots = piece_bytes, num_slots
-        return (num_slots + _NUM_BUFFERS) * piece_bytes + structs.COMBINE_SHARED_BYTES
+    def _cut(self, row_bytes: int, num_pipelines: int) -> Cut:
+        key = row_bytes, num_pipelines
+        if key not in self._cuts:
+            session = self._session
+            top_k, num_ranks = session.world.top_k, session.num_ranks
+            # All rows of a token must fit, and should twice where it goes to every rank, so that
+            # one is fetched while the other is summed.
+            need = max(top_k, 2 * -(-top_k // num_ranks))
+            self._cuts[key] = cut(row_bytes, num_pipelines, need, session.max_shared_bytes)
+        return self._cuts[key]
+
+
+def cut(row_bytes: int, num_pipelines: int, num_rows: int, max_shared_bytes: int) -> Cut:
+    """Cut rows into as few pieces as let `num_rows` rows of a piece lie in each pipeline."""
+    room = (max_shared_bytes - structs.COMBINE_SHARED_BYTES) // num_pipelines
+    num_pieces = -(-row_bytes // _MAX_PIECE_BYTES)
+    while True:
+        piece_bytes = round_up(-(-row_bytes // num_pieces), 16)
+        num_slots = room // piece_bytes - _NUM_BUFFERS
+        if num_slots >= num_rows:
+            break
+        num_pieces += 1
+    num_places = num_pipelines * (num_slots + _NUM_BUFFERS)
+    return Cut(piece_bytes, num_slots, num_places * piece_bytes + structs.COMBINE_SHARED_BYTES)
 
 
 def _address(tensor: Tensor | None) -> int:

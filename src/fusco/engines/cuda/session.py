@@ -65,7 +65,8 @@ class Session:
         self.rank, self.num_ranks = topology.rank, topology.num_ranks
         self.device = torch.device("cuda", torch.cuda.current_device())
         properties = torch.cuda.get_device_properties(self.device)
-        self.num_sms = world.num_sms or properties.multi_processor_count
+        self.max_sms: int = properties.multi_processor_count
+        self.num_sms = world.num_sms or self.max_sms
         optin: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
         self.max_shared_bytes = optin - _STATIC_SHARED_BYTES
         self.max_tokens = world.max_tokens
@@ -262,7 +263,7 @@ class Session:
                 waits for a peer must not keep out the kernel of another Shuffle that a peer waits
                 for.
         """
-        total = torch.cuda.get_device_properties(self.device).multi_processor_count
+        total = self.max_sms
         others = sum(each.num_sms for each in _SHARING if each is not self)
         if self.world.num_sms is None or others + self.num_sms > total:
             raise input_error(

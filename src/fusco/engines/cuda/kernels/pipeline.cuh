@@ -4,6 +4,9 @@
 
 #include "copy.cuh"
 
+// How often the warp that fills what a barrier guards arrives there.
+constexpr u32 kFillArrivals = FUSCO_BULK ? 1 : kWarp;
+
 struct Barrier {
   u64 word;
 
@@ -17,6 +20,26 @@ struct Barrier {
     asm volatile(
         "{ .reg .b64 t; mbarrier.arrive.shared::cta.b64 t, [%0]; }" ::"r"(shared_address(&word))
         : "memory");
+  }
+
+  // Called by the whole warp that fills what the barrier guards, before and after: its phase is
+  // over when `num_bytes` have come.
+  __device__ __forceinline__ void expect(i32 num_bytes) {
+#if FUSCO_BULK
+    if (lane_id() == 0) {
+      asm volatile(
+          "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&word)),
+          "r"(num_bytes)
+          : "memory");
+    }
+#endif
+  }
+
+  __device__ __forceinline__ void arrive_filled() {
+#if !FUSCO_BULK
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&word))
+                 : "memory");
+#endif
   }
 
   // Until the phase of that parity is over.
@@ -40,40 +63,29 @@ struct Barrier {
   }
 };
 
-// How often the filling warp arrives at the barrier of what it fills.
-constexpr u32 kFillArrivals = FUSCO_BULK ? 1 : kWarp;
-
-// Called by a whole warp: lanes below `count` each bring `size` bytes to their own place, and
+// Called by a whole warp: lanes that want to each bring `size` bytes to their own place, and
 // `barrier` learns of it.
-__device__ __forceinline__ void fill_each(u8* to, const u8* from, i32 count, i32 size,
-                                          Barrier* barrier) {
+__device__ __forceinline__ void fill_each(u8* to, const u8* from, bool wants, i32 size,
+                                          Barrier& barrier) {
 #if FUSCO_BULK
-  if (lane_id() == 0) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                     shared_address(&barrier->word)),
-                 "r"(count * size)
-                 : "memory");
-  }
-  __syncwarp();
-  if (lane_id() < count) {
+  if (wants) {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
             "r"(shared_address(to)),
-        "l"(from), "r"(size), "r"(shared_address(&barrier->word))
+        "l"(from), "r"(size), "r"(shared_address(&barrier.word))
         : "memory");
   }
 #else
-  for (int i = 0; i < count; ++i) {
-    const u64 source = __shfl_sync(kFullWarp, reinterpret_cast<u64>(from), i);
-    const u32 place = __shfl_sync(kFullWarp, shared_address(to), i);
+  for (u32 left = __ballot_sync(kFullWarp, wants); left; left &= left - 1) {
+    const int lane = __ffs(left) - 1;
+    const u64 source = __shfl_sync(kFullWarp, reinterpret_cast<u64>(from), lane);
+    const u32 place = __shfl_sync(kFullWarp, shared_address(to), lane);
+#pragma unroll 1
     for (i32 at = lane_id() * 16; at < size; at += kWarp * 16) {
       asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place + at), "l"(source + at)
                    : "memory");
     }
   }
-  asm volatile(
-      "cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&barrier->word))
-      : "memory");
 #endif
 }
 

@@ -14,14 +14,14 @@ MAX_PARTS = 4
 """Tensors that one dispatch moves at once."""
 REPORTS = 8
 """Places in which kernels report to the host, taken in turn."""
+PIPELINES = 2
+"""Pipelines in a block of a combine."""
 PIECES = 16
-"""Pieces of work that a block of a combine has under way at the most."""
-GROUPS = 2
-"""Groups of warps of such a block that sum."""
-GROUP_WARPS = 7
-"""Warps of a group; 7 divide a row of 7168 elements."""
-SENDERS = 4
-"""Warps of such a block that send sums."""
+"""Pieces of work that a pipeline has under way at the most."""
+SUMMERS = 7
+"""Warps of a pipeline that sum; 7 divide a row of 7168 elements."""
+SENDERS = 2
+"""Warps of a pipeline that send sums."""
 BUFFERS = 2
 """Sums that each of them has under way."""
 
@@ -249,9 +249,9 @@ def declarations() -> str:
         "kBase": Field.BASE,
         "kCapacity": Field.CAPACITY,
         "kBlockAlignment": BLOCK_ALIGNMENT,
+        "kPipelines": PIPELINES,
         "kPieces": PIECES,
-        "kGroups": GROUPS,
-        "kGroupWarps": GROUP_WARPS,
+        "kSummers": SUMMERS,
         "kSenders": SENDERS,
         "kBuffers": BUFFERS,
         "kCombineSharedBytes": COMBINE_SHARED_BYTES,

@@ -1,0 +1,167 @@
+// The second stage of a combine: a few warps sum the rows of each piece.
+#pragma once
+
+#include "element.cuh"
+#include "pieces.cuh"
+
+// Every how many bytes a thread has a vector.
+constexpr int kStride = kSummingThreads * 16;
+
+// The rows of a piece, as a thread sees them that sums kVectors of its vectors.
+template <int kVectors>
+struct Rows {
+  using Sum = Wide[kVectors][kPerVector];
+
+  const Piece& piece;
+  const u8* first;  // the thread's first vector of the first row
+  i32 piece_bytes, ring_bytes, num_before_wrap;
+
+  // All are read before any is needed, since an addition waits for the one before.
+  template <int kRows>
+  __device__ __forceinline__ void add_some(Sum& sum, i32 begin) const {
+    float weight[kRows];
+    Vector vector[kRows][kVectors];
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) {
+      const i32 row = begin + j;
+      const u8* at = first + row * piece_bytes - (row < num_before_wrap ? 0 : ring_bytes);
+      weight[j] = piece.weights[row];
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        vector[j][v] = *reinterpret_cast<const Vector*>(at + v * kStride);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+        for (int i = 0; i < kPerVector; ++i) {
+          // A weight of 1 changes no bit.
+          sum[v][i] = add_exact(sum[v][i], multiply_exact(widen(vector[j][v], i), weight[j]));
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add(Sum& sum, i32 begin, i32 end) const {
+#pragma unroll 1
+    for (; begin + 4 <= end; begin += 4) add_some<4>(sum, begin);
+    if (begin + 2 <= end) {
+      add_some<2>(sum, begin);
+      begin += 2;
+    }
+    if (begin < end) add_some<1>(sum, begin);
+  }
+
+  // Adds the rows of a node: partials, those whose sum is one too, and partials again.
+  __device__ __forceinline__ void add_node(Sum& sum, i32 begin, i32 end) const {
+    const i32 own_begin = min(max(piece.own_begin, begin), end),
+              own_end = min(max(piece.own_end, begin), end);
+    // One copy of the code for all: kernels begin with none of it in the caches.
+#pragma unroll 1
+    for (int run = 0; run < 3; ++run) {
+      const i32 run_end = run == 0 ? own_begin : run == 1 ? own_end : end;
+      const bool is_own = run == 1 && begin < run_end;
+      Sum before;
+      if (is_own) move(before, sum);
+      add(sum, begin, run_end);
+      if (is_own) {
+        add_rounded(before, sum);
+        move(sum, before);
+      }
+      begin = run_end;
+    }
+  }
+
+  __device__ __forceinline__ static void move(Sum& to, Sum& from) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+      for (int i = 0; i < kPerVector; ++i) {
+        to[v][i] = from[v][i];
+        from[v][i] = 0;
+      }
+    }
+  }
+
+  __device__ __forceinline__ static void add_rounded(Sum& to, const Sum& sum) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const Vector rounded = narrow(sum[v]);
+#pragma unroll
+      for (int i = 0; i < kPerVector; ++i) to[v][i] = add_exact(to[v][i], widen(rounded, i));
+    }
+  }
+
+  __device__ __forceinline__ static void store(u8* to, const Sum& sum) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      *reinterpret_cast<Vector*>(to + v * kStride) = narrow(sum[v]);
+    }
+  }
+
+  __device__ __forceinline__ void sum_to(u8* to) const {
+    Sum sum = {};
+    add_node(sum, 0, piece.num_rows);
+    store(to, sum);
+  }
+
+  __device__ __forceinline__ void sum_nodes_to(u8* to) const {
+    Sum total = {};
+    i32 begin = 0;
+    for (u32 left = piece.node_ends; left; left &= left - 1) {
+      const i32 end = __ffs(left);
+      Sum node = {};
+      add_node(node, begin, end);
+      add_rounded(total, node);
+      begin = end;
+    }
+    store(to, total);
+  }
+};
+
+// Sums item by item. The pieces of one go to one sender, which so knows when all are there.
+__device__ __forceinline__ void sum_items(Pipeline& shared, const CombineArgs& args, int thread,
+                                          const u8* rows, u8* sums) {
+  const u32 num_pieces = (args.row_bytes + args.piece_bytes - 1) / args.piece_bytes;
+  const i32 ring_bytes = args.num_slots * args.piece_bytes;
+  int num_ends = 0;
+  for (u32 item = 0; num_ends < kSenders; ++item) {
+    i32 size = 0;
+    for (u32 i = 0; i < num_pieces; ++i) {
+      const u32 number = item * num_pieces + i, place = number % kPieces;
+      const u32 given = item / kSenders * num_pieces + i;  // to this sender before
+      const u32 buffer = item % kSenders * kBuffers + given % kBuffers;
+      shared.full[place].wait(number / kPieces & 1);
+      const Piece& piece = shared.pieces[place];
+      size = piece.size;
+      if (size >= 0 || i == 0) {
+        shared.sum_empty[buffer].wait(given / kBuffers & 1 ^ 1);
+        if (thread == 0) shared.sent[buffer] = Sent{piece.out, piece.flag, size};
+      }
+      u8* sum = sums + buffer * args.piece_bytes;
+      const u8* first = rows + piece.slot * args.piece_bytes;
+      const i32 num_before_wrap = args.num_slots - piece.slot;
+      const int num_vectors = piece.node_ends ? 1 : 2;
+      for (i32 at = thread * 16; at < size; at += num_vectors * kStride) {
+        const Rows<1> one{piece, first + at, args.piece_bytes, ring_bytes, num_before_wrap};
+        const Rows<2> two{piece, first + at, args.piece_bytes, ring_bytes, num_before_wrap};
+        if (piece.node_ends) {
+          one.sum_nodes_to(sum + at);
+        } else if (at + kStride < size) {
+          two.sum_to(sum + at);
+        } else {
+          one.sum_to(sum + at);
+        }
+      }
+      publish_to_copies();
+      __syncwarp();
+      if (lane_id() == 0) {
+        shared.empty[place].arrive();
+        if (size >= 0 || i == 0) shared.sum_full[buffer].arrive();
+      }
+    }
+    num_ends += size < 0;
+  }
+}
