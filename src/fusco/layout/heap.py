@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections import deque
-from dataclasses import dataclass
+from operator import attrgetter
+from typing import NamedTuple
 
 ALIGNMENT = 64
 """Bytes; a cache line, and enough for any vector store."""
@@ -14,12 +16,14 @@ def align(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-@dataclass(frozen=True, kw_only=True)
-class Block:
+class Block(NamedTuple):
     """A reserved range of a window, bytes."""
 
     base: int
     size: int
+
+
+NOTHING = Block(base=0, size=0)
 
 
 class Heap:
@@ -37,17 +41,27 @@ class Heap:
 
     def reserve_largest(self) -> Block:
         """Take the largest free range whole; an empty block where nothing is free."""
-        self._collect()
-        if not self._free:
-            return Block(base=0, size=0)
-        largest = max(self._free, key=lambda block: block.size)
-        self._free.remove(largest)
+        largest = self.largest()
+        if largest.size:
+            self.take(largest)
         return largest
+
+    def largest(self) -> Block:
+        """The largest free range; an empty block where nothing is free."""
+        self._collect()
+        free = self._free
+        if len(free) == 1:
+            return free[0]
+        return max(free, key=_size) if free else NOTHING
+
+    def take(self, block: Block) -> None:
+        """Take a free range whole."""
+        self._free.remove(block)
 
     def capacity_for(self, size: int) -> int:
         """The capacity at which a block of `size` bytes would be free at the end."""
         self._collect()
-        tail = self._free[-1] if self._free else Block(base=0, size=0)
+        tail = self._free[-1] if self._free else NOTHING
         free_at_end = tail.size if tail.base + tail.size == self.capacity else 0
         return max(self.capacity, self.capacity - free_at_end + align(size))
 
@@ -61,8 +75,8 @@ class Heap:
     def shrink(self, block: Block, size: int) -> Block:
         """Keep the first `size` bytes of a block, rounded up; the rest is free again."""
         kept = min(align(size), block.size)
-        self._insert(Block(base=block.base + kept, size=block.size - kept))
-        return Block(base=block.base, size=kept)
+        self._insert(Block(block.base + kept, block.size - kept))
+        return Block(block.base, kept)
 
     def release(self, block: Block) -> None:
         """Give a block, or a part of one, back."""
@@ -73,14 +87,19 @@ class Heap:
             self._insert(self._released.popleft())
 
     def _insert(self, block: Block) -> None:
-        if not block.size:
+        """Add a range to the free ones, which are in order and never touch each other."""
+        base, size = block
+        if not size:
             return
-        self._free.append(block)
-        self._free.sort(key=lambda each: each.base)
-        merged: list[Block] = []
-        for each in self._free:
-            if merged and merged[-1].base + merged[-1].size == each.base:
-                merged[-1] = Block(base=merged[-1].base, size=merged[-1].size + each.size)
-            else:
-                merged.append(each)
-        self._free = merged
+        free = self._free
+        at = bisect(free, block)
+        if at < len(free) and base + size == free[at].base:
+            size += free.pop(at).size
+        if at and sum(free[at - 1]) == base:
+            at -= 1
+            before = free.pop(at)
+            base, size = before.base, before.size + size
+        free.insert(at, Block(base, size))
+
+
+_size = attrgetter("size")

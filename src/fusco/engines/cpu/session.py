@@ -19,7 +19,7 @@ from fusco.engines.cpu.plans import Tables
 from fusco.engines.cpu.window import Mapping, Window
 from fusco.errors import EngineUnavailableError, WindowMemoryError
 from fusco.layout.blocks import Ints
-from fusco.layout.heap import Block
+from fusco.layout.heap import NOTHING, Block
 from fusco.layout.records import HEADER, Field, Status
 from fusco.transports.mailbox import Mailbox
 
@@ -103,7 +103,7 @@ class Session:
     @property
     def nothing(self) -> Block:
         """The block of an operation that brings this rank nothing."""
-        return Block(base=0, size=0)
+        return NOTHING
 
     def _connect(self, mailbox: Mailbox) -> list[Mapping]:
         mine = [os.getpid(), self.control.mapping.file, self.window.mapping.file]

@@ -13,7 +13,7 @@ from fusco.engines.base import World
 from fusco.engines.cuda.streams import Order
 from fusco.engines.cuda.window import TorchAllocator
 from fusco.layout.blocks import Ints
-from fusco.layout.heap import Block, Heap
+from fusco.layout.heap import NOTHING, Block, Heap
 from fusco.topology import Topology
 from fusco.transports.bulletin import Bulletin
 
@@ -148,14 +148,14 @@ class NodeHeap:
 
     def reserve_largest(self) -> Block:
         """The largest free block of all chunks, whole."""
-        largest = Block(base=0, size=0)
+        largest, at = NOTHING, 0
         for chunk, (_, heap) in enumerate(self._chunks):
-            found = heap.reserve_largest()
-            block = Block(base=found.base + chunk * _CHUNK_SPAN, size=found.size)
+            block = heap.largest()
             if block.size > largest.size:
-                block, largest = largest, block
-            self.release(block)
-        return largest
+                largest, at = block, chunk
+        if largest.size:
+            self._chunks[at][1].take(largest)
+        return Block(base=largest.base + at * _CHUNK_SPAN, size=largest.size)
 
     def shrink(self, block: Block, size: int) -> Block:
         """Keep the first `size` bytes, rounded up."""

@@ -6,7 +6,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusco.errors import WindowMemoryError
 from fusco.layout.compact import round_up
-from fusco.layout.heap import Block, Heap
+from fusco.layout.heap import NOTHING, Block, Heap
 from fusco.topology import Topology
 from fusco.transports.bulletin import Bulletin
 from fusco.transports.renumbered import RenumberedStore
@@ -98,15 +98,14 @@ class TorchAllocator(Allocator):
         return Allocation(memory=memory, address=tuple(handle.buffer_ptrs), peers=tuple(peers))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Place:
+class Place(NamedTuple):
     """A block of one chunk of the symmetric heap."""
 
     chunk: int
     block: Block
 
 
-NOWHERE = Place(chunk=0, block=Block(base=0, size=0))
+NOWHERE = Place(chunk=0, block=NOTHING)
 
 
 class SymmetricHeap:
@@ -141,13 +140,15 @@ class SymmetricHeap:
 
     def reserve_largest(self) -> Place:
         """The largest free block of all chunks, whole."""
-        largest = NOWHERE
+        largest, at = NOTHING, 0
         for chunk, (_, heap) in enumerate(self._chunks):
-            place = Place(chunk=chunk, block=heap.reserve_largest())
-            if place.block.size > largest.block.size:
-                place, largest = largest, place
-            self.release(place)
-        return largest
+            block = heap.largest()
+            if block.size > largest.size:
+                largest, at = block, chunk
+        if not largest.size:
+            return NOWHERE
+        self._chunks[at][1].take(largest)
+        return Place(at, largest)
 
     def reserve(self, size: int) -> Place:
         """A block of `size` bytes where there is one, else a smaller one."""
@@ -166,7 +167,7 @@ class SymmetricHeap:
         if place is NOWHERE:
             return place
         block = self._chunks[place.chunk][1].shrink(place.block, round_up(size))
-        return Place(chunk=place.chunk, block=block)
+        return Place(place.chunk, block)
 
     def release(self, place: Place) -> None:
         """Give a block back."""

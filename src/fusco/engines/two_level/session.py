@@ -23,7 +23,7 @@ from fusco.errors import (
     WindowMemoryError,
 )
 from fusco.layout.blocks import Ints, Sections
-from fusco.layout.heap import Block, align
+from fusco.layout.heap import NOTHING, Block, align
 from fusco.layout.records import HEADER, Field, Status
 from fusco.transports.mailbox import Mailbox
 from fusco.transports.slices import SliceTransport
@@ -141,7 +141,7 @@ class Session:
         try:
             return call, self.node.reserve(size)
         except MemoryError as error:
-            return call.failed(_no_memory(call.operation.text, error)), _NOTHING
+            return call.failed(_no_memory(call.operation.text, error)), NOTHING
 
     def fit(self, call: Call, block: Block, records: Tensor, needs: Ints) -> Agreement:
         """Cut this rank's block to its need; where one is too small, its node reserves another,
@@ -159,7 +159,7 @@ class Session:
         try:
             block = self.node.fit(operation, block, needs[mates], capacity[mates])
         except MemoryError as error:
-            block, problem = _NOTHING, error
+            block, problem = NOTHING, error
         agreement = Agreement(
             operation=operation,
             block=block,
@@ -196,9 +196,6 @@ class Session:
         self.node.close(lost)
         if lost is not None:
             self.mailbox.notices.hang_up()
-
-
-_NOTHING = Block(base=0, size=0)
 
 
 def _no_memory(operation: str, what: object) -> WindowMemoryError:
