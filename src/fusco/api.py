@@ -258,13 +258,7 @@ class Shuffle:
                     list(rows), topk_idx.to(torch.int64), topk_weights, self._key, grads
                 )
                 plan = Plan.from_tensors(flat)
-        return Dispatched(
-            tokens=like(x, got),
-            tokens_per_expert=plan.tokens_per_expert,
-            expert_offsets=plan.expert_offsets,
-            row_weights=row_weights,
-            plan=plan,
-        )
+        return Dispatched(tokens=like(x, got), row_weights=row_weights, plan=plan)
 
     @overload
     def combine(

@@ -94,9 +94,7 @@ class Limits:
         self._check_plan("combine", dispatched.plan)
         rows = self._check_rows("combine", "expert_outputs", expert_outputs)
         num_rows = dispatched.plan.num_rows
-        _check_device(
-            "combine", "expert_outputs", rows[0], dispatched.plan.tokens_per_expert.device
-        )
+        _check_device("combine", "expert_outputs", rows[0], dispatched.plan.device)
         for each in rows:
             if each.dtype not in SUMMABLE:
                 raise input_error(
@@ -246,7 +244,7 @@ class Limits:
                 expected="the plan of an earlier dispatch, d.plan",
                 remedy="dispatch with topk_idx to make one",
             )
-        if plan.identity.tolist()[1] != self.key:
+        if plan.key != self.key:
             raise input_error(
                 operation,
                 "plan",

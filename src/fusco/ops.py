@@ -142,7 +142,18 @@ def dispatch(
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """Make a plan and run it: rows `[T, ...]` to `[R, ...]`, row weights `[R]`, the plan."""
     got = run_dispatch(tuple(rows), topk_idx, topk_weights, shuffle, grads)
-    return list(got.rows), got.row_weights, got.plan.to_tensors()
+    return list(got.rows), got.row_weights, _apart(got.plan.to_tensors())
+
+
+def _apart(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The same, each with memory of its own, as tracers expect of an operator's results."""
+    seen: set[int] = set()
+    apart = []
+    for each in tensors:
+        address = each.untyped_storage().data_ptr()
+        apart.append(each.clone() if address in seen else each)
+        seen.add(address)
+    return apart
 
 
 def run_dispatch(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Generic, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 Rows = Tensor | tuple[Tensor, ...]
@@ -150,6 +151,17 @@ class Plan(ABC):
         """The number that all ranks know it by."""
         number: int = self.identity.tolist()[0]
         return number
+
+    @property
+    def key(self) -> int:
+        """The key of the Shuffle it belongs to."""
+        key: int = self.identity.tolist()[1]
+        return key
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.tokens_per_expert.device
 
     @property
     @abstractmethod
@@ -424,18 +436,24 @@ class Dispatched(Generic[AnyRows]):
 
     Attributes:
         tokens: `[R, H]` expert-major, this rank's experts; a tuple where a tuple was dispatched.
-        tokens_per_expert: int64 `[L]`, padding not counted.
-        expert_offsets: int32 `[L + 1]`, padding counted: what grouped products take.
         row_weights: float32 `[R]`, the router weight of each row; 1 where no weights were given,
             0 on padding.
         plan: reusable: `shuffle.dispatch(x2, topk_weights=w2, plan=d.plan)`.
     """
 
     tokens: AnyRows
-    tokens_per_expert: Tensor
-    expert_offsets: Tensor
     row_weights: Tensor
     plan: Plan
+
+    @property
+    def tokens_per_expert(self) -> Tensor:
+        """int64 `[L]`, padding not counted. Part of the plan's memory, as are the offsets."""
+        return self.plan.tokens_per_expert
+
+    @property
+    def expert_offsets(self) -> Tensor:
+        """int32 `[L + 1]`, padding counted: what grouped products take."""
+        return self.plan.expert_offsets
 
 
 @dataclass(frozen=True, kw_only=True)

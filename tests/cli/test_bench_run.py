@@ -23,6 +23,7 @@ from fusco.bench.patterns import TokenRouting
 from fusco.bench.same import expect_same
 from fusco.errors import FuscoError, InputError
 from fusco.testing.ranks import RankPool
+from fusco.types import CompactPlan
 
 CONFIG = BenchConfig(
     num_ranks=8,
@@ -128,13 +129,15 @@ def test_a_difference_is_not_measured() -> None:
     x = torch.randn(4, 8).bfloat16()
     routing = TokenRouting(topk_idx=torch.zeros(4, 1), topk_weights=torch.ones(4, 1))
     batch = Batch(x=x, routing=routing)
-    d = fusco.Dispatched(
-        tokens=x,
+    plan = CompactPlan(
+        identity=torch.zeros(2, dtype=torch.int64),
         tokens_per_expert=torch.tensor([4]),
-        expert_offsets=torch.tensor([0, 4]),
-        row_weights=torch.ones(4),
-        plan=None,  # type: ignore[arg-type]
+        expert_offsets=torch.tensor([0, 4], dtype=torch.int32),
+        pairs=torch.zeros((2, 4, 1), dtype=torch.int32),
+        links=torch.zeros(0, dtype=torch.int32),
+        row_extent=torch.zeros(4, dtype=torch.uint8),
     )
+    d = fusco.Dispatched(tokens=x, row_weights=torch.ones(4), plan=plan)
     expect_same(batch, (d, x), (d, x * (1 + 2**-8)))
     with pytest.raises(FuscoError, match="bench: sums: "):
         expect_same(batch, (d, x), (d, x * 1.125))

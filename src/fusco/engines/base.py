@@ -270,8 +270,12 @@ class Engine(ABC):
             lost: the rank whose loss is the reason, so that others can be told.
         """
 
+    def new_number(self) -> int:
+        """The number of the plan that all ranks have just agreed to make."""
+        self._num_plans += 1
+        return self._num_plans - 1
+
     def new_identity(self) -> Tensor:
         """The identity of the plan that all ranks have just agreed to make."""
-        self._num_plans += 1
         # Several times as fast as torch.tensor.
-        return torch.from_numpy(np.array((self._num_plans - 1, self.world.key)))
+        return torch.from_numpy(np.array((self.new_number(), self.world.key)))

@@ -1,12 +1,14 @@
-"""The layout of a compact plan's `links`, of a dispatch's block, and of a GPU's window.
+"""The layout of a compact plan and its `links`, of a dispatch's block, and of a GPU's window.
 
-`engines/cuda/kernels/links.cuh` reads the first two by the same rules; a test holds them together.
+`engines/cuda/kernels/links.cuh` reads links and a dispatch's block by the same rules; a test holds
+them together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,6 +76,39 @@ class Links:
 def links_len(num_tokens: int, num_ranks: int, max_tokens: int, top_k: int) -> int:
     """Length of a plan's `links`."""
     return 1 + num_ranks * (5 + num_tokens + max_tokens * top_k)
+
+
+class PlanLayout(NamedTuple):
+    """Where the arrays of a compact plan begin in a block, bytes; the tokens per expert come first.
+
+    Attributes:
+        num_tokens: T.
+        top_k: K.
+        num_local: L.
+        links_len: length of its `links`.
+        expert_offsets, pairs, links: where each begins.
+        end: where the last ends.
+    """
+
+    num_tokens: int
+    top_k: int
+    num_local: int
+    links_len: int
+    expert_offsets: int
+    pairs: int
+    links: int
+    end: int
+
+    @classmethod
+    def of(
+        cls, *, num_tokens: int, top_k: int, num_local: int, num_ranks: int, max_tokens: int
+    ) -> PlanLayout:
+        """Of the plans of one rank."""
+        size = links_len(num_tokens, num_ranks, max_tokens, top_k)
+        starts = [0]
+        for num_bytes in (8 * num_local, 4 * (num_local + 1), 8 * num_tokens * top_k, 4 * size):
+            starts.append(starts[-1] + round_up(num_bytes))
+        return cls(num_tokens, top_k, num_local, size, *starts[1:])
 
 
 def round_up(size: int, unit: int = BLOCK_ALIGNMENT) -> int:

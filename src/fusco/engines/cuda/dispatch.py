@@ -15,12 +15,13 @@ from fusco.engines.base import Delivery
 from fusco.engines.cuda.jit import Variant
 from fusco.engines.cuda.kernels import structs
 from fusco.engines.cuda.kernels.structs import MAX_PARTS, Verdict
+from fusco.engines.cuda.plans import Addresses, BlockPlan
 from fusco.engines.cuda.session import MAX_PLAN_BLOCKS, Report, Session
 from fusco.engines.cuda.window import Place
 from fusco.errors import EngineUnavailableError, WindowMemoryError, input_error
-from fusco.layout.compact import links_len, part_starts
+from fusco.layout.compact import PlanLayout, part_starts
 from fusco.layout.segments import bytes_per_row
-from fusco.types import CompactPlan
+from fusco.types import Plan
 
 _PLAN_THREADS = 512
 _TOKENS_PER_PLAN_BLOCK = 8
@@ -77,13 +78,18 @@ class _Format:
         )
 
 
-class _Arrays(NamedTuple):
-    """What a plan is written into; see `CompactPlan`."""
+class _Planning(NamedTuple):
+    """What follows from the number of tokens.
 
-    tokens_per_expert: Tensor
-    expert_offsets: Tensor
-    pairs: Tensor
-    links: Tensor
+    Attributes:
+        layout: of the plan.
+        num_blocks, shared_bytes, chunk_tokens: of the plan kernel, and tokens of each block.
+    """
+
+    layout: PlanLayout
+    num_blocks: int
+    shared_bytes: int
+    chunk_tokens: int
 
 
 class Dispatcher:
@@ -98,7 +104,8 @@ class Dispatcher:
         self._weighing = session.launchers("dispatch", self._args)
         self._check_plan()
         self._formats: dict[Any, _Format] = {}
-        self._spare: dict[tuple[int, int], _Arrays] = {}
+        self._plannings: dict[int, _Planning] = {}
+        self._spare: dict[tuple[int, int], Tensor] = {}
 
     def dispatch_new(
         self,
@@ -106,7 +113,7 @@ class Dispatcher:
         rows: tuple[Tensor, ...],
         weights: Tensor | None,
         topk_idx: Tensor,
-        new_identity: Callable[[], Tensor],
+        new_number: Callable[[], int],
     ) -> Delivery:
         """Plan and dispatch. Only when all ranks have counted is it known who needs how much room;
         where it is not there, all ranks add some and begin again."""
@@ -114,20 +121,21 @@ class Dispatcher:
         stream = session.order.begin()
         form = self._set_rows(rows, weights, _MOVING)
         num_tokens = topk_idx.shape[0]
+        planning = self._plannings.get(num_tokens) or self._planning(num_tokens)
         # Memory belongs to the stream that it was allocated on.
-        arrays = self._spare.pop((stream, num_tokens), None)
-        if arrays is None:
+        block = self._spare.pop((stream, num_tokens), None)
+        if block is None:
             try:
-                arrays = self._allocate(num_tokens)
+                block = self._allocate(planning.layout)
             except torch.OutOfMemoryError as error:
                 session.raise_out_of_memory(call, error)
-        tokens_per_expert, expert_offsets, pairs, links = arrays
         plan_args = self._plan_args
         plan_args.topk_idx = topk_idx.data_ptr()
-        args.pairs = plan_args.pairs = pairs.data_ptr()
-        args.links = plan_args.links = links.data_ptr()
-        args.tokens_per_expert = plan_args.tokens_per_expert = tokens_per_expert.data_ptr()
-        args.expert_offsets = plan_args.expert_offsets = expert_offsets.data_ptr()
+        plan_args.chunk_tokens = planning.chunk_tokens
+        addresses = Addresses.within(block, planning.layout)
+        self._set_plan(addresses)
+        plan_args.tokens_per_expert, plan_args.expert_offsets = addresses[:2]
+        plan_args.pairs, plan_args.links = addresses[2:]
         args.is_planned = 0
         num_rows = session.world.max_recv_tokens
         if num_rows is None and torch.cuda.is_current_stream_capturing():
@@ -141,27 +149,21 @@ class Dispatcher:
         while True:
             place = self._reserve(call, form, None)
             ticket = session.describe(call, place)
-            self._launch_plan(stream, num_tokens)
+            self._plan(stream, planning.num_blocks, _PLAN_THREADS, planning.shared_bytes)
             self._dispatch(stream, session.num_sms, form.threads, form.shared_bytes)
             if num_rows is not None:
                 session.failures.warn()
                 break
             # There is time until the report comes.
             with suppress(torch.OutOfMemoryError):
-                self._spare = {(stream, num_tokens): self._allocate(num_tokens)}
+                self._spare = {(stream, num_tokens): self._allocate(planning.layout)}
             report = session.await_report(ticket)
             if report.verdict == Verdict.GO:
                 num_rows = report.num_rows
                 break
             self._make_room(call, place, report)
-        plan = CompactPlan(
-            identity=new_identity(),
-            tokens_per_expert=tokens_per_expert,
-            expert_offsets=expert_offsets,
-            pairs=pairs,
-            links=links,
-            row_extent=session.one.expand(num_rows),
-        )
+        key, layout = session.world.key, planning.layout
+        plan = BlockPlan(new_number(), key, num_rows, layout, block, addresses, session.one)
         return self._wrap(place, form, num_rows, plan)
 
     def dispatch_planned(
@@ -169,7 +171,7 @@ class Dispatcher:
         call: Call,
         rows: tuple[Tensor, ...],
         weights: Tensor | None,
-        plan: CompactPlan,
+        plan: Plan,
         combined: Tensor | None = None,
     ) -> Delivery:
         """Dispatch by an existing plan.
@@ -184,9 +186,7 @@ class Dispatcher:
         stream = session.order.begin()
         form = self._set_rows(rows, weights, _MOVING if combined is None else _WEIGHING)
         num_rows = plan.num_rows
-        args.pairs, args.links = plan.pairs.data_ptr(), plan.links.data_ptr()
-        args.tokens_per_expert = plan.tokens_per_expert.data_ptr()
-        args.expert_offsets = plan.expert_offsets.data_ptr()
+        self._set_plan(Addresses.of(plan))
         args.is_planned = 1
         while True:
             place = self._reserve(call, form, num_rows)
@@ -201,16 +201,26 @@ class Dispatcher:
             self._make_room(call, place, report)
         return self._wrap(place, form, num_rows, plan)
 
-    def _allocate(self, num_tokens: int) -> _Arrays:
-        session, device = self._session, self._session.device
-        num_local, top_k = session.constants.num_local, session.world.top_k
-        size = links_len(num_tokens, session.num_ranks, session.max_tokens, top_k)
-        return _Arrays(
-            torch.empty(num_local, dtype=torch.int64, device=device),
-            torch.empty(num_local + 1, dtype=torch.int32, device=device),
-            torch.empty((2, num_tokens, top_k), dtype=torch.int32, device=device),
-            torch.empty(size, dtype=torch.int32, device=device),
+    def _planning(self, num_tokens: int) -> _Planning:
+        session = self._session
+        layout = PlanLayout.of(
+            num_tokens=num_tokens,
+            top_k=session.world.top_k,
+            num_local=session.constants.num_local,
+            num_ranks=session.num_ranks,
+            max_tokens=session.max_tokens,
         )
+        chunk, shared_bytes = self._divide_plan(num_tokens)
+        num_blocks = max(1, -(-num_tokens // chunk))
+        planning = self._plannings[num_tokens] = _Planning(layout, num_blocks, shared_bytes, chunk)
+        return planning
+
+    def _allocate(self, layout: PlanLayout) -> Tensor:
+        return torch.empty(layout.end // 4, dtype=torch.int32, device=self._session.device)
+
+    def _set_plan(self, plan: Addresses) -> None:
+        args = self._args
+        args.tokens_per_expert, args.expert_offsets, args.pairs, args.links = plan
 
     def _reserve(self, call: Call, form: _Format, num_rows: int | None) -> Place:
         """A block for what this rank will receive: of the size that is known, else the largest."""
@@ -256,11 +266,6 @@ class Dispatcher:
         args.weights = 0 if weights is None else weights.data_ptr()
         return form
 
-    def _launch_plan(self, stream: int, num_tokens: int) -> None:
-        chunk, shared_bytes = self._divide_plan(num_tokens)
-        self._plan_args.chunk_tokens = chunk
-        self._plan(stream, max(1, -(-num_tokens // chunk)), _PLAN_THREADS, shared_bytes)
-
     def _divide_plan(self, num_tokens: int) -> tuple[int, int]:
         """Tokens and bytes of shared memory of a block of the plan kernel."""
         session = self._session
@@ -281,7 +286,7 @@ class Dispatcher:
                 "larger num_sms, or another engine"
             )
 
-    def _wrap(self, place: Place, form: _Format, num_rows: int, plan: CompactPlan) -> Delivery:
+    def _wrap(self, place: Place, form: _Format, num_rows: int, plan: Plan) -> Delivery:
         """The rows and their weights where they lie; the rest of the block is free again."""
         session = self._session
         starts = part_starts(form.row_bytes, num_rows)

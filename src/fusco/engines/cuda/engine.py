@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
+from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -85,16 +85,14 @@ class CudaEngine(Engine):
     ) -> Delivery:
         works = self._open()
         works.session.check_device(call, rows[0])
-        if isinstance(routing, CompactPlan):
+        if isinstance(routing, Plan):
             weights, *dense = works.dense(call, weights, *rows)
             got = works.dispatcher.dispatch_planned(call, tuple(dense), weights, routing)
         else:
-            assert isinstance(routing, Tensor), "plans come from this engine"
             topk_idx, weights, *dense = works.dense(call, routing, weights, *rows)
             got = works.dispatcher.dispatch_new(
-                call, tuple(dense), weights, topk_idx, self.new_identity
+                call, tuple(dense), weights, topk_idx, self.new_number
             )
-        assert isinstance(got.plan, CompactPlan)
         works.last_plan = got.plan
         self.meter.dispatched(0)
         return got
@@ -108,12 +106,13 @@ class CudaEngine(Engine):
         plan: Plan,
         row_values: Tensor | None = None,
     ) -> Returned:
-        assert isinstance(plan, CompactPlan), "plans come from this engine"
         works = self._open()
         works.session.check_device(call, rows[0])
         self.meter.combined()
         row_weights, row_values, *dense = works.dense(call, row_weights, row_values, *rows)
-        return works.combiner.combine(call, tuple(dense), row_weights, plan, row_values)
+        # What a combine asks of its plan, a plan in a block has as well.
+        planned = cast(CompactPlan, plan)
+        return works.combiner.combine(call, tuple(dense), row_weights, planned, row_values)
 
     @_on_own_device
     def combine_backward(
@@ -126,7 +125,6 @@ class CudaEngine(Engine):
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         if row_weights is None or len(grads) > 1:
             return super().combine_backward(call, grads, rows, row_weights, plan)
-        assert isinstance(plan, CompactPlan), "plans come from this engine"
         works = self._open()
         works.session.check_device(call, grads[0])
         self.meter.dispatched(0)
@@ -190,7 +188,7 @@ class _Works:
         self.session = Session(world)
         self.dispatcher = Dispatcher(self.session)
         self.combiner = Combiner(self.session)
-        self.last_plan: CompactPlan | None = None
+        self.last_plan: Plan | None = None
 
     def dense(self, call: Call, *tensors: Tensor | None) -> list[Any]:
         """The same tensors, each in one piece; without memory for that all ranks raise."""
@@ -199,11 +197,13 @@ class _Works:
         except torch.OutOfMemoryError as error:
             self.session.raise_out_of_memory(call, error)
 
-    def rows_per_rank(self, plan: CompactPlan) -> Tensor | None:
+    def rows_per_rank(self, plan: Plan) -> Tensor | None:
         """int64 `[P]` on the CPU; None where the ranks did not agree on the plan."""
         ranks, top_k = self.session.num_ranks, plan.top_k
-        links = Links.split(plan.links, plan.num_tokens, ranks, top_k)
-        return links.rows.cpu().to(torch.int64) if int(links.number) else None
+        compact = Plan.from_tensors(plan.to_tensors())
+        assert isinstance(compact, CompactPlan), "plans come from this engine"
+        parts = Links.split(compact.links, plan.num_tokens, ranks, top_k)
+        return parts.rows.cpu().to(torch.int64) if int(parts.number) else None
 
 
 def _dense(tensor: Tensor) -> Tensor:

@@ -1,0 +1,69 @@
+"""Plans in one block of memory, with memory of the CPU: their tensors lie where kernels write."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fusco.engines.cuda.plans import Addresses, BlockPlan
+from fusco.layout.compact import BLOCK_ALIGNMENT, PlanLayout
+from fusco.ops import _apart
+from fusco.types import CompactPlan, Plan
+
+small = st.integers(1, 9)
+layouts = st.builds(
+    PlanLayout.of,
+    num_tokens=st.integers(0, 70),
+    top_k=small,
+    num_local=st.integers(0, 40),
+    num_ranks=small,
+    max_tokens=st.integers(70, 80),
+)
+
+
+def make(layout: PlanLayout) -> tuple[BlockPlan, torch.Tensor]:
+    block = torch.arange(layout.end // 4, dtype=torch.int32)
+    addresses = Addresses.within(block, layout)
+    one = torch.zeros(1, dtype=torch.uint8)
+    return BlockPlan(7, 3, 11, layout, block, addresses, one), block
+
+
+@given(layout=layouts)
+def test_arrays_have_room_and_are_aligned(layout: PlanLayout) -> None:
+    plan, block = make(layout)
+    compact = plan.compact
+    arrays = (compact.tokens_per_expert, compact.expert_offsets, compact.pairs, compact.links)
+    starts = [0, layout.expert_offsets, layout.pairs, layout.links, layout.end]
+    assert all(start % BLOCK_ALIGNMENT == 0 for start in starts)
+    for (begin, end), array in zip(pairwise(starts), arrays, strict=True):
+        assert array.nbytes <= end - begin
+        if array.numel():
+            assert array.data_ptr() == block.data_ptr() + begin
+
+
+@given(layout=layouts)
+def test_a_plan_is_the_same_in_a_block_and_as_tensors(layout: PlanLayout) -> None:
+    plan, _ = make(layout)
+    again = Plan.from_tensors(plan.to_tensors())
+    assert isinstance(again, CompactPlan)
+    for each in (plan, again):
+        assert (each.number, each.key, each.num_rows) == (7, 3, 11)
+        assert (each.num_tokens, each.top_k) == (layout.num_tokens, layout.top_k)
+        assert each.device == torch.device("cpu")
+        assert each.tokens_per_expert.shape == (layout.num_local,)
+        assert each.expert_offsets.shape == (layout.num_local + 1,)
+    if layout.num_tokens and layout.num_local:
+        assert Addresses.of(again) == Addresses.of(plan)
+    assert plan.links.data_ptr() == again.links.data_ptr()
+
+
+def test_results_of_an_operator_share_no_memory() -> None:
+    layout = PlanLayout.of(num_tokens=5, top_k=2, num_local=3, num_ranks=2, max_tokens=8)
+    plan, _ = make(layout)
+    flat = plan.to_tensors()
+    apart = _apart(flat)
+    assert len({each.untyped_storage().data_ptr() for each in apart}) == len(apart)
+    assert all(torch.equal(one, other) for one, other in zip(flat, apart, strict=True))
