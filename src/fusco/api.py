@@ -240,14 +240,12 @@ class Shuffle:
                     self._limits.check_dispatch(x, topk_idx, topk_weights, plan)
                 except InputError as error:
                     self._raise_everywhere(Call(operation=operation, error=error))
-                if key is not None and len(self._accepted) < _MAX_ACCEPTED:
-                    self._accepted.add(key)
+                self._accept(key)
             rows = as_tuple(x)
             grads = ops.wanted_gradients(rows, topk_weights)
             if ops.is_eager((*rows, topk_idx, topk_weights)):
                 # The operators' own work takes longer than that of a small dispatch.
-                delivery = self._run(rows, topk_idx, topk_weights, plan, grads)
-                got, row_weights, plan = delivery.rows, delivery.row_weights, delivery.plan
+                got, row_weights, plan = self._run(rows, topk_idx, topk_weights, plan, grads)
             elif plan is not None:
                 got, row_weights = ops.dispatch_planned(
                     list(rows), topk_weights, plan.to_tensors(), self._key, grads
@@ -318,16 +316,24 @@ class Shuffle:
     ) -> AnyRows:
         self._require_open()
         with stage("combine"):
-            try:
-                self._limits.check_combine(expert_outputs, dispatched, weighted=weighted)
-            except InputError as error:
-                self._raise_everywhere(Call(operation=Operation.COMBINE, error=error))
+            key = _form_of_outputs(expert_outputs, dispatched, self._key)
+            if key is None or key not in self._accepted:
+                try:
+                    self._limits.check_combine(expert_outputs, dispatched, weighted=weighted)
+                except InputError as error:
+                    self._raise_everywhere(Call(operation=Operation.COMBINE, error=error))
+                self._accept(key)
             rows = as_tuple(expert_outputs)
             row_weights = dispatched.row_weights if weighted else None
-            anchor = next((t for t in as_tuple(dispatched.tokens) if t.requires_grad), None)
-            # Which of the inputs carry a graph may differ between ranks, whether one does may not.
-            inputs = [*rows, dispatched.row_weights, *([] if anchor is None else [anchor])]
-            has_graph = torch.is_grad_enabled() and any(each.requires_grad for each in inputs)
+            tokens = as_tuple(dispatched.tokens)
+            anchor, has_graph = None, False
+            if torch.is_grad_enabled():
+                # Which of the inputs carry a graph may differ between ranks, whether one does may
+                # not.
+                inputs = (*rows, dispatched.row_weights, *tokens)
+                has_graph = any(each.requires_grad for each in inputs)
+                if has_graph:
+                    anchor = next((each for each in tokens if each.requires_grad), None)
             sums: Sequence[Tensor]
             plan = dispatched.plan
             if not ops.is_eager((*rows, row_weights, anchor)):
@@ -396,16 +402,32 @@ class Shuffle:
         plan: Plan | None,
         grads: str,
     ) -> Delivery:
-        def run() -> Delivery:
-            if plan is not None:
-                return ops.run_planned(rows, topk_weights, plan, self._key, grads)
-            assert topk_idx is not None, "checked before"
-            wide = topk_idx.to(torch.int64)
-            return ops.run_dispatch(rows, wide, topk_weights, self._key, grads)
+        if grads != ops.NO_GRADIENTS:
+            return eager.dispatch(
+                lambda: self._move(rows, topk_idx, topk_weights, plan, grads),
+                self._key,
+                topk_weights,
+                rows,
+            )
+        return self._move(rows, topk_idx, topk_weights, plan, grads)
 
-        if grads == ops.NO_GRADIENTS:
-            return run()
-        return eager.dispatch(run, self._key, topk_weights, rows)
+    def _move(
+        self,
+        rows: tuple[Tensor, ...],
+        topk_idx: Tensor | None,
+        topk_weights: Tensor | None,
+        plan: Plan | None,
+        grads: str,
+    ) -> Delivery:
+        if plan is not None:
+            return ops.run_planned(rows, topk_weights, plan, self._key, grads)
+        assert topk_idx is not None, "checked before"
+        wide = topk_idx if topk_idx.dtype == torch.int64 else topk_idx.to(torch.int64)
+        return ops.run_dispatch(rows, wide, topk_weights, self._key, grads)
+
+    def _accept(self, form: tuple[Any, ...] | None) -> None:
+        if form is not None and len(self._accepted) < _MAX_ACCEPTED:
+            self._accepted.add(form)
 
     def _beside(
         self, operation: Callable[[], Result], tensors: Sequence[Tensor | None]
@@ -428,8 +450,23 @@ def _form_of(x: Any, topk_idx: Any, topk_weights: Any) -> tuple[Any, ...] | None
     """All that is checked of plain tensors, for those who come again; None where it is more."""
     if type(x) is not Tensor or type(topk_idx) is not Tensor or type(topk_weights) is not Tensor:
         return None
+    ids, weights = topk_idx, topk_weights
     return (
-        (x.shape, x.dtype, x.device, x.layout),
-        (topk_idx.shape, topk_idx.dtype, topk_idx.device),
-        (topk_weights.shape, topk_weights.dtype, topk_weights.device),
+        *(x.shape, x.dtype, x.device, x.layout),
+        *(ids.shape, ids.dtype, ids.device, weights.shape, weights.dtype, weights.device),
     )
+
+
+def _form_of_outputs(outputs: Any, dispatched: Any, shuffle: int) -> tuple[Any, ...] | None:
+    """The same for a combine, where a plan of this Shuffle has as many rows."""
+    if type(outputs) is not Tensor or type(dispatched) is not Dispatched:
+        return None
+    plan, weights = dispatched.plan, dispatched.row_weights
+    if not isinstance(plan, Plan) or plan.key != shuffle:
+        return None
+    if type(weights) is not Tensor or weights.dtype != torch.float32:
+        return None
+    num_rows, shape = (plan.num_rows,), outputs.shape
+    if shape[:1] != num_rows or weights.shape != num_rows:
+        return None
+    return shape[1:], outputs.dtype, outputs.device, outputs.layout, plan.device

@@ -6,7 +6,6 @@ An operator that is written in Python takes longer to call than a small dispatch
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ def dispatch(
     *got, row_weights = _Dispatch.apply(  # type: ignore[no-untyped-call]
         run, delivered, shuffle, topk_weights, *rows
     )
-    return replace(delivered[0], rows=tuple(got), row_weights=row_weights)
+    return delivered[0]._replace(rows=tuple(got), row_weights=row_weights)
 
 
 def combine(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -27,6 +26,7 @@ from fusco.types import Plan
 # torch.library.custom_op would do, but its first call imports the compiler, two seconds of work.
 LIBRARY = torch.library.Library("fusco", "DEF")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+_Formats = tuple[tuple[torch.dtype, tuple[int, ...]], ...]
 
 NO_GRADIENTS = "no gradients"
 WITH_GRADIENTS = "with gradients"
@@ -51,6 +51,8 @@ class using:
         return self._engine
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            return
         if isinstance(error, PeerError):
             self._engine.close(lost=error.rank)
         # An engine that fails where its ranks count on it has closed itself.
@@ -64,9 +66,10 @@ def engine_of(shuffle: int) -> Engine:
     Raises:
         ClosedError: it is closed.
     """
-    if shuffle not in ENGINES:
+    engine = ENGINES.get(shuffle)
+    if engine is None:
         raise ClosedError("this Shuffle was closed, or a rank was lost; make a new one")
-    return ENGINES[shuffle]
+    return engine
 
 
 def _operator(schema: str) -> Callable[[_Function], _Function]:
@@ -110,14 +113,15 @@ def wanted_gradients(rows: Sequence[Tensor], weights: Tensor | None) -> str:
 
 def _form(rows: Sequence[Tensor], weights: Tensor | None, grads: str = "") -> str:
     """What must be equal on all ranks, in words."""
-    formats = tuple((each.dtype, each.shape[1:]) for each in rows)
-    return _form_of(formats, weights is not None, grads)
+    return _form_of(_formats(rows), weights is not None, grads)
+
+
+def _formats(rows: Sequence[Tensor]) -> _Formats:
+    return tuple([(each.dtype, each.shape[1:]) for each in rows])
 
 
 @functools.lru_cache(maxsize=256)
-def _form_of(
-    formats: tuple[tuple[torch.dtype, tuple[int, ...]], ...], has_weights: bool, grads: str
-) -> str:
+def _form_of(formats: _Formats, has_weights: bool, grads: str) -> str:
     parts = [describe_format(dtype, shape) for dtype, shape in formats]
     if has_weights:
         parts.append("with weights")
@@ -126,11 +130,12 @@ def _form_of(
 
 def is_eager(tensors: Iterable[Tensor | None]) -> bool:
     """Whether nothing but these plain tensors' own kernels would see an operator of them."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and all(type(each) is Tensor for each in tensors if each is not None)
-    )
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    for each in tensors:  # noqa: SIM110 - all() of a generator takes twice as long
+        if type(each) is not Tensor and each is not None:
+            return False
+    return True
 
 
 @_operator(
@@ -165,18 +170,18 @@ def run_dispatch(
 ) -> Delivery:
     """What the operator `dispatch` does."""
     with using(shuffle) as engine:
-        # Here and not with the other checks, since it looks at values, which a compiler cannot.
-        num_experts = engine.world.topology.num_experts
-        call = _new_dispatch(_form(rows, topk_weights, grads))
-        error = None if engine.finds_bad_ids else find_bad_id(topk_idx, num_experts)
-        if error is not None:
-            engine.agree_on_error(replace(call, error=error))
+        call = _new_dispatch(_formats(rows), topk_weights is not None, grads)
+        if not engine.finds_bad_ids:
+            # Here and not with the other checks, since it looks at values, which a compiler cannot.
+            error = find_bad_id(topk_idx, engine.world.topology.num_experts)
+            if error is not None:
+                engine.agree_on_error(call._replace(error=error))
         return engine.dispatch(call, rows, topk_weights, topk_idx)
 
 
 @functools.lru_cache(maxsize=256)
-def _new_dispatch(form: str) -> Call:
-    return Call(operation=Operation.DISPATCH, form=form)
+def _new_dispatch(formats: _Formats, has_weights: bool, grads: str) -> Call:
+    return Call(operation=Operation.DISPATCH, form=_form_of(formats, has_weights, grads))
 
 
 @_operator(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import zlib
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +21,7 @@ from fusco.errors import (
 from fusco.layout.records import ALIKE, Field, Operation, Status
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Call:
+class Call(NamedTuple):
     """What this rank is about to do, before it has asked the others.
 
     Attributes:
@@ -44,7 +43,7 @@ class Call:
 
     def failed(self, error: WindowMemoryError) -> Call:
         """The same call, which this rank cannot make."""
-        return replace(self, error=self.error or error)
+        return self._replace(error=self.error or error)
 
     def elsewhere(self, tensor: Tensor, expected: torch.device) -> Call:
         """The same call, whose rows are on another GPU than the engine's."""
@@ -55,7 +54,7 @@ class Call:
             expected=f"{expected}, the current device when the Shuffle was made",
             remedy="call torch.cuda.set_device before making it",
         )
-        return replace(self, error=error)
+        return self._replace(error=error)
 
     @property
     def _status(self) -> Status:

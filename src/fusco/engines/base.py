@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -77,8 +77,7 @@ EXCHANGE_FIELDS = 3
 """What a rank says of its segments for each peer: their number, bytes, and a hash of sizes."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Delivery:
+class Delivery(NamedTuple):
     """What a dispatch brings.
 
     Attributes:
@@ -92,8 +91,7 @@ class Delivery:
     plan: Plan
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Returned:
+class Returned(NamedTuple):
     """What a combine brings.
 
     Attributes:

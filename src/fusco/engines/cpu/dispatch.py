@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -42,7 +41,7 @@ def dispatch_new(
     with stage("plan"):
         packed, low, high = plans.count(topk_idx, session.tables, world.topology.num_nodes)
         if low < -1 or high >= world.topology.num_experts:
-            call = replace(call, error=bad_ids(low, high, world.topology.num_experts))
+            call = call._replace(error=bad_ids(low, high, world.topology.num_experts))
     with stage("agree"):
         block = session.nothing if call.error else session.window.reserve_largest()
         agreement = session.agree(call, block, packed)

@@ -23,11 +23,12 @@ from fusco.layout.compact import PlanLayout, part_starts
 from fusco.layout.segments import bytes_per_row
 from fusco.types import Plan
 
+_GO = int(Verdict.GO)  # members of enumerations are slow to look up
 _PLAN_THREADS = 512
 _TOKENS_PER_PLAN_BLOCK = 8
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class _Work:
     """How a block of the dispatch kernel is divided, at the most."""
 
@@ -49,16 +50,14 @@ class _Format:
         row_bytes: of each tensor.
         slot_bytes: of a row, the part that a warp moves at once.
         threads, shared_bytes: of a block of the dispatch kernel.
-        dtypes: of the rows and the row weights.
-        row_shapes: of the rows and the row weights.
+        parts: dtypes and shapes of the rows and the row weights.
     """
 
     row_bytes: tuple[int, ...]
     slot_bytes: int
     threads: int
     shared_bytes: int
-    dtypes: tuple[torch.dtype, ...]
-    row_shapes: tuple[tuple[int, ...], ...]
+    parts: tuple[tuple[torch.dtype, tuple[int, ...]], ...]
 
     @classmethod
     def of(cls, rows: tuple[Tensor, ...], session: Session, work: _Work) -> _Format:
@@ -73,8 +72,7 @@ class _Format:
             slot_bytes=slot_bytes,
             threads=num_warps * 32,
             shared_bytes=num_warps * (slot_bytes + 8) + places,
-            dtypes=(*(each.dtype for each in rows), torch.float32),
-            row_shapes=(*(tuple(each.shape[1:]) for each in rows), ()),
+            parts=(*((each.dtype, tuple(each.shape[1:])) for each in rows), (torch.float32, ())),
         )
 
 
@@ -97,13 +95,16 @@ class Dispatcher:
 
     def __init__(self, session: Session) -> None:
         self._session = session
+        self._static_rows = session.world.max_recv_tokens
         self._plan_args = structs.PlanArgs()
         self._args = structs.DispatchArgs()
         self._plan = session.launcher(Variant(name="plan"), self._plan_args)
         self._dispatch = session.launcher(Variant(name="dispatch"), self._args)
         self._weighing = session.launchers("dispatch", self._args)
         self._check_plan()
+        self._row_addresses = self._args.rows  # the same memory; looking it up takes longer
         self._formats: dict[Any, _Format] = {}
+        self._format: _Format | None = None
         self._plannings: dict[int, _Planning] = {}
         self._spare: dict[tuple[int, int], Tensor] = {}
 
@@ -137,7 +138,7 @@ class Dispatcher:
         plan_args.tokens_per_expert, plan_args.expert_offsets = addresses[:2]
         plan_args.pairs, plan_args.links = addresses[2:]
         args.is_planned = 0
-        num_rows = session.world.max_recv_tokens
+        num_rows = self._static_rows
         if num_rows is None and torch.cuda.is_current_stream_capturing():
             raise input_error(
                 "dispatch",
@@ -158,7 +159,7 @@ class Dispatcher:
             with suppress(torch.OutOfMemoryError):
                 self._spare = {(stream, num_tokens): self._allocate(planning.layout)}
             report = session.await_report(ticket)
-            if report.verdict == Verdict.GO:
+            if report.verdict == _GO:
                 num_rows = report.num_rows
                 break
             self._make_room(call, place, report)
@@ -192,11 +193,11 @@ class Dispatcher:
             place = self._reserve(call, form, num_rows)
             ticket = session.describe(call, place)
             kernel(stream, session.num_sms, form.threads, form.shared_bytes)
-            if session.world.max_recv_tokens is not None:
+            if self._static_rows is not None:
                 session.failures.warn()
                 break
             report = session.await_report(ticket)
-            if report.verdict == Verdict.GO:
+            if report.verdict == _GO:
                 break
             self._make_room(call, place, report)
         return self._wrap(place, form, num_rows, plan)
@@ -224,8 +225,8 @@ class Dispatcher:
 
     def _reserve(self, call: Call, form: _Format, num_rows: int | None) -> Place:
         """A block for what this rank will receive: of the size that is known, else the largest."""
-        session = self._session
-        heap, static_rows = session.heap, session.world.max_recv_tokens
+        session, static_rows = self._session, self._static_rows
+        heap = session.heap
         if static_rows is None:
             if num_rows is None:
                 return heap.reserve_largest()
@@ -252,17 +253,20 @@ class Dispatcher:
         self._session.grow(call.operation.text, report.need)
 
     def _set_rows(self, rows: tuple[Tensor, ...], weights: Tensor | None, work: _Work) -> _Format:
-        args, plan_args = self._args, self._plan_args
-        key = (work.max_warps, *((each.dtype, each.shape[1:]) for each in rows))
+        key = (work, *[(each.dtype, each.shape[1:]) for each in rows])
         form = self._formats.get(key)
         if form is None:
             form = self._formats[key] = _Format.of(rows, self._session, work)
-        for part, each in enumerate(rows):
-            args.rows[part] = each.data_ptr()
-            args.row_bytes[part] = plan_args.row_bytes[part] = form.row_bytes[part]
-        args.num_parts = plan_args.num_parts = len(rows)
+        args, plan_args = self._args, self._plan_args
+        if form is not self._format:
+            args.slot_bytes = form.slot_bytes
+            for each in (args, plan_args):
+                each.num_parts = len(rows)
+                each.row_bytes[: len(rows)] = form.row_bytes
+            self._format = form
+        for part, tensor in enumerate(rows):
+            self._row_addresses[part] = tensor.data_ptr()
         args.num_tokens = plan_args.num_tokens = rows[0].shape[0]
-        args.slot_bytes = form.slot_bytes
         args.weights = 0 if weights is None else weights.data_ptr()
         return form
 
@@ -288,16 +292,17 @@ class Dispatcher:
 
     def _wrap(self, place: Place, form: _Format, num_rows: int, plan: Plan) -> Delivery:
         """The rows and their weights where they lie; the rest of the block is free again."""
-        session = self._session
+        heap = self._session.heap
         starts = part_starts(form.row_bytes, num_rows)
-        is_captured = False
-        if session.world.max_recv_tokens is None:
-            place = session.heap.shrink(place, starts[-1])
+        whole = None
+        if self._static_rows is None:
+            place = heap.shrink(place, starts[-1])
         else:
-            is_captured = torch.cuda.is_current_stream_capturing()
             starts[-1] = place.block.size
-        shapes = [(num_rows, *row_shape) for row_shape in form.row_shapes]
-        *got, row_weights = session.heap.as_tensors(
-            place, starts, shapes, form.dtypes, is_captured=is_captured
-        )
-        return Delivery(rows=tuple(got), row_weights=row_weights, plan=plan)
+            if torch.cuda.is_current_stream_capturing():
+                whole = heap.lease_captured(place)
+        *got, row_weights = [
+            heap.as_tensor(place, starts[i], starts[i + 1], (num_rows, *shape), dtype, whole)
+            for i, (dtype, shape) in enumerate(form.parts)
+        ]
+        return Delivery(tuple(got), row_weights, plan)

@@ -31,10 +31,10 @@ def _on_own_device(
 
     @functools.wraps(method)
     def run(engine: CudaEngine, /, *arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
-        device = engine.device
-        if torch.cuda.current_device() == device.index:
+        session = engine._open().session
+        if torch.cuda.current_device() == session.device_index:
             return method(engine, *arguments, **named)
-        with torch.cuda.device(device):
+        with torch.cuda.device(session.device):
             return method(engine, *arguments, **named)
 
     return run
@@ -190,8 +190,13 @@ class _Works:
         self.combiner = Combiner(self.session)
         self.last_plan: Plan | None = None
 
-    def dense(self, call: Call, *tensors: Tensor | None) -> list[Any]:
+    def dense(self, call: Call, *tensors: Tensor | None) -> Sequence[Any]:
         """The same tensors, each in one piece; without memory for that all ranks raise."""
+        for each in tensors:
+            if each is not None and not _is_dense(each):
+                break
+        else:
+            return tensors
         try:
             return [None if each is None else _dense(each) for each in tensors]
         except torch.OutOfMemoryError as error:
@@ -206,10 +211,14 @@ class _Works:
         return parts.rows.cpu().to(torch.int64) if int(parts.number) else None
 
 
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether its elements lie one behind the other, from an address that kernels can take on."""
+    return tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
+
+
 def _dense(tensor: Tensor) -> Tensor:
-    """The same elements one behind the other, from an address that is a multiple of 16 on."""
     dense = tensor.contiguous()
-    return dense if dense.data_ptr() % 16 == 0 else dense.clone()
+    return dense if _is_dense(dense) else dense.clone()
 
 
 def _check_world(world: World) -> None:

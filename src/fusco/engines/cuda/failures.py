@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import warnings
 from collections import deque
-from dataclasses import replace
 from typing import NoReturn
 
 import numpy as np
@@ -197,7 +196,7 @@ class Failures:
         )
         if failure.awaited == world.topology.rank:
             ids = bad_ids(failure.item, failure.need, world.topology.num_experts)
-            call = replace(call, error=ids)
+            call = call._replace(error=ids)
         return call
 
     def _post(self, failure: structs.Failure, call: Call) -> None:

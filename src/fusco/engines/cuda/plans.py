@@ -65,6 +65,14 @@ class BlockPlan(Plan):
         one: uint8 `[1]`, of which `row_extent` is made.
     """
 
+    addresses: Addresses
+    _number: int
+    _key: int
+    _num_rows: int
+    _layout: PlanLayout
+    _block: Tensor
+    _one: Tensor
+
     def __init__(
         self,
         number: int,
@@ -75,13 +83,16 @@ class BlockPlan(Plan):
         addresses: Addresses,
         one: Tensor,
     ) -> None:
-        self._number = number
-        self._key = key
-        self._num_rows = num_rows
-        self._layout = layout
-        self._block = block
-        self.addresses = addresses
-        self._one = one
+        # All at once, for the way past a frozen class is long.
+        vars(self).update(
+            _number=number,
+            _key=key,
+            _num_rows=num_rows,
+            _layout=layout,
+            _block=block,
+            addresses=addresses,
+            _one=one,
+        )
 
     @functools.cached_property
     def compact(self) -> CompactPlan:

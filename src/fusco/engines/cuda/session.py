@@ -63,7 +63,8 @@ class Session:
         topology = world.topology
         self.world = world
         self.rank, self.num_ranks = topology.rank, topology.num_ranks
-        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.device_index = torch.cuda.current_device()
+        self.device = torch.device("cuda", self.device_index)
         properties = torch.cuda.get_device_properties(self.device)
         self.max_sms: int = properties.multi_processor_count
         self.num_sms = world.num_sms or self.max_sms

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -174,42 +174,37 @@ class SymmetricHeap:
         if place is not NOWHERE:
             self._chunks[place.chunk][1].release(place.block)
 
-    def release_captured(self, place: Place) -> None:
-        """Give a block back that a graph has used."""
-        self._captured.append(place)
+    def lease_captured(self, place: Place) -> _Lease:
+        """Keep a block whole for tensors of a graph, until the last of them is gone."""
+        return _Lease(self._captured.append, place)
 
-    def as_tensors(
+    def as_tensor(
         self,
         place: Place,
-        starts: Sequence[int],
-        shapes: Sequence[tuple[int, ...]],
-        dtypes: Sequence[torch.dtype],
-        *,
-        is_captured: bool = False,
-    ) -> list[Tensor]:
-        """Parts of a block as tensors. Each part returns to the heap with its tensor; for a graph
-        that is being captured the block returns whole, with the last of them.
+        begin: int,
+        end: int,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        whole: _Lease | None,
+    ) -> Tensor:
+        """A part of a block as a tensor, with which it returns to the heap.
 
         Args:
             place: the block.
-            starts: where each part begins in the block, and where the last ends, bytes.
-            shapes: of each part.
-            dtypes: of each part.
-            is_captured: whether a graph is being captured.
+            begin: where the part begins in the block, bytes.
+            end: where it ends.
+            shape: of the tensor.
+            dtype: of the tensor.
+            whole: what the part belongs to, where it does not return by itself.
         """
-        whole = _Lease(self.release_captured, place) if is_captured else None
-        tensors = []
-        for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True)):
-            base, size = place.block.base + starts[i], starts[i + 1] - starts[i]
-            if size == 0:
-                tensors.append(torch.empty(shape, dtype=dtype, device=self._device))
-                continue
-            allocation, heap = self._chunks[place.chunk]
-            lease = whole or _Lease(heap.release, Block(base=base, size=size))
-            span = _Span(allocation.base + base, shape, dtype, lease, allocation)
-            tensor = torch.as_tensor(span, device=self._device)
-            tensors.append(tensor if tensor.dtype == dtype else tensor.view(dtype))
-        return tensors
+        if begin == end:
+            return torch.empty(shape, dtype=dtype, device=self._device)
+        allocation, heap = self._chunks[place.chunk]
+        base = place.block.base + begin
+        lease = whole or _Lease(heap.release, Block(base, end - begin))
+        span = _Span(allocation.base + base, shape, dtype, lease, allocation)
+        tensor = torch.as_tensor(span, device=self._device)
+        return tensor if tensor.dtype == dtype else tensor.view(dtype)
 
 
 class _Lease:
