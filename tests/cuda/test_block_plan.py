@@ -26,9 +26,16 @@ layouts = st.builds(
 
 def make(layout: PlanLayout) -> tuple[BlockPlan, torch.Tensor]:
     block = torch.arange(layout.end // 4, dtype=torch.int32)
-    addresses = Addresses.within(block, layout)
-    one = torch.zeros(1, dtype=torch.uint8)
-    return BlockPlan(7, 3, 11, layout, block, addresses, one), block
+    plan = BlockPlan(
+        number=7,
+        key=3,
+        num_rows=11,
+        layout=layout,
+        block=block,
+        addresses=Addresses.within(block, layout),
+        one=torch.zeros(1, dtype=torch.uint8),
+    )
+    return plan, block
 
 
 @given(layout=layouts)

@@ -106,7 +106,7 @@ class Dispatcher:
         self._formats: dict[Any, _Format] = {}
         self._format: _Format | None = None
         self._plannings: dict[int, _Planning] = {}
-        self._spare: dict[tuple[int, int], Tensor] = {}
+        self._spare: dict[tuple[int, int], tuple[Tensor, Addresses]] = {}
 
     def dispatch_new(
         self,
@@ -124,16 +124,16 @@ class Dispatcher:
         num_tokens = topk_idx.shape[0]
         planning = self._plannings.get(num_tokens) or self._planning(num_tokens)
         # Memory belongs to the stream that it was allocated on.
-        block = self._spare.pop((stream, num_tokens), None)
-        if block is None:
+        found = self._spare.pop((stream, num_tokens), None)
+        if found is None:
             try:
-                block = self._allocate(planning.layout)
+                found = self._allocate(planning.layout)
             except torch.OutOfMemoryError as error:
                 session.raise_out_of_memory(call, error)
+        block, addresses = found
         plan_args = self._plan_args
         plan_args.topk_idx = topk_idx.data_ptr()
         plan_args.chunk_tokens = planning.chunk_tokens
-        addresses = Addresses.within(block, planning.layout)
         self._set_plan(addresses)
         plan_args.tokens_per_expert, plan_args.expert_offsets = addresses[:2]
         plan_args.pairs, plan_args.links = addresses[2:]
@@ -163,8 +163,15 @@ class Dispatcher:
                 num_rows = report.num_rows
                 break
             self._make_room(call, place, report)
-        key, layout = session.world.key, planning.layout
-        plan = BlockPlan(new_number(), key, num_rows, layout, block, addresses, session.one)
+        plan = BlockPlan(
+            number=new_number(),
+            key=session.world.key,
+            num_rows=num_rows,
+            layout=planning.layout,
+            block=block,
+            addresses=addresses,
+            one=session.one,
+        )
         return self._wrap(place, form, num_rows, plan)
 
     def dispatch_planned(
@@ -216,8 +223,9 @@ class Dispatcher:
         planning = self._plannings[num_tokens] = _Planning(layout, num_blocks, shared_bytes, chunk)
         return planning
 
-    def _allocate(self, layout: PlanLayout) -> Tensor:
-        return torch.empty(layout.end // 4, dtype=torch.int32, device=self._session.device)
+    def _allocate(self, layout: PlanLayout) -> tuple[Tensor, Addresses]:
+        block = torch.empty(layout.end // 4, dtype=torch.int32, device=self._session.device)
+        return block, Addresses.within(block, layout)
 
     def _set_plan(self, plan: Addresses) -> None:
         args = self._args

@@ -39,16 +39,17 @@ class Launcher:
         if shared_bytes:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _checked(driver.cuFuncSetAttribute(function, attribute, shared_bytes))
-        self._function = int(function)
+        self._function = ctypes.c_void_p(int(function))
         self._launch = _launch_function()
         self._arguments = arguments
         self._addresses = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
-        self._parameters = ctypes.addressof(self._addresses)
+        self._parameters = ctypes.c_void_p(ctypes.addressof(self._addresses))
 
     def __call__(self, stream: int, grid: int, block: int, shared_bytes: int = 0) -> None:
         """Launch on a stream; the arguments may change as soon as this returns."""
+        on, parameters = ctypes.c_void_p(stream), self._parameters
         error = self._launch(
-            self._function, grid, 1, 1, block, 1, 1, shared_bytes, stream, self._parameters, None
+            self._function, grid, 1, 1, block, 1, 1, shared_bytes, on, parameters, None
         )
         if error:
             raise RuntimeError(f"cuLaunchKernel: CUDA driver error {error}")
@@ -57,13 +58,9 @@ class Launcher:
 @functools.cache
 def _launch_function() -> Any:
     # NOTE: a launch through cuda.core or cuda.bindings takes several times as long as the driver's
-    # own, and a small dispatch little longer than its launches.
-    launch = ctypes.CDLL("libcuda.so.1").cuLaunchKernel
-    sizes = [ctypes.c_uint] * 7
-    pointer = ctypes.c_void_p
-    launch.argtypes = [pointer, *sizes, pointer, pointer, pointer]
-    launch.restype = ctypes.c_int
-    return launch
+    # own, and a small dispatch little longer than its launches. Its types are not declared, which
+    # would double the time: sizes pass as C ints, and each pointer must be a c_void_p or None.
+    return ctypes.CDLL("libcuda.so.1").cuLaunchKernel
 
 
 def architecture(device: int) -> str:

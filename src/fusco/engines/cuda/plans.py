@@ -75,6 +75,7 @@ class BlockPlan(Plan):
 
     def __init__(
         self,
+        *,
         number: int,
         key: int,
         num_rows: int,
