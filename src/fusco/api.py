@@ -232,13 +232,14 @@ class Shuffle:
     ) -> Dispatched[AnyRows]:
         self._require_open()
         got: Sequence[Tensor]
-        operation = Operation.DISPATCH if plan is None else Operation.DISPATCH_PLANNED
         with stage("dispatch"):
             key = None if plan is not None else _form_of(x, topk_idx, topk_weights)
             if key is None or key not in self._accepted:
                 try:
                     self._limits.check_dispatch(x, topk_idx, topk_weights, plan)
                 except InputError as error:
+                    planned = Operation.DISPATCH_PLANNED
+                    operation = Operation.DISPATCH if plan is None else planned
                     self._raise_everywhere(Call(operation=operation, error=error))
                 self._accept(key)
             rows = as_tuple(x)

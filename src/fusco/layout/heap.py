@@ -95,10 +95,11 @@ class Heap:
         at = bisect(free, block)
         if at < len(free) and base + size == free[at].base:
             size += free.pop(at).size
-        if at and sum(free[at - 1]) == base:
-            at -= 1
-            before = free.pop(at)
-            base, size = before.base, before.size + size
+        if at:
+            before = free[at - 1]
+            if before.base + before.size == base:
+                free[at - 1] = Block(before.base, before.size + size)
+                return
         free.insert(at, Block(base, size))
 
 
