@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 
 import torch
@@ -65,6 +66,17 @@ def test_a_plan_is_the_same_in_a_block_and_as_tensors(layout: PlanLayout) -> Non
     if layout.num_tokens and layout.num_local:
         assert Addresses.of(again) == Addresses.of(plan)
     assert plan.links.data_ptr() == again.links.data_ptr()
+
+
+def test_a_copy_has_addresses_of_its_own() -> None:
+    layout = PlanLayout.of(num_tokens=5, top_k=2, num_local=3, num_ranks=2, max_tokens=8)
+    plan, block = make(layout)
+    again = copy.deepcopy(plan)
+    assert all(
+        torch.equal(*each) for each in zip(again.to_tensors(), plan.to_tensors(), strict=True)
+    )
+    begin, end = block.data_ptr(), block.data_ptr() + block.nbytes
+    assert not any(begin <= address < end for address in Addresses.of(again))
 
 
 def test_results_of_an_operator_share_no_memory() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -161,3 +161,7 @@ class BlockPlan(Plan):
 
     def to_tensors(self) -> list[Tensor]:
         return self.compact.to_tensors()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies are made of the tensors, since addresses hold for this block alone."""
+        return Plan.from_tensors, (self.to_tensors(),)
