@@ -104,7 +104,8 @@ class Dispatcher:
         self._check_plan()
         self._row_addresses = self._args.rows  # the same memory; looking it up takes longer
         self._formats: dict[Any, _Format] = {}
-        self._format: _Format | None = None
+        self._format: _Format | None = None  # that the arguments hold
+        self._planned_format: _Format | None = None
         self._plannings: dict[int, _Planning] = {}
         self._spare: dict[tuple[int, int], tuple[Tensor, Addresses]] = {}
 
@@ -118,9 +119,9 @@ class Dispatcher:
     ) -> Delivery:
         """Plan and dispatch. Only when all ranks have counted is it known who needs how much room;
         where it is not there, all ranks add some and begin again."""
-        session, args = self._session, self._args
+        session = self._session
         stream = session.order.begin()
-        form = self._set_rows(rows, weights, _MOVING)
+        form = self._format_of(rows, _MOVING)
         num_tokens = topk_idx.shape[0]
         planning = self._plannings.get(num_tokens) or self._planning(num_tokens)
         # Memory belongs to the stream that it was allocated on.
@@ -131,13 +132,7 @@ class Dispatcher:
             except torch.OutOfMemoryError as error:
                 session.raise_out_of_memory(call, error)
         block, addresses = found
-        plan_args = self._plan_args
-        plan_args.topk_idx = topk_idx.data_ptr()
-        plan_args.chunk_tokens = planning.chunk_tokens
-        self._set_plan(addresses)
-        plan_args.tokens_per_expert, plan_args.expert_offsets = addresses[:2]
-        plan_args.pairs, plan_args.links = addresses[2:]
-        args.is_planned = 0
+        self._set_planning(topk_idx, form, planning, addresses)
         num_rows = self._static_rows
         if num_rows is None and torch.cuda.is_current_stream_capturing():
             raise input_error(
@@ -151,6 +146,9 @@ class Dispatcher:
             place = self._reserve(call, form, None)
             ticket = session.describe(call, place)
             self._plan(stream, planning.num_blocks, _PLAN_THREADS, planning.shared_bytes)
+            # While the GPU plans.
+            self._set_rows(rows, weights, form)
+            self._set_plan(addresses, is_planned=False)
             self._dispatch(stream, session.num_sms, form.threads, form.shared_bytes)
             if num_rows is not None:
                 session.failures.warn()
@@ -192,10 +190,10 @@ class Dispatcher:
         kernel = self._dispatch if combined is None else self._weighing(combined.dtype)
         args.combined = 0 if combined is None else combined.data_ptr()
         stream = session.order.begin()
-        form = self._set_rows(rows, weights, _MOVING if combined is None else _WEIGHING)
+        form = self._format_of(rows, _MOVING if combined is None else _WEIGHING)
+        self._set_rows(rows, weights, form)
         num_rows = plan.num_rows
-        self._set_plan(Addresses.of(plan))
-        args.is_planned = 1
+        self._set_plan(Addresses.of(plan), is_planned=True)
         while True:
             place = self._reserve(call, form, num_rows)
             ticket = session.describe(call, place)
@@ -227,8 +225,9 @@ class Dispatcher:
         block = torch.empty(layout.end // 4, dtype=torch.int32, device=self._session.device)
         return block, Addresses.within(block, layout)
 
-    def _set_plan(self, plan: Addresses) -> None:
+    def _set_plan(self, plan: Addresses, *, is_planned: bool) -> None:
         args = self._args
+        args.is_planned = is_planned
         args.tokens_per_expert, args.expert_offsets, args.pairs, args.links = plan
 
     def _reserve(self, call: Call, form: _Format, num_rows: int | None) -> Place:
@@ -260,23 +259,37 @@ class Dispatcher:
             self._session.failures.raise_reported()
         self._session.grow(call.operation.text, report.need)
 
-    def _set_rows(self, rows: tuple[Tensor, ...], weights: Tensor | None, work: _Work) -> _Format:
+    def _format_of(self, rows: tuple[Tensor, ...], work: _Work) -> _Format:
         key = (work, *[(each.dtype, each.shape[1:]) for each in rows])
         form = self._formats.get(key)
         if form is None:
             form = self._formats[key] = _Format.of(rows, self._session, work)
-        args, plan_args = self._args, self._plan_args
-        if form is not self._format:
-            args.slot_bytes = form.slot_bytes
-            for each in (args, plan_args):
-                each.num_parts = len(rows)
-                each.row_bytes[: len(rows)] = form.row_bytes
-            self._format = form
-        for part, tensor in enumerate(rows):
-            self._row_addresses[part] = tensor.data_ptr()
-        args.num_tokens = plan_args.num_tokens = rows[0].shape[0]
-        args.weights = 0 if weights is None else weights.data_ptr()
         return form
+
+    def _set_planning(
+        self, topk_idx: Tensor, form: _Format, planning: _Planning, plan: Addresses
+    ) -> None:
+        args = self._plan_args
+        if form is not self._planned_format:
+            self._planned_format = form
+            args.num_parts = len(form.row_bytes)
+            args.row_bytes[: args.num_parts] = form.row_bytes
+        args.topk_idx = topk_idx.data_ptr()
+        args.num_tokens = planning.layout.num_tokens
+        args.chunk_tokens = planning.chunk_tokens
+        args.tokens_per_expert, args.expert_offsets, args.pairs, args.links = plan
+
+    def _set_rows(self, rows: tuple[Tensor, ...], weights: Tensor | None, form: _Format) -> None:
+        args = self._args
+        if form is not self._format:
+            self._format = form
+            args.num_parts = len(rows)
+            args.row_bytes[: len(rows)] = form.row_bytes
+            args.slot_bytes = form.slot_bytes
+        for part, each in enumerate(rows):
+            self._row_addresses[part] = each.data_ptr()
+        args.num_tokens = rows[0].shape[0]
+        args.weights = 0 if weights is None else weights.data_ptr()
 
     def _divide_plan(self, num_tokens: int) -> tuple[int, int]:
         """Tokens and bytes of shared memory of a block of the plan kernel."""
