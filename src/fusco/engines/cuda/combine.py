@@ -10,11 +10,12 @@ from torch import Tensor
 from fusco.engines.agreement import Call
 from fusco.engines.base import Returned
 from fusco.engines.cuda.kernels import structs
+from fusco.engines.cuda.launch import Launcher
+from fusco.engines.cuda.plans import Addresses
 from fusco.engines.cuda.session import Session
 from fusco.engines.cuda.window import NOWHERE
 from fusco.layout.compact import round_up
-from fusco.layout.segments import bytes_per_row
-from fusco.types import CompactPlan
+from fusco.types import Plan
 
 _MAX_PIECE_BYTES = 2 * structs.SUMMERS * 32 * 16
 """What a pipeline sums in one step."""
@@ -32,6 +33,14 @@ class Cut(NamedTuple):
     shared_bytes: int
 
 
+class _Form(NamedTuple):
+    """What follows from the format of rows; `cuts` by number of pipelines."""
+
+    kernel: Launcher
+    row_bytes: int
+    cuts: dict[int, Cut]
+
+
 class Combiner:
     """Launches the kernels of a combine, and returns before they have run."""
 
@@ -39,20 +48,21 @@ class Combiner:
         self._session = session
         self._args = structs.CombineArgs()
         self._kernels = session.launchers("combine", self._args)
-        self._cuts: dict[tuple[int, int], Cut] = {}
+        self._forms: dict[tuple[torch.dtype, torch.Size], _Form] = {}
 
     def combine(
         self,
         call: Call,
         rows: tuple[Tensor, ...],
         row_weights: Tensor | None,
-        plan: CompactPlan,
+        plan: Plan,
         row_values: Tensor | None,
     ) -> Returned:
         """See `Engine.combine`."""
         session, args = self._session, self._args
         stream = session.order.begin()
-        kernels = [self._kernels(each.dtype) for each in rows]
+        # A kernel is loaded before anything is published, for that may fail.
+        forms = [self._form(each.dtype, each.shape[1:]) for each in rows]
         num_tokens = plan.num_tokens
         pair_values = None
         try:
@@ -64,19 +74,18 @@ class Combiner:
         session.describe(call, NOWHERE)
         args.row_values, args.pair_values = _address(row_values), _address(pair_values)
         args.row_weights = _address(row_weights)
-        args.pairs, args.links = plan.pairs.data_ptr(), plan.links.data_ptr()
+        _, _, args.pairs, args.links = Addresses.of(plan)
         args.num_tokens = num_tokens
         # Where there is little to do for each block, it takes less at a time.
         args.items_at_once = min(_ITEMS_AT_ONCE, num_tokens // (150 * session.num_sms) + 1)
         num_pipelines = self._pipelines_for(num_tokens)
         args.returns_at = session.constants.returns_at
         for part, (each, out) in enumerate(zip(rows, sums, strict=True)):
+            kernel, args.row_bytes, cuts = forms[part]
             args.rows, args.out = each.data_ptr(), out.data_ptr()
-            args.row_bytes = bytes_per_row(each)
             args.part, args.is_last = part, part == len(rows) - 1
-            pieces = self._cut(args.row_bytes, num_pipelines)
-            args.piece_bytes, args.num_slots = pieces.piece_bytes, pieces.num_slots
-            kernels[part](stream, session.num_sms, num_pipelines * _THREADS, pieces.shared_bytes)
+            args.piece_bytes, args.num_slots, shared_bytes = cuts[num_pipelines]
+            kernel(stream, session.num_sms, num_pipelines * _THREADS, shared_bytes)
             args.returns_at += session.layout.num_returns * args.row_bytes
             args.row_values = args.pair_values = 0
         return Returned(sums=sums, pair_values=pair_values)
@@ -88,16 +97,21 @@ class Combiner:
         is_short = session.num_sms <= session.max_sms // 2 or num_tokens <= session.num_sms
         return structs.PIPELINES if is_short else 1
 
-    def _cut(self, row_bytes: int, num_pipelines: int) -> Cut:
-        key = row_bytes, num_pipelines
-        if key not in self._cuts:
+    def _form(self, dtype: torch.dtype, row_shape: torch.Size) -> _Form:
+        form = self._forms.get((dtype, row_shape))
+        if form is None:
             session = self._session
             top_k, num_ranks = session.world.top_k, session.num_ranks
+            row_bytes = row_shape.numel() * dtype.itemsize
             # All rows of a token must fit, and should twice where it goes to every rank, so that
             # one is fetched while the other is summed.
             need = max(top_k, 2 * -(-top_k // num_ranks))
-            self._cuts[key] = cut(row_bytes, num_pipelines, need, session.max_shared_bytes)
-        return self._cuts[key]
+            cuts = {
+                num_pipelines: cut(row_bytes, num_pipelines, need, session.max_shared_bytes)
+                for num_pipelines in range(1, structs.PIPELINES + 1)
+            }
+            form = self._forms[dtype, row_shape] = _Form(self._kernels(dtype), row_bytes, cuts)
+        return form
 
 
 def cut(row_bytes: int, num_pipelines: int, num_rows: int, max_shared_bytes: int) -> Cut:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar, cast
+from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -110,9 +110,7 @@ class CudaEngine(Engine):
         works.session.check_device(call, rows[0])
         self.meter.combined()
         row_weights, row_values, *dense = works.dense(call, row_weights, row_values, *rows)
-        # What a combine asks of its plan, a plan in a block has as well.
-        planned = cast(CompactPlan, plan)
-        return works.combiner.combine(call, tuple(dense), row_weights, planned, row_values)
+        return works.combiner.combine(call, tuple(dense), row_weights, plan, row_values)
 
     @_on_own_device
     def combine_backward(

@@ -41,16 +41,6 @@ class Addresses(NamedTuple):
         )
 
 
-class Pointer(NamedTuple):
-    """An array by its address, which is all that a launch asks of a tensor."""
-
-    address: int
-
-    def data_ptr(self) -> int:
-        """As of a tensor."""
-        return self.address
-
-
 class BlockPlan(Plan):
     """A `CompactPlan` in one block of memory. Its tensors, which cost as much as launching a kernel
     each, are made when somebody looks at them.
@@ -124,16 +114,6 @@ class BlockPlan(Plan):
     @property
     def device(self) -> torch.device:
         return self._block.device
-
-    @property
-    def pairs(self) -> Pointer:
-        """Of `CompactPlan.pairs`."""
-        return Pointer(self.addresses.pairs)
-
-    @property
-    def links(self) -> Pointer:
-        """Of `CompactPlan.links`."""
-        return Pointer(self.addresses.links)
 
     @property
     def num_tokens(self) -> int:

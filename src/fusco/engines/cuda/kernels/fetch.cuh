@@ -10,7 +10,7 @@
 struct Queue {
   u32* counter;
   const u32 batch, end, base;
-  u32 answer = 0;  // in the first lane, behind `base`
+  u32 answer = 0;  // in the first lane: how far behind `base`, modulo 2^32, the next batch begins
 
   // `place`: of this pipeline among the `num_places` that begin with the queue; negative for none.
   __device__ __forceinline__ Queue(u32* counter, u32 batch, u32 end, int place, u32 num_places)
@@ -94,6 +94,7 @@ struct Fetcher {
       shared.empty[oldest].wait(tail / kPieces & 1);
       num_free += shared.pieces[oldest].num_rows;
       ++tail;
+      __syncwarp();  // before one lane writes what the others still read
     }
   }
 
@@ -151,7 +152,7 @@ struct Fetcher {
            (slot < args.num_slots ? slot : slot - args.num_slots) * args.piece_bytes;
   }
 
-  // An item for each sender.
+  // An item for each sender, of as many pieces as any, of which the first one tells the sender.
   __device__ __forceinline__ void fetch_end() {
     const int num_pieces = (args.row_bytes + args.piece_bytes - 1) / args.piece_bytes;
     for (int i = 0; i < kSenders * num_pieces; ++i) {
@@ -277,7 +278,8 @@ struct Fetcher {
       const bool is_mine = lanes >> lane_id() & 1;
       const i32 num_own = __popc(rows & lanes);
       Item item{reinterpret_cast<u8*>(args.out) + (static_cast<i64>(first) + i) * args.row_bytes};
-      // Lanes are in the order of the sum; the own rows stand where their rank's lane does.
+      // Lanes are in the order of the sum; the own rows stand where their rank's lane does. Without
+      // them all lanes are below it.
       item.own_begin = __popc(its_terms & (its_own - 1));
       item.num_rows = __popc(its_terms & ~its_own) + num_own;
       item.own_end = item.own_begin + (num_own < item.num_rows ? num_own : 0);

@@ -5,7 +5,7 @@
 #include "copy.cuh"
 
 // How often the warp that fills what a barrier guards arrives there.
-constexpr u32 kFillArrivals = FUSCO_BULK ? 1 : kWarp;
+constexpr u32 kFillArrivals = FUSCO_BULK ? 1 : kWarp + 1;
 
 struct Barrier {
   u64 word;
@@ -39,6 +39,7 @@ struct Barrier {
 #if !FUSCO_BULK
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&word))
                  : "memory");
+    if (lane_id() == 0) arrive();  // the others' arrivals release copies, but no stores
 #endif
   }
 
