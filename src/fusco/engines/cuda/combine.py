@@ -48,6 +48,9 @@ class Combiner:
         self._session = session
         self._args = structs.CombineArgs()
         self._kernels = session.launchers("combine", self._args)
+        # Few blocks have much to do each; of many, the one that ends last keeps all waiting.
+        is_few = session.num_sms <= session.max_sms // 2
+        self._num_pipelines = structs.PIPELINES if is_few else 1
         self._forms: dict[tuple[torch.dtype, torch.Size], _Form] = {}
 
     def combine(
@@ -78,7 +81,7 @@ class Combiner:
         args.num_tokens = num_tokens
         # Where there is little to do for each block, it takes less at a time.
         args.items_at_once = min(_ITEMS_AT_ONCE, num_tokens // (150 * session.num_sms) + 1)
-        num_pipelines = self._pipelines_for(num_tokens)
+        num_pipelines = self._num_pipelines
         args.returns_at = session.constants.returns_at
         for part, (each, out) in enumerate(zip(rows, sums, strict=True)):
             kernel, args.row_bytes, cuts = forms[part]
@@ -89,13 +92,6 @@ class Combiner:
             args.returns_at += session.layout.num_returns * args.row_bytes
             args.row_values = args.pair_values = 0
         return Returned(sums=sums, pair_values=pair_values)
-
-    def _pipelines_for(self, num_tokens: int) -> int:
-        """Of a block: several where blocks are few, which then have much to do each, or where each
-        pipeline has a single token; else one, since the last one to finish keeps all waiting."""
-        session = self._session
-        is_short = session.num_sms <= session.max_sms // 2 or num_tokens <= session.num_sms
-        return structs.PIPELINES if is_short else 1
 
     def _form(self, dtype: torch.dtype, row_shape: torch.Size) -> _Form:
         form = self._forms.get((dtype, row_shape))
