@@ -199,7 +199,7 @@ struct Fetcher {
               return_flag(window, row)};
     const u32 filled = __ballot_sync(kFullWarp, is_there);
     for (int i = 0; i < num_items; ++i) {
-      item.num_rows = __popc(filled & lanes_of(i));
+      item.num_rows = item.own_end = __popc(filled & lanes_of(i));
       if (item.num_rows == 0) continue;
       const bool is_mine = lane_id() / width == i && is_there;
       fetch(item, i * width, Source{is_mine ? index : -1, row_at(its.slot), weight}, Source{-1});
@@ -281,8 +281,8 @@ struct Fetcher {
       // Lanes are in the order of the sum; the own rows stand where their rank's lane does. Without
       // them all lanes are below it.
       item.own_begin = __popc(its_terms & (its_own - 1));
+      item.own_end = item.own_begin + num_own;
       item.num_rows = __popc(its_terms & ~its_own) + num_own;
-      item.own_end = item.own_begin + (num_own < item.num_rows ? num_own : 0);
       i32 end = __popc(its_terms & up_to);  // of the rows of this lane's rank
       if (its_own & up_to) end += num_own - 1;
       if (__popc(ends & lanes) > 1) {

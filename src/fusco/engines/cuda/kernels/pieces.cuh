@@ -11,10 +11,8 @@ struct alignas(16) Piece {
   i32 size;   // bytes of each row; negative where there are no more pieces
   i32 slot;   // of the first row
   i32 num_rows;
-  // Rows of this rank's experts, whose sum is rounded before partials are added; none where there
-  // are no partials, for then storing the sum rounds it.
-  i32 own_begin, own_end;
-  u32 node_ends;  // a bit for each node's last row, where there are several nodes
+  i32 own_begin, own_end;  // rows of this rank's experts; all others are partials
+  u32 node_ends;           // a bit for each node's last row, where there are several nodes
   alignas(16) float weights[kWarp];
 };
 

@@ -54,35 +54,17 @@ struct Rows {
     if (begin < end) add_some<1>(sum, begin);
   }
 
-  // Adds the rows of a node: partials, those whose sum is one too, and partials again.
+  // The rows of a node: partials, the own rows, whose sum is one too, and partials again.
   __device__ __forceinline__ void add_node(Sum& sum, i32 begin, i32 end) const {
     const i32 own_begin = min(max(piece.own_begin, begin), end),
               own_end = min(max(piece.own_end, begin), end);
-    // One copy of the code for all: kernels begin with none of it in the caches.
-#pragma unroll 1
-    for (int run = 0; run < 3; ++run) {
-      const i32 run_end = run == 0 ? own_begin : run == 1 ? own_end : end;
-      const bool is_own = run == 1 && begin < run_end;
-      Sum before;
-      if (is_own) move(before, sum);
-      add(sum, begin, run_end);
-      if (is_own) {
-        add_rounded(before, sum);
-        move(sum, before);
-      }
-      begin = run_end;
+    add(sum, begin, own_begin);
+    if (own_begin < own_end) {
+      Sum partial = {};
+      add(partial, own_begin, own_end);
+      add_rounded(sum, partial);
     }
-  }
-
-  __device__ __forceinline__ static void move(Sum& to, Sum& from) {
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-#pragma unroll
-      for (int i = 0; i < kPerVector; ++i) {
-        to[v][i] = from[v][i];
-        from[v][i] = 0;
-      }
-    }
+    add(sum, own_end, end);
   }
 
   __device__ __forceinline__ static void add_rounded(Sum& to, const Sum& sum) {
@@ -103,7 +85,12 @@ struct Rows {
 
   __device__ __forceinline__ void sum_to(u8* to) const {
     Sum sum = {};
-    add_node(sum, 0, piece.num_rows);
+    // Rounding a sum that is rounded already changes nothing.
+    if (piece.own_end - piece.own_begin == piece.num_rows) {
+      add(sum, 0, piece.num_rows);
+    } else {
+      add_node(sum, 0, piece.num_rows);
+    }
     store(to, sum);
   }
 
