@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -246,7 +247,11 @@ class Shuffle:
             grads = ops.wanted_gradients(rows, topk_weights)
             if ops.is_eager((*rows, topk_idx, topk_weights)):
                 # The operators' own work takes longer than that of a small dispatch.
-                got, row_weights, plan = self._run(rows, topk_idx, topk_weights, plan, grads)
+                move = functools.partial(self._move, rows, topk_idx, topk_weights, plan, grads)
+                if grads == ops.NO_GRADIENTS:
+                    got, row_weights, plan = move()
+                else:
+                    got, row_weights, plan = eager.dispatch(move, self._key, topk_weights, rows)
             elif plan is not None:
                 got, row_weights = ops.dispatch_planned(
                     list(rows), topk_weights, plan.to_tensors(), self._key, grads
@@ -394,23 +399,6 @@ class Shuffle:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-    def _run(
-        self,
-        rows: tuple[Tensor, ...],
-        topk_idx: Tensor | None,
-        topk_weights: Tensor | None,
-        plan: Plan | None,
-        grads: str,
-    ) -> Delivery:
-        if grads != ops.NO_GRADIENTS:
-            return eager.dispatch(
-                lambda: self._move(rows, topk_idx, topk_weights, plan, grads),
-                self._key,
-                topk_weights,
-                rows,
-            )
-        return self._move(rows, topk_idx, topk_weights, plan, grads)
 
     def _move(
         self,
