@@ -60,8 +60,12 @@ class TorchRows(RowMover):
 
 
 def fastest_rows(dtype: torch.dtype) -> RowMover:
-    """The fastest that is installed and sums this dtype as the contract wants it."""
-    if dtype != torch.float64 and importlib.util.find_spec("triton") is not None:
+    """The fastest that can run here and sums this dtype as the contract wants it.
+
+    Triton comes with torch for CUDA, also where there is no GPU, and does not run there.
+    """
+    has_triton = importlib.util.find_spec("triton") is not None and torch.cuda.is_available()
+    if has_triton and dtype != torch.float64:
         from fusco.bench.triton_rows import TritonRows
 
         return TritonRows()
