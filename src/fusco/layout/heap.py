@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections import deque
+from collections.abc import Iterable
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ class Block(NamedTuple):
 
 
 NOTHING = Block(base=0, size=0)
+"""The block of an operation that brings a rank nothing."""
 
 
 class Heap:
@@ -101,6 +103,19 @@ class Heap:
                 free[at - 1] = Block(before.base, before.size + size)
                 return
         free.insert(at, Block(base, size))
+
+
+def reserve_largest_of(heaps: Iterable[Heap]) -> tuple[int, Block]:
+    """Take the largest free range of several heaps whole: the number of its heap, and the range; an
+    empty block where nothing is free."""
+    largest, at, holder = NOTHING, 0, None
+    for number, heap in enumerate(heaps):
+        block = heap.largest()
+        if block.size > largest.size:
+            largest, at, holder = block, number, heap
+    if holder is not None:
+        holder.take(largest)
+    return at, largest
 
 
 _size = attrgetter("size")

@@ -18,7 +18,7 @@ from fusco.engines.cpu.session import Agreement, Session
 from fusco.engines.cpu.unfused import expert_major, write_device_major
 from fusco.engines.ids import bad_ids
 from fusco.layout.blocks import Ints, Sections, dispatch_sizes
-from fusco.layout.heap import Block, align
+from fusco.layout.heap import NOTHING, Block, align
 from fusco.layout.segments import bytes_per_row, from_segments
 from fusco.profiling import stage
 
@@ -43,7 +43,7 @@ def dispatch_new(
         if low < -1 or high >= world.topology.num_experts:
             call = call._replace(error=bad_ids(low, high, world.topology.num_experts))
     with stage("agree"):
-        block = session.nothing if call.error else session.window.reserve_largest()
+        block = NOTHING if call.error else session.window.reserve_largest()
         agreement = session.agree(call, block, packed)
     identity = new_identity()
     with stage("plan"):

@@ -17,6 +17,7 @@ from fusco.engines.cpu.exchange import exchange
 from fusco.engines.cpu.plans import ArrayPlan
 from fusco.engines.cpu.session import Session
 from fusco.layout.blocks import Ints
+from fusco.layout.heap import NOTHING
 from fusco.layout.segments import bytes_per_row, from_segments
 from fusco.types import Plan, Segments, Stats
 
@@ -47,7 +48,7 @@ class CpuEngine(Engine):
 
     def agree_on_error(self, call: Call) -> None:
         session = self._open()
-        session.agree(call, session.nothing, np.empty(0, dtype=np.int64))
+        session.agree(call, NOTHING, np.empty(0, dtype=np.int64))
 
     def dispatch(
         self,

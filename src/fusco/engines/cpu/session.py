@@ -100,11 +100,6 @@ class Session:
         if self.rank != 0:
             warm_up()
 
-    @property
-    def nothing(self) -> Block:
-        """The block of an operation that brings this rank nothing."""
-        return NOTHING
-
     def _connect(self, mailbox: Mailbox) -> list[Mapping]:
         mine = [os.getpid(), self.control.mapping.file, self.window.mapping.file]
         theirs = mailbox.share(torch.tensor(mine), self._ranks, operation="Shuffle")
@@ -154,7 +149,7 @@ class Session:
         try:
             return call, self.window.reserve(size)
         except MemoryError as error:
-            return call.failed(_no_memory(call.operation.text, error)), self.nothing
+            return call.failed(_no_memory(call.operation.text, error)), NOTHING
 
     def fit(self, agreement: Agreement, needs: Ints) -> Agreement:
         """Shrink this rank's block to its need; where one is too small its rank grows its window,
@@ -173,7 +168,7 @@ class Session:
         problem: MemoryError | None = None
         if short[self.rank]:
             heap.release(own)
-            own = self.nothing
+            own = NOTHING
             try:
                 own = self.window.reserve(int(needs[self.rank]))
             except MemoryError as error:

@@ -13,7 +13,7 @@ from fusco.engines.base import World
 from fusco.engines.cuda.streams import Order
 from fusco.engines.cuda.window import TorchAllocator
 from fusco.layout.blocks import Ints
-from fusco.layout.heap import NOTHING, Block, Heap
+from fusco.layout.heap import Block, Heap, reserve_largest_of
 from fusco.topology import Topology
 from fusco.transports.bulletin import Bulletin
 
@@ -148,14 +148,8 @@ class NodeHeap:
 
     def reserve_largest(self) -> Block:
         """The largest free block of all chunks, whole."""
-        largest, at = NOTHING, 0
-        for chunk, (_, heap) in enumerate(self._chunks):
-            block = heap.largest()
-            if block.size > largest.size:
-                largest, at = block, chunk
-        if largest.size:
-            self._chunks[at][1].take(largest)
-        return Block(base=largest.base + at * _CHUNK_SPAN, size=largest.size)
+        at, block = reserve_largest_of(heap for _, heap in self._chunks)
+        return Block(base=block.base + at * _CHUNK_SPAN, size=block.size)
 
     def shrink(self, block: Block, size: int) -> Block:
         """Keep the first `size` bytes, rounded up."""

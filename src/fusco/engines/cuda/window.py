@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusco.errors import WindowMemoryError
 from fusco.layout.compact import round_up
-from fusco.layout.heap import NOTHING, Block, Heap
+from fusco.layout.heap import NOTHING, Block, Heap, reserve_largest_of
 from fusco.topology import Topology
 from fusco.transports.bulletin import Bulletin
 from fusco.transports.renumbered import RenumberedStore
@@ -140,15 +140,8 @@ class SymmetricHeap:
 
     def reserve_largest(self) -> Place:
         """The largest free block of all chunks, whole."""
-        largest, at = NOTHING, 0
-        for chunk, (_, heap) in enumerate(self._chunks):
-            block = heap.largest()
-            if block.size > largest.size:
-                largest, at = block, chunk
-        if not largest.size:
-            return NOWHERE
-        self._chunks[at][1].take(largest)
-        return Place(at, largest)
+        at, block = reserve_largest_of(heap for _, heap in self._chunks)
+        return Place(at, block) if block.size else NOWHERE
 
     def reserve(self, size: int) -> Place:
         """A block of `size` bytes where there is one, else a smaller one."""
