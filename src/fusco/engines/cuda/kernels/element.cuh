@@ -54,13 +54,3 @@ __device__ __forceinline__ Vector narrow(const Wide (&values)[kPerVector]) {
   }
   return vector;
 }
-
-// Rounds `sum`, adds it to `to`, and begins it anew.
-__device__ __forceinline__ void add_rounded(Wide (&to)[kPerVector], Wide (&sum)[kPerVector]) {
-  const Vector rounded = narrow(sum);
-#pragma unroll
-  for (int i = 0; i < kPerVector; ++i) {
-    to[i] = add_exact(to[i], widen(rounded, i));
-    sum[i] = 0;
-  }
-}

@@ -244,6 +244,8 @@ struct Fetcher {
     return its.row_rank == world.rank ? its.row_slot : -1;
   }
 
+  __device__ __forceinline__ i32 own_slot(const Arrived& its) const { return its.slot; }
+
   // Until all partials of a batch are there, which `partial` is then one of; false where a sender
   // is lost.
   __device__ __forceinline__ bool await_partials(u32 first, const Token& its,
@@ -293,8 +295,8 @@ struct Fetcher {
             Source{is_mine && slot >= 0 ? item.own_begin + __popc(rows & lanes & below) : -1,
                    row_at(slot), weight},
             Source{is_mine && is_there && !is_own ? end - 1 : -1, partial});
-      if (args.pair_values) return_values(first + i);
     }
+    if (args.pair_values) return_values(first, its);
   }
 
   // The lanes of each token's last rank of each node.
@@ -306,20 +308,48 @@ struct Fetcher {
     return __ballot_sync(kFullWarp, its.segment >= 0 && (!later || next_node != node));
   }
 
-  __device__ __forceinline__ void return_values(i64 token) const {
-    const int lane = lane_id(), top_k = world.top_k;
-    const i64 pair = token * top_k + lane;
-    const i32 rank = lane < top_k ? row_ranks()[pair] : -1;
-    const u32 same = __match_any_sync(kFullWarp, rank >= 0 ? rank : -1 - lane);
-    const i32 index = __popc(same & lanes_below());
+  // The values that came with the rows of a batch, to its tokens' pairs.
+  __device__ __forceinline__ void return_values(u32 first, const Token& its) const {
+    const int item = lane_id() / width, index = lane_id() % width, top_k = world.top_k;
+    const i64 token = static_cast<i64>(first) + item;
+    const bool has_row = its.row_rank >= 0;
+    const u32 same = __match_any_sync(kFullWarp, has_row ? item << 8 | its.row_rank : -1);
     float value = 0;
-    if (rank == world.rank) {
-      value = reinterpret_cast<const float*>(args.row_values)[row_slots()[pair]];
-    } else if (rank >= 0) {
-      const i64 row = peers[rank].return_from + links.token_segment[token * world.num_ranks + rank];
-      value = at_bytes<float>(window_of(world.rank), world.values_at)[row * top_k + index];
+    if (its.row_rank == world.rank) {
+      value = reinterpret_cast<const float*>(args.row_values)[its.row_slot];
+    } else if (has_row) {
+      const i32 segment = links.token_segment[token * world.num_ranks + its.row_rank];
+      const i64 row = peers[its.row_rank].return_from + segment;
+      value = at_bytes<float>(window_of(world.rank),
+                              world.values_at)[row * top_k + __popc(same & lanes_below())];
     }
-    if (lane < top_k) reinterpret_cast<float*>(args.pair_values)[pair] = value;
+    if (item < num_items && token < args.num_tokens && index < top_k) {
+      reinterpret_cast<float*>(args.pair_values)[token * top_k + index] = value;
+    }
+  }
+
+  // Batch after batch, until there are none or `await` is false of one: `look` reads what is known
+  // of it, and `use` fetches it. Two batches ahead are known, and the weights of the next.
+  template <typename Look, typename Await, typename Use>
+  __device__ __forceinline__ void take_all(Queue queue, Look look, Await await, Use use) {
+    u32 first = queue.take();
+    if (first >= queue.end) return;
+    auto its = look(first);
+    u32 second = queue.take();
+    auto next = look(second);
+    float weight = weight_of(own_slot(its));
+    while (first < queue.end) {
+      if (!await(first, its)) return;
+      const u32 third = second < queue.end ? queue.take() : second;
+      const auto after = look(third);
+      const float next_weight = weight_of(own_slot(next));
+      use(first, its, weight);
+      first = second;
+      second = third;
+      its = next;
+      next = after;
+      weight = next_weight;
+    }
   }
 
   __device__ __forceinline__ void give_back_all(State& state, int place, int num_places) {
@@ -329,47 +359,18 @@ struct Fetcher {
       if (rank != world.rank) most = max(most, peers[rank].arrivals);
     }
     const u32 end = num_others * most;
-    Queue queue(&state.queue[0], num_items, end, place, num_places);
-    u32 first = queue.take();
-    if (first >= end) return;
-    Arrived its = arrived(first, end);
-    u32 second = queue.take();
-    Arrived next = arrived(second, end);
-    float weight = weight_of(its.slot);
-    while (first < end) {
-      const u32 third = second < end ? queue.take() : second;
-      const Arrived after = arrived(third, end);
-      const float next_weight = weight_of(next.slot);
-      give_back(its, weight);
-      first = second;
-      second = third;
-      its = next;
-      next = after;
-      weight = next_weight;
-    }
+    take_all(
+        Queue(&state.queue[0], num_items, end, place, num_places),
+        [&](u32 first) { return arrived(first, end); }, [](u32, const Arrived&) { return true; },
+        [&](u32, const Arrived& its, float weight) { give_back(its, weight); });
   }
 
   __device__ __forceinline__ void sum_all(State& state, int place, int num_places) {
-    const u32 end = args.num_tokens;
-    Queue queue(&state.queue[1], num_items, end, place, num_places);
-    u32 first = queue.take();
-    if (first >= end) return;
-    Token its = token(first);
-    u32 second = queue.take();
-    Token next = token(second);
-    float weight = weight_of(own_slot(its));
-    while (first < end) {
-      const u8* partial = nullptr;
-      if (!await_partials(first, its, partial)) return;
-      const u32 third = second < end ? queue.take() : second;
-      const Token after = token(third);
-      const float next_weight = weight_of(own_slot(next));
-      sum(first, its, partial, weight);
-      first = second;
-      second = third;
-      its = next;
-      next = after;
-      weight = next_weight;
-    }
+    const u8* partial = nullptr;
+    take_all(
+        Queue(&state.queue[1], num_items, args.num_tokens, place, num_places),
+        [&](u32 first) { return token(first); },
+        [&](u32 first, const Token& its) { return await_partials(first, its, partial); },
+        [&](u32 first, const Token& its, float weight) { sum(first, its, partial, weight); });
   }
 };

@@ -17,7 +17,7 @@ struct Rows {
   i32 piece_bytes, ring_bytes, num_before_wrap;
 
   // All are read before any is needed, since an addition waits for the one before.
-  template <int kRows>
+  template <bool kHasWeights, int kRows>
   __device__ __forceinline__ void add_some(Sum& sum, i32 begin) const {
     float weight[kRows];
     Vector vector[kRows][kVectors];
@@ -25,7 +25,7 @@ struct Rows {
     for (int j = 0; j < kRows; ++j) {
       const i32 row = begin + j;
       const u8* at = first + row * piece_bytes - (row < num_before_wrap ? 0 : ring_bytes);
-      weight[j] = piece.weights[row];
+      if (kHasWeights) weight[j] = piece.weights[row];
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
         vector[j][v] = *reinterpret_cast<const Vector*>(at + v * kStride);
@@ -37,43 +37,57 @@ struct Rows {
       for (int v = 0; v < kVectors; ++v) {
 #pragma unroll
         for (int i = 0; i < kPerVector; ++i) {
-          // A weight of 1 changes no bit.
-          sum[v][i] = add_exact(sum[v][i], multiply_exact(widen(vector[j][v], i), weight[j]));
+          const Wide value = widen(vector[j][v], i);
+          sum[v][i] = add_exact(sum[v][i], kHasWeights ? multiply_exact(value, weight[j]) : value);
         }
       }
     }
   }
 
+  template <bool kHasWeights>
   __device__ __forceinline__ void add(Sum& sum, i32 begin, i32 end) const {
 #pragma unroll 1
-    for (; begin + 4 <= end; begin += 4) add_some<4>(sum, begin);
+    for (; begin + 4 <= end; begin += 4) add_some<kHasWeights, 4>(sum, begin);
     if (begin + 2 <= end) {
-      add_some<2>(sum, begin);
+      add_some<kHasWeights, 2>(sum, begin);
       begin += 2;
     }
-    if (begin < end) add_some<1>(sum, begin);
+    if (begin < end) add_some<kHasWeights, 1>(sum, begin);
   }
 
-  // The rows of a node: partials, the own rows, whose sum is one too, and partials again.
+  __device__ __forceinline__ static void add_rounded(Sum& sum, const Vector (&rounded)[kVectors]) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+      for (int i = 0; i < kPerVector; ++i) {
+        sum[v][i] = add_exact(sum[v][i], widen(rounded[v], i));
+      }
+    }
+  }
+
+  // Leaves `sum` at zero.
+  __device__ __forceinline__ static void round(Sum& sum, Vector (&rounded)[kVectors]) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      rounded[v] = narrow(sum[v]);
+#pragma unroll
+      for (int i = 0; i < kPerVector; ++i) sum[v][i] = 0;
+    }
+  }
+
+  // To `sum`, which is zero, the rows of a node: partials, the own rows, whose sum is one too, and
+  // partials again.
   __device__ __forceinline__ void add_node(Sum& sum, i32 begin, i32 end) const {
     const i32 own_begin = min(max(piece.own_begin, begin), end),
               own_end = min(max(piece.own_end, begin), end);
-    add(sum, begin, own_begin);
-    if (own_begin < own_end) {
-      Sum partial = {};
-      add(partial, own_begin, own_end);
-      add_rounded(sum, partial);
-    }
-    add(sum, own_end, end);
-  }
-
-  __device__ __forceinline__ static void add_rounded(Sum& to, const Sum& sum) {
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      const Vector rounded = narrow(sum[v]);
-#pragma unroll
-      for (int i = 0; i < kPerVector; ++i) to[v][i] = add_exact(to[v][i], widen(rounded, i));
-    }
+    add<true>(sum, own_begin, own_end);
+    // Rounding a sum that is rounded already changes nothing.
+    if (own_end - own_begin == end - begin) return;
+    Vector own[kVectors];
+    round(sum, own);
+    add<false>(sum, begin, own_begin);
+    add_rounded(sum, own);
+    add<false>(sum, own_end, end);
   }
 
   __device__ __forceinline__ static void store(u8* to, const Sum& sum) {
@@ -85,22 +99,18 @@ struct Rows {
 
   __device__ __forceinline__ void sum_to(u8* to) const {
     Sum sum = {};
-    // Rounding a sum that is rounded already changes nothing.
-    if (piece.own_end - piece.own_begin == piece.num_rows) {
-      add(sum, 0, piece.num_rows);
-    } else {
-      add_node(sum, 0, piece.num_rows);
-    }
+    add_node(sum, 0, piece.num_rows);
     store(to, sum);
   }
 
   __device__ __forceinline__ void sum_nodes_to(u8* to) const {
-    Sum total = {};
+    Sum total = {}, sum = {};
+    Vector node[kVectors];
     i32 begin = 0;
     for (u32 left = piece.node_ends; left; left &= left - 1) {
       const i32 end = __ffs(left);
-      Sum node = {};
-      add_node(node, begin, end);
+      add_node(sum, begin, end);
+      round(sum, node);
       add_rounded(total, node);
       begin = end;
     }
