@@ -145,6 +145,21 @@ def test_a_loss_is_for_good() -> None:
     assert not rank.is_settled()
 
 
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"operation": Operation.COMBINE, "awaited": 1, "item": 5, "need": 9}, "token 5 of 9"),
+        ({"operation": Operation.DISPATCH, "awaited": 1, "item": 5, "need": 9}, "row 5 of the 9"),
+        ({"operation": Operation.DISPATCH, "awaited": 0, "item": -1}, "kept its blocks"),
+    ],
+)
+def test_a_loss_says_what_did_not_come(fields: dict[str, int], says: str) -> None:
+    rank = Rank(0, Board())
+    rank.fail(Verdict.LOST, **fields)
+    with pytest.raises(PeerError, match=says):
+        rank.failures.raise_lost()
+
+
 def test_a_warning_for_each_failure() -> None:
     rank = Rank(0, Board(), max_recv_tokens=4)
     rank.failures.warn()

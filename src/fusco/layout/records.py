@@ -24,6 +24,11 @@ class Operation(IntEnum):
         """As a user reads it, such as `combine backward`."""
         return _TEXT[self]
 
+    @property
+    def sums(self) -> bool:
+        """Whether it brings rows back to their tokens and sums them."""
+        return self in (Operation.COMBINE, Operation.DISPATCH_BACKWARD)
+
 
 _TEXT = {each: each.name.lower().replace("_planned", "").replace("_", " ") for each in Operation}
 

@@ -145,14 +145,27 @@ class Failures:
         return structs.Failure(*map(int, self._told))
 
     def _lost(self, failure: structs.Failure) -> PeerError:
-        operation = Operation(failure.operation).text
-        what = "call" if failure.item < 0 else f"rows of item {failure.item}"
+        operation = Operation(failure.operation)
+        rank, awaited = self._world.topology.rank, failure.awaited
+        if failure.item < 0:
+            what = "its call"
+        elif operation.sums:
+            what = f"its sum for token {failure.item} of {failure.need}"
+        else:
+            what = f"row {failure.item} of the {failure.need} that it sends"
+        problem = (
+            f"rank {awaited} is lost: {what} did not arrive within {self._world.timeout_s:g} s "
+            f"(waited for by rank {rank})"
+        )
+        if awaited == rank:
+            problem = (
+                f"rank {rank} cannot go on: other work has kept its blocks from the GPU for "
+                f"{self._world.timeout_s:g} s or more"
+            )
         return PeerError(
-            f"{operation}: rank {failure.awaited} is lost: its {what} did not arrive within "
-            f"{self._world.timeout_s:g} s (waited for by rank {self._world.topology.rank}); this "
-            "Shuffle is closed for good, restart the ranks",
-            operation=operation,
-            rank=failure.awaited,
+            f"{operation.text}: {problem}; this Shuffle is closed for good, restart the ranks",
+            operation=operation.text,
+            rank=awaited,
         )
 
     def _error_of(self, failure: structs.Failure) -> FuscoError:

@@ -22,7 +22,6 @@ from fusco.engines.cuda.streams import Order
 from fusco.engines.cuda.window import NOWHERE, Place, SymmetricHeap, TorchAllocator
 from fusco.errors import PeerError, WindowMemoryError, input_error
 from fusco.layout.compact import WindowLayout, chunk_bytes
-from fusco.layout.records import Operation
 from fusco.transports.bulletin import Bulletin
 
 MAX_PLAN_BLOCKS = 128
@@ -67,7 +66,7 @@ class Session:
         self.device = torch.device("cuda", self.device_index)
         properties = torch.cuda.get_device_properties(self.device)
         self.max_sms: int = properties.multi_processor_count
-        self.num_sms = world.num_sms or self.max_sms
+        self.num_sms = min(world.num_sms or self.max_sms, self.max_sms)
         optin: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
         self.max_shared_bytes = optin - _STATIC_SHARED_BYTES
         self.max_tokens = world.max_tokens
@@ -218,8 +217,7 @@ class Session:
         ticket = self.describe(call, NOWHERE)
         self._say(stream, 1, _SAY_THREADS)
         torch.cuda.current_stream().synchronize()
-        returns_early = call.operation in (Operation.COMBINE, Operation.DISPATCH_BACKWARD)
-        all_settle = not returns_early and self.world.max_recv_tokens is None
+        all_settle = not call.operation.sums and self.world.max_recv_tokens is None
         self.failures.raise_own(ticket, call, all_settle=all_settle)
 
     def raise_out_of_memory(self, call: Call, error: torch.OutOfMemoryError) -> NoReturn:

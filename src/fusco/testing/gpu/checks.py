@@ -13,7 +13,7 @@ from fusco.testing.cases import Case, device_of, draw, expect, expect_round_trip
 from fusco.testing.conformance import Check
 from fusco.testing.gpu.order import late_errors, other_streams, two_at_once
 from fusco.testing.gpu.plans import random_plans
-from fusco.testing.gpu.static import graphs, overflow, static_rows
+from fusco.testing.gpu.static import graphs, graphs_overflow, overflow, static_rows
 from fusco.testing.gpu.trips import held_for_many_layers, random_trips, trips, tuple_of_four
 from fusco.testing.gradients import expect_gradients
 from fusco.testing.mistakes import (
@@ -211,6 +211,12 @@ GPU_CHECKS: tuple[Check, ...] = (
         only="cuda",
     ),
     Check(name="overflow", description="more rows than max_recv_tokens", fn=overflow, only="cuda"),
+    Check(
+        name="graphs-overflow",
+        description="replays that overflow leave experts nothing to do",
+        fn=graphs_overflow,
+        only="cuda",
+    ),
     Check(
         name="late-errors",
         description="what a combine finds is raised by all ranks in the same call",

@@ -21,7 +21,8 @@ def static_rows(group: Group, engine: str) -> None:
     case = _case(group, engine, expert_alignment=4)
     rounds = [draw(case, number) for number in range(3)]
     size = max(_most_rows(inputs) for inputs in rounds)
-    with case.shuffle(group, engine, max_recv_tokens=size) as shuffle:
+    # More multiprocessors than there are is all of them.
+    with case.shuffle(group, engine, max_recv_tokens=size, num_sms=10_000) as shuffle:
         done = [_call(shuffle, inputs, rank, size) for inputs in rounds]
         shuffle.synchronize()
     for inputs, (d, y) in zip(rounds, done, strict=True):
@@ -63,8 +64,8 @@ def graphs(group: Group, engine: str) -> None:
 
 
 def overflow(group: Group, engine: str) -> None:
-    """Too many rows raise on all ranks what would be enough; then what fits goes through, and the
-    plan that was never made is refused."""
+    """Too many rows give every expert none, and raise on all ranks what would be enough; then what
+    fits goes through, and the plan that was never made is refused."""
     rank = dist.get_rank(group)
     case = _case(group, engine)
     fitting = _case(group, engine, num_tokens=sizes((2, 0, 1), group))
@@ -73,9 +74,11 @@ def overflow(group: Group, engine: str) -> None:
     outputs = _outputs(few, rank, size)
     with case.shuffle(group, engine, max_recv_tokens=size) as shuffle:
         d = _dispatch(shuffle, inputs, rank)
+        _expect_nothing(d, shuffle.combine(outputs, d))
         # What does nothing need not be done by all.
-        for _ in range(rank + 1):
-            shuffle.combine(outputs, d)
+        for _ in range(rank):
+            later = _dispatch(shuffle, few, rank)
+            _expect_nothing(later, shuffle.combine(outputs, later))
         text = _error_of(shuffle.synchronize, fusco.WindowMemoryError)
         expect(f"max_recv_tokens={need}" in text, f"overflow: {text}")
         good, y = _call(shuffle, few, rank, size)
@@ -89,6 +92,47 @@ def overflow(group: Group, engine: str) -> None:
 
         text = _error_of(combine_and_wait, fusco.InputError)
         expect("plan" in text, f"a plan that was never made: {text}")
+
+
+def graphs_overflow(group: Group, engine: str) -> None:
+    """A replay that overflows gives captured experts nothing to do, whatever its routing."""
+    rank = dist.get_rank(group)
+    inputs, few = (
+        draw(_case(group, engine, num_tokens=(size,) * dist.get_world_size(group)))
+        for size in (40, 2)
+    )
+    size, num_tokens = _most_rows(few), 40
+    x = torch.zeros((num_tokens, 64), device=device_of(engine))
+    idx = torch.full((num_tokens, 4), -1, device=device_of(engine))
+    idx[:2] = few.topk_idx[rank]
+    case = _case(group, engine, num_tokens=(num_tokens,) * dist.get_world_size(group))
+    with case.shuffle(group, engine, max_recv_tokens=size) as shuffle:
+
+        def layer() -> tuple[fusco.Dispatched[Tensor], Tensor]:
+            d = shuffle.dispatch(x, idx)
+            # As a grouped product does, reads as many rows as the offsets say, here of all ones.
+            ends = d.expert_offsets[-1:].long()
+            is_row = torch.arange(size, device=x.device) < ends
+            return d, shuffle.combine(torch.where(is_row[:, None], 1.0, torch.nan).float(), d)
+
+        graph, (d, y) = _capture(layer)
+        graph.replay()
+        idx.copy_(inputs.topk_idx[rank])
+        graph.replay()
+        _expect_nothing(d, y)
+        text = _error_of(shuffle.synchronize, fusco.WindowMemoryError)
+        expect(f"max_recv_tokens={_most_rows(inputs)}" in text, f"overflow: {text}")
+        idx[2:] = -1
+        idx[:2] = few.topk_idx[rank]
+        graph.replay()
+        shuffle.synchronize()
+        expect_same(d.tokens_per_expert, few.layout.tokens_per_expert[rank], "tokens_per_expert")
+
+
+def _expect_nothing(d: fusco.Dispatched[Tensor], y: Tensor) -> None:
+    expect(not d.tokens_per_expert.any(), f"{d.tokens_per_expert} rows of nothing")
+    expect(not d.expert_offsets.any(), f"{d.expert_offsets} are offsets of nothing")
+    expect(not y.any(), "sums of nothing are not zero")
 
 
 def _error_of(call: Callable[[], object], kind: type[Exception]) -> str:

@@ -68,14 +68,14 @@ __device__ __forceinline__ bool wait_until(const World& world, Ready ready, u64 
   }
 }
 
-// As `wait_until`, for something that rank `awaited` does; gives up for the whole device, and says
-// so.
+// As `wait_until`, for something that rank `awaited` does: its record, for which `item` is
+// negative, or the `item`-th of `total` rows. Gives up for the whole device, and says so.
 template <typename Ready>
 __device__ __forceinline__ bool wait_for(const World& world, const Call& call, i32 awaited,
-                                         i64 item, Ready ready) {
+                                         i64 item, i64 total, Ready ready) {
   if (wait_until(world, ready)) return true;
   atomicExch(&state_of(world).lost, 1u);
-  report_failure(world, call, kLost, awaited, item, 0);
+  report_failure(world, call, kLost, awaited, item, total);
   return false;
 }
 
@@ -120,7 +120,7 @@ __device__ __forceinline__ i32 await_records(const World& world, const Call& cal
     const u64* flag = record_flag_in(world, own, epoch, rank);
     const u64* my_flag = record_flag_in(world, own, epoch, world.rank);
     const u64 begin = now_ns();
-    is_there = is_there && wait_for(world, call, rank, -1, [&] {
+    is_there = is_there && wait_for(world, call, rank, -1, 0, [&] {
                  return load_acquire(flag) == epoch && load_acquire(my_flag) == epoch;
                });
     if (counts_time) reinterpret_cast<u64*>(world.wait_ns)[rank] += now_ns() - begin;

@@ -28,6 +28,20 @@ __device__ __forceinline__ void send_sums(Pipeline& shared, const CombineArgs& a
   }
 }
 
+// Of an operation that is not carried out.
+__device__ __forceinline__ void clear_sums(const World& world, const CombineArgs& args) {
+  const i64 num_vectors = args.num_tokens * static_cast<i64>(args.row_bytes) / 16,
+            num_values = args.pair_values ? args.num_tokens * static_cast<i64>(world.top_k) : 0,
+            first = blockIdx.x * static_cast<i64>(blockDim.x) + threadIdx.x,
+            stride = gridDim.x * static_cast<i64>(blockDim.x);
+  for (i64 i = first; i < num_vectors; i += stride) {
+    store_vector(reinterpret_cast<Vector*>(args.out) + i, Vector{});
+  }
+  for (i64 i = first; i < num_values; i += stride) {
+    reinterpret_cast<float*>(args.pair_values)[i] = 0;
+  }
+}
+
 // A combine of several tensors is several kernels, of which the first agrees for all.
 extern "C" __global__ void __launch_bounds__(kPipelines * kPipelineWarps * kWarp, 1)
     combine(const __grid_constant__ World world, const __grid_constant__ Call call,
@@ -77,14 +91,12 @@ extern "C" __global__ void __launch_bounds__(kPipelines * kPipelineWarps * kWarp
     if (warp == 0) {
       Fetcher fetcher(world, call, args, links, epoch, shared.peers, pipeline, rows);
       const int place = blockIdx.x * num_pipelines + number, num_places = gridDim.x * num_pipelines;
-      const int num_first = (num_places + 1) / 2;
 #pragma unroll 1
       for (int turn = 0; turn < 2; ++turn) {
-        const int dealt = turn == 0 ? place / 2 : -1;
         if ((place + turn) % 2 == 0) {
-          fetcher.give_back_all(state, dealt, num_first);
+          fetcher.give_back_all(state);
         } else {
-          fetcher.sum_all(state, dealt, num_places - num_first);
+          fetcher.sum_all(state, turn == 0 ? place / 2 : -1, num_places / 2);
         }
       }
       fetcher.fetch_end();
@@ -94,6 +106,7 @@ extern "C" __global__ void __launch_bounds__(kPipelines * kPipelineWarps * kWarp
       send_sums(pipeline, args, warp - 1 - kSummers, epoch, sums);
     }
   }
+  if (verdict != kGo) clear_sums(world, args);
   const bool is_over = args.is_last && verdict != kVoid;
   if (finish(state, is_over ? epoch : epoch - 1)) state.verdict = verdict;
 }

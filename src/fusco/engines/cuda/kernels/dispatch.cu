@@ -159,7 +159,7 @@ struct Dispatch {
     i32 count = 0;
     if (lane == 0) {
       u64 seen = 0;
-      if (wait_for(world, call, from, segment, [&] {
+      if (wait_for(world, call, from, segment, links.arrivals[from], [&] {
             seen = load_acquire(flag);
             return seen >> 32 == epoch;
           })) {

@@ -5,15 +5,16 @@
 #include "links.cuh"
 #include "pieces.cuh"
 
-// Batches of items for a warp. The first is dealt out to each pipeline that begins with the queue,
-// all others go to whoever asks, and an answer is awaited only when it is needed.
+// Batches of items for a warp. They go to whoever asks, but for a first one that may be dealt out
+// to each pipeline that begins with the queue; an answer is awaited only when it is needed.
 struct Queue {
   u32* counter;
   const u32 batch, end, base;
   u32 answer = 0;  // in the first lane: how far behind `base`, modulo 2^32, the next batch begins
 
   // `place`: of this pipeline among the `num_places` that begin with the queue; negative for none.
-  __device__ __forceinline__ Queue(u32* counter, u32 batch, u32 end, int place, u32 num_places)
+  __device__ __forceinline__ Queue(u32* counter, u32 batch, u32 end, int place = -1,
+                                   u32 num_places = 0)
       : counter(counter), batch(batch), end(end), base(num_places * batch) {
     if (place < 0) {
       ask();
@@ -132,7 +133,6 @@ struct Fetcher {
         piece.node_ends = item.node_ends;
       }
       if (own.index >= 0) piece.weights[own.index] = own.weight;
-      if (partial.index >= 0) piece.weights[partial.index] = 1;
       __syncwarp();
       Barrier& full = shared.full[place];
       full.expect(item.num_rows * size);
@@ -255,7 +255,7 @@ struct Fetcher {
       const u64 window = window_of(world.rank);
       const i64 row = peers[its.rank].return_from + its.segment;
       const u64* flag = return_flag(window, row);
-      has_come = wait_for(world, call, its.rank, first + lane_id() / width,
+      has_come = wait_for(world, call, its.rank, first + lane_id() / width, args.num_tokens,
                           [&] { return load_acquire(flag) == epoch; });
       partial = at_bytes<u8>(window, args.returns_at + row * args.row_bytes);
     }
@@ -352,7 +352,9 @@ struct Fetcher {
     }
   }
 
-  __device__ __forceinline__ void give_back_all(State& state, int place, int num_places) {
+  // Nothing is dealt out here: a block that does not run yet, since others' kernels keep it out,
+  // would hold what peers wait for, and its own rank's other blocks wait for peers.
+  __device__ __forceinline__ void give_back_all(State& state) {
     const u32 num_others = world.num_ranks - 1;
     i32 most = 0;
     for (int rank = 0; rank < world.num_ranks; ++rank) {
@@ -360,8 +362,8 @@ struct Fetcher {
     }
     const u32 end = num_others * most;
     take_all(
-        Queue(&state.queue[0], num_items, end, place, num_places),
-        [&](u32 first) { return arrived(first, end); }, [](u32, const Arrived&) { return true; },
+        Queue(&state.queue[0], num_items, end), [&](u32 first) { return arrived(first, end); },
+        [](u32, const Arrived&) { return true; },
         [&](u32, const Arrived& its, float weight) { give_back(its, weight); });
   }
 

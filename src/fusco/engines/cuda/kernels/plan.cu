@@ -226,6 +226,15 @@ __device__ __forceinline__ void place(const World& world, const PlanArgs& args, 
   }
 }
 
+// Called by a whole block: of an operation that is not carried out, whose outputs no expert may
+// take for rows.
+__device__ __forceinline__ void receive_nothing(const World& world, const PlanArgs& args) {
+  for (int i = threadIdx.x; i <= world.num_local; i += blockDim.x) {
+    reinterpret_cast<i32*>(args.expert_offsets)[i] = 0;
+    if (i < world.num_local) reinterpret_cast<i64*>(args.tokens_per_expert)[i] = 0;
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(512)
     plan(const __grid_constant__ World world, const __grid_constant__ Call call,
          const __grid_constant__ PlanArgs args) {
@@ -239,7 +248,9 @@ extern "C" __global__ void __launch_bounds__(512)
   const Links links(world, args.num_tokens, args.links);
 
   if (is_void(world, epoch)) {
-    if (blockIdx.x == 0 && threadIdx.x == 0) {
+    if (blockIdx.x != 0) return;
+    receive_nothing(world, args);
+    if (threadIdx.x == 0) {
       state.verdict = kVoid;
       *links.number = 0;
     }
@@ -283,7 +294,10 @@ extern "C" __global__ void __launch_bounds__(512)
     goes_on = is_led && state.verdict == kGo;
   }
   __syncthreads();
-  if (!goes_on) return;
+  if (!goes_on) {
+    if (blockIdx.x == 0) receive_nothing(world, args);
+    return;
+  }
   const i32* slot_base = reinterpret_cast<const i32*>(world.slot_base);
   for (int i = threadIdx.x; i < num_counts; i += blockDim.x) {
     i32 before = i < world.num_experts ? slot_base[i] : 0;
