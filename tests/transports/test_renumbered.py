@@ -13,7 +13,7 @@ from fusco.transports.renumbered import RenumberedStore
 
 def renumbered(path: Path) -> RenumberedStore:
     """One rank's store."""
-    return RenumberedStore(dist.FileStore(str(path), 2))
+    return RenumberedStore(dist.FileStore(str(path), 2), timeout_s=0.2)
 
 
 def test_numbers_of_processes_do_not_matter(tmp_path: Path) -> None:
@@ -32,4 +32,6 @@ def test_a_wait_is_bounded(tmp_path: Path) -> None:
     store = renumbered(tmp_path / "store")
     one = dist.PrefixStore("", store)
     with pytest.raises(RuntimeError):
-        one.wait(["memory/5/1"], timedelta(milliseconds=200))
+        one.wait(["memory/5/1"], timedelta(milliseconds=100))
+    with pytest.raises(RuntimeError):
+        one.wait(["memory/5/1"])

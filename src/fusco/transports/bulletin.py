@@ -28,6 +28,7 @@ class Bulletin:
         name: the same on all ranks that share it, and no other bulletin of the group has it.
         store: where the texts are.
         group_name: the group's own name in this process.
+        timeout_s: as above.
     """
 
     def __init__(self, group: dist.ProcessGroup, timeout_s: float, part: str = "") -> None:
@@ -37,7 +38,7 @@ class Bulletin:
         number = next(_numbers.setdefault(group, itertools.count()))
         self.name = f"fusco/{number}{part and '/'}{part}"
         self._rank, self._num_ranks = group.rank(), group.size()
-        self._timeout = timedelta(seconds=timeout_s)
+        self.timeout_s = timeout_s
 
     def post(self, topic: str, text: str) -> None:
         """Tell the others; does not wait."""
@@ -52,10 +53,10 @@ class Bulletin:
         """
         key = self._key(topic, rank)
         try:
-            self.store.wait([key], self._timeout)
+            self.store.wait([key], timedelta(seconds=self.timeout_s))
         except RuntimeError as error:
             raise PeerError(
-                f"{topic}: rank {rank} did not answer within {self._timeout.total_seconds():g} s "
+                f"{topic}: rank {rank} did not answer within {self.timeout_s:g} s "
                 f"(waited for by rank {self._rank}); this Shuffle is closed for good, restart the "
                 "ranks",
                 operation=topic,

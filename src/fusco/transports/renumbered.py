@@ -13,11 +13,16 @@ class RenumberedStore(Store):
     torch numbers the exchanges of symmetric memory by process, over all groups. Ranks that have
     made different numbers of them, since they are in other groups too, would wait for each other
     for ever. Here the first number that comes is 0, the next 1, and so on, on every rank.
+
+    Args:
+        store: where to.
+        timeout_s: bound of a wait that names none, seconds.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, timeout_s: float) -> None:
         super().__init__()
         self._store = store
+        self._timeout = timedelta(seconds=timeout_s)
         self._numbers: dict[str, int] = {}
 
     def set(self, key: str, value: str) -> None:
@@ -27,11 +32,7 @@ class RenumberedStore(Store):
         return self._store.get(self._renumbered(key))
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-        renumbered = [self._renumbered(key) for key in keys]
-        if timeout is None:
-            self._store.wait(renumbered)
-        else:
-            self._store.wait(renumbered, timeout)
+        self._store.wait([self._renumbered(key) for key in keys], timeout or self._timeout)
 
     def _renumbered(self, key: str) -> str:
         name, number, rank = key.rsplit("/", 2)

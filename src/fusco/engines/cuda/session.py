@@ -7,7 +7,7 @@ import functools
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,10 +19,12 @@ from fusco.engines.cuda.jit import Variant, element_of
 from fusco.engines.cuda.kernels import structs
 from fusco.engines.cuda.launch import Launcher
 from fusco.engines.cuda.streams import Order
-from fusco.engines.cuda.window import NOWHERE, Place, SymmetricHeap, TorchAllocator
+from fusco.engines.cuda.window import NOWHERE, Allocation, Place, SymmetricHeap, TorchAllocator
 from fusco.errors import PeerError, WindowMemoryError, input_error
 from fusco.layout.compact import WindowLayout, chunk_bytes
 from fusco.transports.bulletin import Bulletin
+
+Made = TypeVar("Made")
 
 MAX_PLAN_BLOCKS = 128
 _SAY_THREADS = 128
@@ -82,10 +84,9 @@ class Session:
         self._allocator = TorchAllocator(self.bulletin, topology, self.device)
         self.heap = SymmetricHeap(self.num_ranks, self.device)
         offsets = self.layout.offsets()
-        memory = self._allocator.allocate(offsets["end"])
-        memory.zero_()
+        self.window = self._allocate_everywhere("Shuffle", "windows", offsets["end"])
+        self.window.memory.zero_()
         torch.cuda.current_stream().synchronize()
-        self.window = self._allocator.connect(memory)
         self._make_tables()
         self.constants = self._constants(offsets)
         self.call = structs.Call()
@@ -97,8 +98,8 @@ class Session:
         self._last_call: Call | None = None
         pending = self._tables["state"].view(torch.int32)[_PENDING : _PENDING + 1]
         self.failures = Failures(world, self.bulletin, self._failure, pending)
-        # No rank's kernels may write before every window is clear and mapped.
-        self.bulletin.meet("windows")
+        # No rank's kernels may write before every window is clear.
+        self.bulletin.meet("clear windows")
 
     def _make_tables(self) -> None:
         topology, device = self.world.topology, self.device
@@ -227,27 +228,39 @@ class Session:
 
     def grow(self, operation: str, need: int) -> None:
         """Add a chunk where a block of `need` bytes fits; all ranks call it with the same need."""
-        size = chunk_bytes(need)
         self._num_growths += 1  # also of those that fail
-        problem = ""
         try:
-            memory = self._allocate(size)
-        except RuntimeError as error:  # of the driver, which torch does not tell apart
-            problem = str(error) or "out of memory"
-        try:
-            problems = self.bulletin.swap(f"growth {self._num_growths}", problem)
+            chunk = self._allocate_everywhere(
+                operation, f"growth {self._num_growths}", chunk_bytes(need)
+            )
         except PeerError as error:
             if self.world.max_recv_tokens is None:
                 raise
             text = f"{error}; did all ranks keep equally many outputs, as max_recv_tokens wants?"
             raise PeerError(text, operation=operation, rank=error.rank) from None
-        for rank, text in enumerate(problems):
-            if text:
-                raise WindowMemoryError(
-                    f"{operation}: rank {rank} cannot grow its window by {size} bytes: {text}; "
-                    "free memory, dispatch fewer tokens, or balance the routing"
-                )
-        self.heap.add(self._allocator.connect(memory))
+        self.heap.add(chunk)
+
+    def _allocate_everywhere(self, operation: str, topic: str, size: int) -> Allocation:
+        """As much memory on every rank, or an error on every rank."""
+
+        def on_all(step: str, make: Callable[[], Made]) -> Made:
+            made, problem = None, ""
+            try:
+                made = make()
+            except RuntimeError as error:  # of the driver, which torch does not tell apart
+                problem = str(error) or "out of memory"
+            for rank, text in enumerate(self.bulletin.swap(f"{topic}, {step}", problem)):
+                if text:
+                    raise WindowMemoryError(
+                        f"{operation}: rank {rank} cannot add {size} bytes to its windows: {text}; "
+                        "free memory, dispatch fewer tokens, or balance the routing"
+                    )
+            assert made is not None, "there was no problem"
+            return made
+
+        memory = on_all("allocated", lambda: self._allocate(size))
+        # Mapping what the others have allocated takes room as well.
+        return on_all("mapped", lambda: self._allocator.connect(memory))
 
     def _allocate(self, size: int) -> Tensor:
         try:

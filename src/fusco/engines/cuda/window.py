@@ -43,7 +43,7 @@ class Allocation:
         return self.memory.data_ptr()
 
 
-_MAX_CHUNKS = 256
+_MAX_CHUNKS = 1024
 
 
 class Allocator(ABC):
@@ -73,7 +73,11 @@ class TorchAllocator(Allocator):
         self._device = device
         # Names of groups are unique in a process, and so is a bulletin's in its group.
         self._name = cast(Any, f"{bulletin.name} of {bulletin.group_name}")
-        self._store = RenumberedStore(PrefixStore(f"{bulletin.name}/memory", bulletin.store))
+        self._store = RenumberedStore(
+            PrefixStore(f"{bulletin.name}/memory", bulletin.store),
+            # Half, for a rank that cannot map others' memory waits for theirs to say so.
+            bulletin.timeout_s / 2,
+        )
         # No communicator, only the ranks and their store under a name, which is all that torch
         # looks for.
         self._group = dist.ProcessGroup(self._store, topology.rank, topology.num_ranks)

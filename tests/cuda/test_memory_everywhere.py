@@ -1,0 +1,56 @@
+"""Memory that one rank cannot have: every rank raises, and says whose."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fusco.engines.cuda.session import Session
+from fusco.errors import WindowMemoryError
+
+
+class Bulletin:
+    """Rank 0's, of two ranks."""
+
+    def __init__(self, **problems: str) -> None:
+        self._problems = problems  # rank 1's, by step
+        self.said: list[str] = []
+
+    def swap(self, topic: str, text: str) -> list[str]:
+        self.said.append(text)
+        return [text, self._problems.get(topic.rsplit(", ")[1], "")]
+
+
+def fail() -> Any:
+    raise RuntimeError("no room")
+
+
+def session(bulletin: Bulletin, *, can_allocate: bool = True, can_map: bool = True) -> Any:
+    return SimpleNamespace(
+        bulletin=bulletin,
+        _allocate=lambda size: "memory" if can_allocate else fail(),
+        _allocator=SimpleNamespace(connect=lambda memory: "mapped" if can_map else fail()),
+    )
+
+
+def test_all_have_it() -> None:
+    bulletin = Bulletin()
+    assert Session._allocate_everywhere(session(bulletin), "dispatch", "growth 1", 8) == "mapped"
+    assert bulletin.said == ["", ""]
+
+
+@pytest.mark.parametrize("step", ["allocated", "mapped"])
+def test_another_rank_has_no_room(step: str) -> None:
+    bulletin = Bulletin(**{step: "full"})
+    with pytest.raises(WindowMemoryError, match=r"dispatch: rank 1 cannot add 8 bytes.*full"):
+        Session._allocate_everywhere(session(bulletin), "dispatch", "growth 1", 8)
+
+
+@pytest.mark.parametrize("fails", ["can_allocate", "can_map"])
+def test_this_rank_has_no_room_and_says_so(fails: str) -> None:
+    bulletin = Bulletin()
+    with pytest.raises(WindowMemoryError, match="rank 0 cannot add"):
+        Session._allocate_everywhere(session(bulletin, **{fails: False}), "dispatch", "growth 1", 8)
+    assert bulletin.said[-1] == "no room"
