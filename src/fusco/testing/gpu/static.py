@@ -105,15 +105,15 @@ def graphs_overflow(group: Group, engine: str) -> None:
     x = torch.zeros((num_tokens, 64), device=device_of(engine))
     idx = torch.full((num_tokens, 4), -1, device=device_of(engine))
     idx[:2] = few.topk_idx[rank]
+    ones = x.new_ones((size, x.shape[1]))
     case = _case(group, engine, num_tokens=(num_tokens,) * dist.get_world_size(group))
     with case.shuffle(group, engine, max_recv_tokens=size) as shuffle:
 
         def layer() -> tuple[fusco.Dispatched[Tensor], Tensor]:
             d = shuffle.dispatch(x, idx)
-            # As a grouped product does, reads as many rows as the offsets say, here of all ones.
-            ends = d.expert_offsets[-1:].long()
-            is_row = torch.arange(size, device=x.device) < ends
-            return d, shuffle.combine(torch.where(is_row[:, None], 1.0, torch.nan).float(), d)
+            # As a grouped product, this writes as many rows as the offsets say.
+            is_row = torch.arange(size, device=x.device) < d.expert_offsets[-1:]
+            return d, shuffle.combine(torch.where(is_row[:, None], ones, torch.nan), d)
 
         graph, (d, y) = _capture(layer)
         graph.replay()
