@@ -7,7 +7,6 @@ CPU; every operator that would mix the two devices fails as it would on a GPU.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -25,6 +24,7 @@ from fusco.engines.cuda import lists
 from fusco.engines.cuda.node import CudaNode
 from fusco.engines.cuda.node_memory import NodeMemory
 from fusco.engines.two_level import TwoLevelEngine, dispatch_cargo, session
+from fusco.layout.heap import Block, Heap
 from fusco.layout.records import Operation
 from fusco.testing.cases import Case, draw, expect_same
 from fusco.testing.ranks import RankPool, subgroup
@@ -101,7 +101,7 @@ class MemoryThere(NodeMemory):
     def connect(self, memory: Tensor) -> tuple[Tensor, ...]:
         return (memory,)
 
-    def lend(self, part: Tensor, give_back: Callable[[], None]) -> Tensor:
+    def lend(self, part: Tensor, block: Block, heap: Heap) -> Tensor:
         return part
 
     def begin(self) -> None:

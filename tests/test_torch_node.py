@@ -25,9 +25,11 @@ from fusco.engines.base import Engine, World
 from fusco.engines.cuda import lists
 from fusco.engines.cuda.lists import list_sums
 from fusco.engines.cuda.node import CudaNode
-from fusco.engines.cuda.node_memory import NodeHeap, NodeMemory, Span
+from fusco.engines.cuda.node_memory import NodeHeap, NodeMemory
+from fusco.engines.cuda.window import Span
 from fusco.engines.reference.sums import partial_sums
 from fusco.engines.two_level import TwoLevelEngine, combine_cargo, dispatch, session
+from fusco.layout.heap import Block, Heap
 from fusco.testing.cases import Case, draw, expect_same
 from fusco.testing.conformance import CHECKS
 from fusco.testing.gpu.checks import GPU_CHECKS
@@ -52,8 +54,9 @@ class OwnMemory(NodeMemory):
     def connect(self, memory: Tensor) -> tuple[Tensor, ...]:
         return (memory,)
 
-    def lend(self, part: Tensor, give_back: Callable[[], None]) -> Tensor:
-        return torch.from_numpy(np.asarray(Span(part, give_back)))
+    def lend(self, part: Tensor, block: Block, heap: Heap) -> Tensor:
+        span = Span(part.data_ptr(), tuple(part.shape), "|u1", block, heap, part)
+        return torch.from_numpy(np.asarray(span))
 
     def begin(self) -> None:
         pass
@@ -217,17 +220,17 @@ def test_a_rank_that_cannot_go_on_is_lost(
 def test_a_block_returns_with_its_last_tensor() -> None:
     memory = OwnMemory()
     heap = NodeHeap(memory, 0)
-    assert heap.reserve_largest().size == 0
+    assert heap.free.reserve_largest().size == 0
     for size in (1024, 4096):
         heap.add(memory.connect(memory.allocate(size)))
-    block = heap.reserve_largest()
+    block = heap.free.reserve_largest()
     assert block.size == 4096
-    assert heap.reserve_largest().size == 1024
+    assert heap.free.reserve_largest().size == 1024
     base, zero, size = (np.array([number]) for number in (block.base, 0, block.size))
     (part,) = heap.parts(base, zero, size)
     tensor = heap.lend(block, part)
     view = tensor[100:]
     del tensor
-    assert heap.reserve_largest().size == 0
+    assert heap.free.reserve_largest().size == 0
     del view
-    assert heap.reserve_largest() == block
+    assert heap.free.reserve_largest() == block

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusco.engines.cuda.window import Allocation, Place, SymmetricHeap
+from fusco.engines.cuda.window import Allocation, Span, SymmetricHeap
 from fusco.layout.compact import BLOCK_ALIGNMENT
+from fusco.layout.heap import CHUNK_SPAN, Block
 
 NUM_RANKS = 2
 CHUNKS = (4096, 1024, 8192)
@@ -21,15 +23,15 @@ def make(chunks: tuple[int, ...]) -> SymmetricHeap:
     return heap
 
 
-def extent(place: Place) -> range:
-    return range(place.block.base, place.block.base + place.block.size)
+def extent(block: Block) -> range:
+    return range(block.base, block.base + block.size, BLOCK_ALIGNMENT)
 
 
 def test_without_chunks_there_is_nothing() -> None:
     heap = make(())
     assert heap.num_bytes == 0
-    assert heap.reserve_largest().block.size == 0
-    assert heap.reserve(100).block.size == 0
+    assert heap.free.reserve_largest().size == 0
+    assert heap.free.reserve(100).size == 0
     assert not heap.addresses.any()
 
 
@@ -41,35 +43,60 @@ def test_kernels_find_each_chunk_of_each_rank() -> None:
 
 def test_the_largest_block_of_all_chunks_is_reserved_whole() -> None:
     heap = make(CHUNKS)
-    sizes = [heap.reserve_largest() for _ in range(4)]
-    assert [place.block.size for place in sizes] == [8192, 4096, 1024, 0]
-    assert [place.chunk for place in sizes[:3]] == [2, 0, 1]
+    blocks = [heap.free.reserve_largest() for _ in range(4)]
+    assert [block.size for block in blocks] == [8192, 4096, 1024, 0]
+    assert [block.base for block in blocks[:3]] == [2 * CHUNK_SPAN, 0, CHUNK_SPAN]
 
 
 def test_a_shrunk_block_leaves_the_rest() -> None:
-    heap = make(CHUNKS)
-    place = heap.shrink(heap.reserve_largest(), 1)
-    assert place.block.size == BLOCK_ALIGNMENT
-    assert heap.reserve_largest().block.size == 8192 - BLOCK_ALIGNMENT
+    free = make(CHUNKS).free
+    block = free.shrink(free.reserve_largest(), 1)
+    assert block.size == BLOCK_ALIGNMENT
+    assert free.reserve_largest().size == 8192 - BLOCK_ALIGNMENT
 
 
 @given(steps=st.lists(st.tuples(st.booleans(), st.integers(0, 3000)), max_size=40))
 def test_blocks_never_overlap(steps: list[tuple[bool, int]]) -> None:
-    heap = make(CHUNKS)
-    held: list[Place] = []
+    free = make(CHUNKS).free
+    held: list[Block] = []
+    taken: set[int] = set()
     for takes, number in steps:
         if takes:
-            place = heap.reserve(number)
-            assert place.block.base % BLOCK_ALIGNMENT == 0
-            assert place.block.base + place.block.size <= CHUNKS[place.chunk]
-            for other in held:
-                if other.chunk == place.chunk:
-                    taken = extent(other)
-                    assert not any(at in taken for at in extent(place)[::BLOCK_ALIGNMENT])
-            held.append(place)
+            block = free.reserve(number)
+            chunk, start = divmod(block.base, CHUNK_SPAN)
+            assert start % BLOCK_ALIGNMENT == 0
+            assert start + block.size <= CHUNKS[chunk]
+            assert taken.isdisjoint(extent(block))
+            taken.update(extent(block))
+            held.append(block)
         elif held:
-            heap.release(held.pop(number % len(held)))
-    for place in held:
-        heap.release(place)
-    largest = [heap.reserve_largest().block.size for _ in CHUNKS]
+            block = held.pop(number % len(held))
+            taken.difference_update(extent(block))
+            free.release(block)
+    for block in held:
+        free.release(block)
+    largest = [free.reserve_largest().size for _ in CHUNKS]
     assert sorted(largest) == sorted(CHUNKS)
+
+
+def test_the_parts_of_a_captured_block_return_for_other_captures() -> None:
+    heap = make((4096,))
+    block = heap.reserve_captured(1024)
+    heap.captured.release(Block(block.base, 896))
+    assert heap.reserve_captured(1024).base == block.base + 1024
+    heap.captured.release(Block(block.base + 896, 128))
+    assert heap.reserve_captured(1024) == block
+    assert heap.free.reserve_largest().size == 4096 - 2048
+
+
+def test_a_block_is_kept_by_the_arrays_over_it() -> None:
+    heap = make((4096,))
+    block = heap.free.reserve(1024)
+    memory = np.arange(1024, dtype=np.uint8)
+    array = np.asarray(Span(memory.ctypes.data, (8, 32), "<i4", block, heap.free, memory))
+    part = array[1:]
+    assert part.tobytes() == memory[128:].tobytes()
+    del array
+    assert heap.free.reserve_largest().size == 4096 - 1024
+    del part
+    assert heap.free.reserve_largest() == block

@@ -1,24 +1,23 @@
-"""A first-come allocator over one window: offsets only, it never touches memory."""
+"""A first-come allocator over memory told of in ranges: offsets only, it never touches memory."""
 
 from __future__ import annotations
 
-from bisect import bisect
 from collections import deque
-from collections.abc import Iterable
-from operator import attrgetter
 from typing import NamedTuple
 
 ALIGNMENT = 64
 """Bytes; a cache line, and enough for any vector store."""
+CHUNK_SPAN = 1 << 40
+"""Bytes; where memory comes in chunks, chunk i begins at i times this. None is as large."""
 
 
-def align(size: int) -> int:
-    """The next multiple of `ALIGNMENT`."""
-    return -(-size // ALIGNMENT) * ALIGNMENT
+def align(size: int, alignment: int = ALIGNMENT) -> int:
+    """The next multiple of `alignment`."""
+    return -(-size // alignment) * alignment
 
 
 class Block(NamedTuple):
-    """A reserved range of a window, bytes."""
+    """A reserved range, bytes."""
 
     base: int
     size: int
@@ -29,56 +28,51 @@ NOTHING = Block(base=0, size=0)
 
 
 class Heap:
-    """Free ranges of a window of `capacity` bytes.
+    """Free ranges of memory of `capacity` bytes, or of chunks with gaps in between.
 
     A block is reserved before it is known how much of it is needed: the largest free range. Then
     it shrinks. `release` may be called from any thread and from finalizers.
     """
 
-    def __init__(self, capacity: int = 0) -> None:
-        self.capacity = capacity
-        self._free = [Block(base=0, size=capacity)] if capacity else []
+    def __init__(self, capacity: int = 0, alignment: int = ALIGNMENT) -> None:
+        self._alignment = alignment
+        # Where each free range ends, by where it begins, and the reverse; none touch each other.
+        self._end_of: dict[int, int] = {}
+        self._begin_of: dict[int, int] = {}
         # Finalizers run at any point, also inside this class, so they only append here.
         self._released: deque[Block] = deque()
+        self.add(0, capacity)
+
+    def add(self, base: int, size: int) -> None:
+        """Tell of more memory, behind all that there is."""
+        self.capacity = base + size
+        self._insert(base, size)
 
     def reserve_largest(self) -> Block:
         """Take the largest free range whole; an empty block where nothing is free."""
-        largest = self.largest()
-        if largest.size:
-            self.take(largest)
-        return largest
-
-    def largest(self) -> Block:
-        """The largest free range; an empty block where nothing is free."""
         self._collect()
-        free = self._free
-        if len(free) == 1:
-            return free[0]
-        return max(free, key=_size) if free else NOTHING
+        if not self._end_of:
+            return NOTHING
+        begin, end = max(self._end_of.items(), key=_size)
+        del self._end_of[begin], self._begin_of[end]
+        return Block(begin, end - begin)
 
-    def take(self, block: Block) -> None:
-        """Take a free range whole."""
-        self._free.remove(block)
+    def reserve(self, size: int) -> Block:
+        """A block of `size` bytes where there is one, else a smaller one."""
+        return self.shrink(self.reserve_largest(), size)
 
     def capacity_for(self, size: int) -> int:
         """The capacity at which a block of `size` bytes would be free at the end."""
         self._collect()
-        tail = self._free[-1] if self._free else NOTHING
-        free_at_end = tail.size if tail.base + tail.size == self.capacity else 0
-        return max(self.capacity, self.capacity - free_at_end + align(size))
-
-    def extend(self, capacity: int) -> None:
-        """Tell that the window has grown to `capacity` bytes."""
-        if capacity > self.capacity:
-            added = Block(base=self.capacity, size=capacity - self.capacity)
-            self.capacity = capacity
-            self._insert(added)
+        tail = self._begin_of.get(self.capacity, self.capacity)
+        return max(self.capacity, tail + align(size, self._alignment))
 
     def shrink(self, block: Block, size: int) -> Block:
         """Keep the first `size` bytes of a block, rounded up; the rest is free again."""
-        kept = min(align(size), block.size)
-        self._insert(Block(block.base + kept, block.size - kept))
-        return Block(block.base, kept)
+        base, whole = block
+        kept = min(align(size, self._alignment), whole)
+        self._insert(base + kept, whole - kept)
+        return Block(base, kept)
 
     def release(self, block: Block) -> None:
         """Give a block, or a part of one, back."""
@@ -86,36 +80,15 @@ class Heap:
 
     def _collect(self) -> None:
         while self._released:
-            self._insert(self._released.popleft())
+            self._insert(*self._released.popleft())
 
-    def _insert(self, block: Block) -> None:
-        """Add a range to the free ones, which are in order and never touch each other."""
-        base, size = block
-        if not size:
-            return
-        free = self._free
-        at = bisect(free, block)
-        if at < len(free) and base + size == free[at].base:
-            size += free.pop(at).size
-        if at:
-            before = free[at - 1]
-            if before.base + before.size == base:
-                free[at - 1] = Block(before.base, before.size + size)
-                return
-        free.insert(at, Block(base, size))
+    def _insert(self, base: int, size: int) -> None:
+        if size:
+            begin = self._begin_of.pop(base, base)
+            end = self._end_of.pop(base + size, base + size)
+            self._end_of[begin], self._begin_of[end] = end, begin
 
 
-def reserve_largest_of(heaps: Iterable[Heap]) -> tuple[int, Block]:
-    """Take the largest free range of several heaps whole: the number of its heap, and the range; an
-    empty block where nothing is free."""
-    largest, at, holder = NOTHING, 0, None
-    for number, heap in enumerate(heaps):
-        block = heap.largest()
-        if block.size > largest.size:
-            largest, at, holder = block, number, heap
-    if holder is not None:
-        holder.take(largest)
-    return at, largest
-
-
-_size = attrgetter("size")
+def _size(free: tuple[int, int]) -> int:
+    begin, end = free
+    return end - begin

@@ -85,7 +85,7 @@ class Window:
             ) from error
         self.mapping = old.remapped()
         self._mappings.add(self.mapping)
-        self.heap.extend(capacity)
+        self.heap.add(old.size, capacity - old.size)
 
     def address_of(self, block: Block) -> int:
         """Where a block is mapped in this process."""

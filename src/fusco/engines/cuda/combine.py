@@ -13,8 +13,8 @@ from fusco.engines.cuda.kernels import structs
 from fusco.engines.cuda.launch import Launcher
 from fusco.engines.cuda.plans import Addresses
 from fusco.engines.cuda.session import Session
-from fusco.engines.cuda.window import NOWHERE
 from fusco.layout.compact import round_up
+from fusco.layout.heap import NOTHING
 from fusco.types import Plan
 
 _MAX_PIECE_BYTES = 2 * structs.SUMMERS * 32 * 16
@@ -74,7 +74,7 @@ class Combiner:
                 pair_values = row_values.new_empty((num_tokens, plan.top_k))
         except torch.OutOfMemoryError as error:
             session.raise_out_of_memory(call, error)
-        session.describe(call, NOWHERE)
+        session.describe(call, NOTHING)
         args.row_values, args.pair_values = _address(row_values), _address(pair_values)
         args.row_weights = _address(row_weights)
         _, _, args.pairs, args.links = Addresses.of(plan)

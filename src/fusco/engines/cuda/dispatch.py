@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +18,9 @@ from fusco.engines.cuda.kernels import structs
 from fusco.engines.cuda.kernels.structs import MAX_PARTS, Verdict
 from fusco.engines.cuda.plans import Addresses, BlockPlan
 from fusco.engines.cuda.session import MAX_PLAN_BLOCKS, Report, Session
-from fusco.engines.cuda.window import Place
 from fusco.errors import EngineUnavailableError, WindowMemoryError, input_error
 from fusco.layout.compact import PlanLayout, part_starts
+from fusco.layout.heap import Block
 from fusco.layout.segments import bytes_per_row
 from fusco.types import Plan
 
@@ -143,8 +144,8 @@ class Dispatcher:
                 remedy="make the Shuffle with max_recv_tokens=; the host cannot wait in a graph",
             )
         while True:
-            place = self._reserve(call, form, None)
-            ticket = session.describe(call, place)
+            room = self._reserve(call, form, None)
+            ticket = session.describe(call, room)
             self._plan(stream, planning.num_blocks, _PLAN_THREADS, planning.shared_bytes)
             # While the GPU plans.
             self._set_rows(rows, weights, form)
@@ -160,7 +161,7 @@ class Dispatcher:
             if report.verdict == _GO:
                 num_rows = report.num_rows
                 break
-            self._make_room(call, place, report)
+            self._make_room(call, room, report)
         plan = BlockPlan(
             number=new_number(),
             key=session.world.key,
@@ -170,7 +171,7 @@ class Dispatcher:
             addresses=addresses,
             one=session.one,
         )
-        return self._wrap(place, form, num_rows, plan)
+        return self._wrap(room, form, num_rows, plan)
 
     def dispatch_planned(
         self,
@@ -195,8 +196,8 @@ class Dispatcher:
         num_rows = plan.num_rows
         self._set_plan(Addresses.of(plan), is_planned=True)
         while True:
-            place = self._reserve(call, form, num_rows)
-            ticket = session.describe(call, place)
+            room = self._reserve(call, form, num_rows)
+            ticket = session.describe(call, room)
             kernel(stream, session.num_sms, form.threads, form.shared_bytes)
             if self._static_rows is not None:
                 session.failures.warn()
@@ -204,8 +205,8 @@ class Dispatcher:
             report = session.await_report(ticket)
             if report.verdict == _GO:
                 break
-            self._make_room(call, place, report)
-        return self._wrap(place, form, num_rows, plan)
+            self._make_room(call, room, report)
+        return self._wrap(room, form, num_rows, plan)
 
     def _planning(self, num_tokens: int) -> _Planning:
         session = self._session
@@ -230,20 +231,20 @@ class Dispatcher:
         args.is_planned = is_planned
         args.tokens_per_expert, args.expert_offsets, args.pairs, args.links = plan
 
-    def _reserve(self, call: Call, form: _Format, num_rows: int | None) -> Place:
+    def _reserve(self, call: Call, form: _Format, num_rows: int | None) -> Block:
         """A block for what this rank will receive: of the size that is known, else the largest."""
         session, static_rows = self._session, self._static_rows
         heap = session.heap
         if static_rows is None:
             if num_rows is None:
-                return heap.reserve_largest()
-            return heap.reserve(part_starts(form.row_bytes, num_rows)[-1])
+                return heap.free.reserve_largest()
+            return heap.free.reserve(part_starts(form.row_bytes, num_rows)[-1])
         need = part_starts([session.world.row_bytes], static_rows)[-1] + MAX_PARTS * 128
         is_capturing = torch.cuda.is_current_stream_capturing()
-        place = heap.reserve_captured(need) if is_capturing else heap.reserve(need)
-        if place.block.size >= need:
-            return place
-        heap.release(place)
+        room = heap.reserve_captured(need) if is_capturing else heap.free.reserve(need)
+        if room.size >= need:
+            return room
+        heap.free.release(room)
         if is_capturing:
             raise WindowMemoryError(
                 f"{call.operation.text}: no block of {need} bytes is free, and windows cannot grow "
@@ -251,10 +252,10 @@ class Dispatcher:
                 "keeping alive what the graph keeps alive"
             )
         session.grow(call.operation.text, need)
-        return heap.reserve(need)
+        return heap.free.reserve(need)
 
-    def _make_room(self, call: Call, place: Place, report: Report) -> None:
-        self._session.heap.release(place)
+    def _make_room(self, call: Call, room: Block, report: Report) -> None:
+        self._session.heap.free.release(room)
         if report.verdict != Verdict.SHORT:
             self._session.failures.raise_reported()
         self._session.grow(call.operation.text, report.need)
@@ -311,19 +312,19 @@ class Dispatcher:
                 "larger num_sms, or another engine"
             )
 
-    def _wrap(self, place: Place, form: _Format, num_rows: int, plan: Plan) -> Delivery:
+    def _wrap(self, room: Block, form: _Format, num_rows: int, plan: Plan) -> Delivery:
         """The rows and their weights where they lie; the rest of the block is free again."""
         heap = self._session.heap
+        home, base = heap.free, room.base
         starts = part_starts(form.row_bytes, num_rows)
-        whole = None
         if self._static_rows is None:
-            place = heap.shrink(place, starts[-1])
+            home.shrink(room, starts[-1])
         else:
-            starts[-1] = place.block.size
+            starts[-1] = room.size
             if torch.cuda.is_current_stream_capturing():
-                whole = heap.lease_captured(place)
+                home = heap.captured
         *got, row_weights = [
-            heap.as_tensor(place, starts[i], starts[i + 1], (num_rows, *shape), dtype, whole)
-            for i, (dtype, shape) in enumerate(form.parts)
+            heap.as_tensor(Block(base + start, end - start), (num_rows, *shape), dtype, home)
+            for (dtype, shape), (start, end) in zip(form.parts, pairwise(starts), strict=True)
         ]
         return Delivery(tuple(got), row_weights, plan)

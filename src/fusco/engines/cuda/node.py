@@ -58,30 +58,30 @@ class CudaNode(Node):
         return self._heap.num_bytes
 
     def reserve(self, size: int) -> Block:
-        return self._heap.shrink(self.reserve_largest(), size)
+        return self._heap.free.shrink(self.reserve_largest(), size)
 
     def reserve_largest(self) -> Block:
         self._memory.begin()
         # What was free before is written by others as soon as they know of it.
         self._memory.settle()
-        return self._heap.reserve_largest()
+        return self._heap.free.reserve_largest()
 
     def fit(self, operation: str, block: Block, needs: Ints, capacity: Ints) -> Block:
         need, is_short = int(needs[self._place]), needs > capacity
         if is_short[self._place]:
-            self._heap.release(block)
+            self._heap.free.release(block)
         else:
-            block = self._heap.shrink(block, need)
+            block = self._heap.free.shrink(block, need)
         if not is_short.any():
             return block
         try:
             self._grow(operation, chunk_bytes(int(needs[is_short].max())))
         except MemoryError:
             if not is_short[self._place]:
-                self._heap.release(block)
+                self._heap.free.release(block)
             raise
         if is_short[self._place]:
-            block = self._heap.shrink(self._heap.reserve_largest(), need)
+            block = self._heap.free.reserve(need)
         return block
 
     def _grow(self, operation: str, size: int) -> None:
@@ -108,7 +108,7 @@ class CudaNode(Node):
         return made
 
     def release(self, block: Block) -> None:
-        self._heap.release(block)
+        self._heap.free.release(block)
 
     def open(self, operation: str, block: Block, base: Ints, sections: Sections) -> NodeBlocks:
         mates = [rank for place, rank in enumerate(self.ranks) if place != self._place]
@@ -209,7 +209,7 @@ class _CudaBlocks(NodeBlocks):
             part = Block(base=self._block.base + start, size=align(own.numel()))
             tensors.append(self._heap.lend(part, own))
             end = start + part.size
-        self._heap.release(Block(base=self._block.base + end, size=self._block.size - end))
+        self._heap.free.release(Block(base=self._block.base + end, size=self._block.size - end))
         return tensors
 
 

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusco.engines.base import World
 from fusco.engines.cuda.streams import Order
-from fusco.engines.cuda.window import TorchAllocator
+from fusco.engines.cuda.window import Span, TorchAllocator
 from fusco.layout.blocks import Ints
-from fusco.layout.heap import Block, Heap, reserve_largest_of
+from fusco.layout.heap import CHUNK_SPAN, Block, Heap
 from fusco.topology import Topology
 from fusco.transports.bulletin import Bulletin
-
-_CHUNK_SPAN = 1 << 40
-"""Bytes; where a chunk begins in the addresses of blocks. None is as large."""
 
 
 class NodeMemory(ABC):
@@ -41,8 +36,8 @@ class NodeMemory(ABC):
         allocated theirs."""
 
     @abstractmethod
-    def lend(self, part: Tensor, give_back: Callable[[], None]) -> Tensor:
-        """Own bytes as a tensor of their own; `give_back` is called when nothing uses it."""
+    def lend(self, part: Tensor, block: Block, heap: Heap) -> Tensor:
+        """The own bytes `part` as a tensor of their own, with which `block` returns to the heap."""
 
     @abstractmethod
     def begin(self) -> None:
@@ -92,8 +87,9 @@ class CudaMemory(NodeMemory):
             return (memory,)
         return self._allocator.connect(memory).peers
 
-    def lend(self, part: Tensor, give_back: Callable[[], None]) -> Tensor:
-        return torch.as_tensor(Span(part, give_back), device=self.device)
+    def lend(self, part: Tensor, block: Block, heap: Heap) -> Tensor:
+        span = Span(part.data_ptr(), tuple(part.shape), "|u1", block, heap, part)
+        return torch.as_tensor(span, device=self.device)
 
     def begin(self) -> None:
         self._order.begin()
@@ -104,66 +100,29 @@ class CudaMemory(NodeMemory):
             torch.cuda.current_stream(self.device).synchronize()
 
 
-class Span:
-    """Bytes that a tensor or an array can be made of, which then keeps what they belong to."""
-
-    def __init__(self, part: Tensor, give_back: Callable[[], None]) -> None:
-        self._part = part
-        self._give_back = give_back
-        described: dict[str, Any] = {
-            "version": 3,
-            "typestr": "|u1",
-            "shape": tuple(part.shape),
-            "data": (part.data_ptr(), False),
-        }
-        if part.is_cuda:
-            self.__cuda_array_interface__ = described
-        else:
-            self.__array_interface__ = described
-
-    def __del__(self) -> None:
-        self._give_back()
-
-
 class NodeHeap:
-    """This rank's heap, in chunks that all ranks of the node add together.
+    """This rank's heap, in chunks that all ranks of the node add together; each rank shares out its
+    own part of them.
 
-    Each rank shares out its own part. A block's base says its chunk too: chunk i begins at
-    `i * _CHUNK_SPAN`.
+    Attributes:
+        free: what of that is free.
     """
 
     def __init__(self, memory: NodeMemory, place: int) -> None:
         self._memory = memory
         self._place = place
-        self._chunks: list[tuple[tuple[Tensor, ...], Heap]] = []
+        self._chunks: list[tuple[Tensor, ...]] = []
+        self.free = Heap()
 
     @property
     def num_bytes(self) -> int:
         """Size of all chunks."""
-        return sum(heap.capacity for _, heap in self._chunks)
+        return sum(parts[self._place].numel() for parts in self._chunks)
 
     def add(self, parts: tuple[Tensor, ...]) -> None:
         """Add a chunk: everybody's part."""
-        self._chunks.append((parts, Heap(parts[self._place].numel())))
-
-    def reserve_largest(self) -> Block:
-        """The largest free block of all chunks, whole."""
-        at, block = reserve_largest_of(heap for _, heap in self._chunks)
-        return Block(base=block.base + at * _CHUNK_SPAN, size=block.size)
-
-    def shrink(self, block: Block, size: int) -> Block:
-        """Keep the first `size` bytes, rounded up."""
-        if not block.size:
-            return block
-        chunk, base = divmod(block.base, _CHUNK_SPAN)
-        kept = self._chunks[chunk][1].shrink(Block(base=base, size=block.size), size)
-        return Block(base=block.base, size=kept.size)
-
-    def release(self, block: Block) -> None:
-        """Give a block, or a part of one, back."""
-        if block.size:
-            chunk, base = divmod(block.base, _CHUNK_SPAN)
-            self._chunks[chunk][1].release(Block(base=base, size=block.size))
+        self.free.add(len(self._chunks) * CHUNK_SPAN, parts[self._place].numel())
+        self._chunks.append(parts)
 
     def parts(self, base: Ints, start: Ints, size: Ints) -> list[Tensor]:
         """A section of every rank's block, uint8.
@@ -177,9 +136,9 @@ class NodeHeap:
         for place, (at, first, count) in enumerate(
             zip(base.tolist(), start.tolist(), size.tolist(), strict=True)
         ):
-            chunk, offset = divmod(at + first, _CHUNK_SPAN)
+            chunk, offset = divmod(at + first, CHUNK_SPAN)
             if count:
-                found.append(self._chunks[chunk][0][place][offset : offset + count])
+                found.append(self._chunks[chunk][place][offset : offset + count])
             else:
                 found.append(torch.empty(0, dtype=torch.uint8, device=self._memory.device))
         return found
@@ -187,6 +146,6 @@ class NodeHeap:
     def lend(self, block: Block, part: Tensor) -> Tensor:
         """The own bytes `part` of a block, which returns to the heap with the tensor."""
         if not part.numel():
-            self.release(block)
+            self.free.release(block)
             return part
-        return self._memory.lend(part, lambda: self.release(block))
+        return self._memory.lend(part, block, self.free)

@@ -19,9 +19,10 @@ from fusco.engines.cuda.jit import Variant, element_of
 from fusco.engines.cuda.kernels import structs
 from fusco.engines.cuda.launch import Launcher
 from fusco.engines.cuda.streams import Order
-from fusco.engines.cuda.window import NOWHERE, Allocation, Place, SymmetricHeap, TorchAllocator
+from fusco.engines.cuda.window import Allocation, SymmetricHeap, TorchAllocator
 from fusco.errors import PeerError, WindowMemoryError, input_error
 from fusco.layout.compact import WindowLayout, chunk_bytes
+from fusco.layout.heap import CHUNK_SPAN, NOTHING, Block
 from fusco.transports.bulletin import Bulletin
 
 Made = TypeVar("Made")
@@ -177,15 +178,16 @@ class Session:
 
         return launcher_of
 
-    def describe(self, call: Call, place: Place) -> int:
+    def describe(self, call: Call, block: Block) -> int:
         """Fill this rank's record of an operation; the ticket by which it will be reported."""
         self.failures.raise_lost()
         self._ticket = ticket = self._ticket + 1
-        record, block = self.call, place.block
+        record = self.call
         if call is not self._last_call:
             _, record.operation, record.status, record.plan, record.signature, _, _ = call.head(0)
             self._last_call = call
-        record.base, record.capacity, record.chunk = block.base, block.size, place.chunk
+        record.chunk, record.base = divmod(block.base, CHUNK_SPAN)
+        record.capacity = block.size
         record.ticket = ticket
         self.failures.remember(ticket, call)
         return ticket
@@ -215,7 +217,7 @@ class Session:
             assert call.error is not None
             raise call.error  # nothing of a capture has run, so nobody waits
         stream = self.order.begin()
-        ticket = self.describe(call, NOWHERE)
+        ticket = self.describe(call, NOTHING)
         self._say(stream, 1, _SAY_THREADS)
         torch.cuda.current_stream().synchronize()
         all_settle = not call.operation.sums and self.world.max_recv_tokens is None

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fusco.errors import WindowMemoryError
-from fusco.layout.compact import round_up
-from fusco.layout.heap import NOTHING, Block, Heap, reserve_largest_of
+from fusco.layout.compact import BLOCK_ALIGNMENT
+from fusco.layout.heap import CHUNK_SPAN, Block, Heap
 from fusco.topology import Topology
 from fusco.transports.bulletin import Bulletin
 from fusco.transports.renumbered import RenumberedStore
@@ -102,27 +101,23 @@ class TorchAllocator(Allocator):
         return Allocation(memory=memory, address=tuple(handle.buffer_ptrs), peers=tuple(peers))
 
 
-class Place(NamedTuple):
-    """A block of one chunk of the symmetric heap."""
-
-    chunk: int
-    block: Block
-
-
-NOWHERE = Place(chunk=0, block=NOTHING)
-
-
 class SymmetricHeap:
     """This rank's heap, in chunks that all ranks add together; each rank shares out its own.
 
     Blocks that a CUDA graph uses return to `captured`, from where only other captures take them: a
     replay writes them again.
+
+    Attributes:
+        free: what of the chunks is free.
+        captured: what of them no tensor of a graph uses any more.
+        addresses: int64 `[most chunks, P]`, where each rank's are mapped here.
     """
 
     def __init__(self, num_ranks: int, device: torch.device) -> None:
         self._device = device
-        self._chunks: list[tuple[Allocation, Heap]] = []
-        self._captured: list[Place] = []
+        self._chunks: list[Allocation] = []
+        self.free = Heap(alignment=BLOCK_ALIGNMENT)
+        self.captured = Heap(alignment=BLOCK_ALIGNMENT)
         # One table for good: graphs hold its address. It is read also before there is a chunk, by
         # ranks that receive nothing.
         self.addresses = torch.zeros((_MAX_CHUNKS, num_ranks), dtype=torch.int64, device=device)
@@ -130,101 +125,71 @@ class SymmetricHeap:
     @property
     def num_bytes(self) -> int:
         """Size of all chunks."""
-        return sum(heap.capacity for _, heap in self._chunks)
+        return sum(chunk.memory.numel() for chunk in self._chunks)
 
     def add(self, allocation: Allocation) -> None:
         """Add a chunk that all ranks have allocated."""
-        if len(self._chunks) == _MAX_CHUNKS:
+        number = len(self._chunks)
+        if number == _MAX_CHUNKS:
             raise WindowMemoryError(
                 f"the heap has grown {_MAX_CHUNKS} times, and grows no further; make a new Shuffle "
                 "and dispatch the largest load first"
             )
-        self.addresses[len(self._chunks)] = torch.tensor(allocation.address, dtype=torch.int64)
-        self._chunks.append((allocation, Heap(allocation.memory.numel())))
+        self.addresses[number] = torch.tensor(allocation.address, dtype=torch.int64)
+        self._chunks.append(allocation)
+        self.free.add(number * CHUNK_SPAN, allocation.memory.numel())
 
-    def reserve_largest(self) -> Place:
-        """The largest free block of all chunks, whole."""
-        at, block = reserve_largest_of(heap for _, heap in self._chunks)
-        return Place(at, block) if block.size else NOWHERE
-
-    def reserve(self, size: int) -> Place:
-        """A block of `size` bytes where there is one, else a smaller one."""
-        return self.shrink(self.reserve_largest(), size)
-
-    def reserve_captured(self, size: int) -> Place:
-        """A block of `size` bytes that an earlier capture has used, else as `reserve`."""
-        for place in self._captured:
-            if place.block.size >= size:
-                self._captured.remove(place)
-                return place
-        return self.reserve(size)
-
-    def shrink(self, place: Place, size: int) -> Place:
-        """Keep the first `size` bytes, rounded up."""
-        if place is NOWHERE:
-            return place
-        block = self._chunks[place.chunk][1].shrink(place.block, round_up(size))
-        return Place(place.chunk, block)
-
-    def release(self, place: Place) -> None:
-        """Give a block back."""
-        if place is not NOWHERE:
-            self._chunks[place.chunk][1].release(place.block)
-
-    def lease_captured(self, place: Place) -> _Lease:
-        """Keep a block whole for tensors of a graph, until the last of them is gone."""
-        return _Lease(self._captured.append, place)
+    def reserve_captured(self, size: int) -> Block:
+        """A block of `size` bytes that earlier captures have used, else a free one."""
+        block = self.captured.reserve(size)
+        if block.size >= size:
+            return block
+        self.captured.release(block)
+        return self.free.reserve(size)
 
     def as_tensor(
-        self,
-        place: Place,
-        begin: int,
-        end: int,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        whole: _Lease | None,
+        self, block: Block, shape: tuple[int, ...], dtype: torch.dtype, home: Heap
     ) -> Tensor:
-        """A part of a block as a tensor, with which it returns to the heap.
-
-        Args:
-            place: the block.
-            begin: where the part begins in the block, bytes.
-            end: where it ends.
-            shape: of the tensor.
-            dtype: of the tensor.
-            whole: what the part belongs to, where it does not return by itself.
-        """
-        if begin == end:
+        """A block, or a part of one, as a tensor, with which it returns to the heap `home`."""
+        if not block.size:
             return torch.empty(shape, dtype=dtype, device=self._device)
-        allocation, heap = self._chunks[place.chunk]
-        base = place.block.base + begin
-        lease = whole or _Lease(heap.release, Block(base, end - begin))
-        span = _Span(allocation.base + base, shape, dtype, lease, allocation)
+        number, start = divmod(block.base, CHUNK_SPAN)
+        chunk = self._chunks[number]
+        kind = _TYPES_OF_SIZE[dtype.itemsize] if dtype != torch.float32 else "<f4"
+        span = Span(chunk.base + start, shape, kind, block, home, chunk)
         tensor = torch.as_tensor(span, device=self._device)
         return tensor if tensor.dtype == dtype else tensor.view(dtype)
 
 
-class _Lease:
-    """Gives something back when nobody holds it any more."""
+class Span:
+    """A block of a heap as memory that a tensor or an array can be made of. It returns to the heap
+    when the last of these is gone.
 
-    def __init__(self, release: Callable[[Any], None], what: Any) -> None:
-        self._release = release
-        self._what = what
-
-    def __del__(self) -> None:
-        self._release(self._what)
-
-
-class _Span:
-    """Bytes that a tensor can be made of, which then keeps what they belong to."""
+    Args:
+        address: where it is.
+        shape: of the tensor.
+        kind: the type of its elements, as the interface names it.
+        block: what returns.
+        heap: where it returns to.
+        memory: whose part it is, kept until then.
+    """
 
     def __init__(
-        self, address: int, shape: tuple[int, ...], dtype: torch.dtype, *kept: object
+        self,
+        address: int,
+        shape: tuple[int, ...],
+        kind: str,
+        block: Block,
+        heap: Heap,
+        memory: object,
     ) -> None:
-        self._kept = kept
-        self.__cuda_array_interface__ = {
+        self._block, self._heap, self._memory = block, heap, memory
+        self.__cuda_array_interface__ = self.__array_interface__ = {
             "version": 3,
-            "typestr": _TYPES_OF_SIZE[dtype.itemsize] if dtype != torch.float32 else "<f4",
+            "typestr": kind,
             "shape": shape,
             "data": (address, False),
         }
+
+    def __del__(self) -> None:
+        self._heap.release(self._block)
