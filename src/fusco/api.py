@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -19,7 +18,7 @@ from fusco.checks import Limits
 from fusco.configuration import Configuration
 from fusco.engines import make_engine
 from fusco.engines.agreement import Call
-from fusco.engines.base import Delivery, Engine, World
+from fusco.engines.base import Engine, World
 from fusco.errors import ClosedError, EngineUnavailableError, InputError
 from fusco.groups import resolve_group
 from fusco.layout.records import Operation
@@ -247,19 +246,16 @@ class Shuffle:
             grads = ops.wanted_gradients(rows, topk_weights)
             if ops.is_eager((*rows, topk_idx, topk_weights)):
                 # The operators' own work takes longer than that of a small dispatch.
-                move = functools.partial(self._move, rows, topk_idx, topk_weights, plan, grads)
-                if grads == ops.NO_GRADIENTS:
-                    got, row_weights, plan = move()
-                else:
-                    got, row_weights, plan = eager.dispatch(move, self._key, topk_weights, rows)
+                run = ops.run_dispatch if grads == ops.NO_GRADIENTS else eager.dispatch
+                routing = _wide(topk_idx) if plan is None else plan
+                got, row_weights, plan = run(rows, routing, topk_weights, self._key, grads)
             elif plan is not None:
                 got, row_weights = ops.dispatch_planned(
                     list(rows), topk_weights, plan.to_tensors(), self._key, grads
                 )
             else:
-                assert topk_idx is not None, "checked above"
                 got, row_weights, flat = ops.dispatch(
-                    list(rows), topk_idx.to(torch.int64), topk_weights, self._key, grads
+                    list(rows), _wide(topk_idx), topk_weights, self._key, grads
                 )
                 plan = Plan.from_tensors(flat)
         return Dispatched(tokens=like(x, got), row_weights=row_weights, plan=plan)
@@ -400,20 +396,6 @@ class Shuffle:
     ) -> None:
         self.close()
 
-    def _move(
-        self,
-        rows: tuple[Tensor, ...],
-        topk_idx: Tensor | None,
-        topk_weights: Tensor | None,
-        plan: Plan | None,
-        grads: str,
-    ) -> Delivery:
-        if plan is not None:
-            return ops.run_planned(rows, topk_weights, plan, self._key, grads)
-        assert topk_idx is not None, "checked before"
-        wide = topk_idx if topk_idx.dtype == torch.int64 else topk_idx.to(torch.int64)
-        return ops.run_dispatch(rows, wide, topk_weights, self._key, grads)
-
     def _accept(self, form: tuple[Any, ...] | None) -> None:
         if form is not None and len(self._accepted) < _MAX_ACCEPTED:
             self._accepted.add(form)
@@ -433,6 +415,11 @@ class Shuffle:
     def _require_open(self) -> None:
         if self._key not in ops.ENGINES:
             raise ClosedError("Shuffle: it was closed, or a rank was lost; make a new one")
+
+
+def _wide(topk_idx: Tensor | None) -> Tensor:
+    assert topk_idx is not None, "checked before"
+    return topk_idx if topk_idx.dtype == torch.int64 else topk_idx.to(torch.int64)
 
 
 def _form_of(x: Any, topk_idx: Any, topk_weights: Any) -> tuple[Any, ...] | None:

@@ -5,7 +5,7 @@ An operator that is written in Python takes longer to call than a small dispatch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,15 +19,16 @@ from fusco.types import Plan
 
 
 def dispatch(
-    run: Callable[[], Delivery],
-    shuffle: int,
-    topk_weights: Tensor | None,
     rows: tuple[Tensor, ...],
+    routing: Tensor | Plan,
+    topk_weights: Tensor | None,
+    shuffle: int,
+    grads: str,
 ) -> Delivery:
-    """What `run()` brings of these rows and weights, with their graph."""
+    """See `ops.run_dispatch`; with their graph."""
     delivered: list[Delivery] = []
     *got, row_weights = _Dispatch.apply(  # type: ignore[no-untyped-call]
-        run, delivered, shuffle, topk_weights, *rows
+        delivered, routing, shuffle, grads, topk_weights, *rows
     )
     return delivered[0]._replace(rows=tuple(got), row_weights=row_weights)
 
@@ -47,7 +48,7 @@ def combine(
     return sums
 
 
-_NUM_OTHERS = 4
+_NUM_OTHERS = 5
 """Arguments of the functions below that are not rows; the last of them are weights."""
 
 
@@ -55,13 +56,14 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        run: Callable[[], Delivery],
         delivered: list[Delivery],
+        routing: Tensor | Plan,
         shuffle: int,
+        grads: str,
         topk_weights: Tensor | None,
         *rows: Tensor,
     ) -> tuple[Tensor, ...]:
-        delivery = run()
+        delivery = ops.run_dispatch(rows, routing, topk_weights, shuffle, grads)
         delivered.append(delivery)
         ctx.plan, ctx.shuffle = delivery.plan, shuffle
         *_, ctx.needs_weights = ctx.needs_input_grad[:_NUM_OTHERS]
@@ -76,7 +78,7 @@ class _Dispatch(torch.autograd.Function):
         )
         with stage("dispatch_backward"):
             got = ops.run_dispatch_backward(tuple(wanted), values, ctx.plan, ctx.shuffle)
-        return (None, None, None, got.pair_values, *ops.gathered(got.sums, ctx.needs))
+        return (None, None, None, None, got.pair_values, *ops.gathered(got.sums, ctx.needs))
 
 
 class _Combine(torch.autograd.Function):

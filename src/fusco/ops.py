@@ -163,25 +163,30 @@ def _apart(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 def run_dispatch(
     rows: tuple[Tensor, ...],
-    topk_idx: Tensor,
+    routing: Tensor | Plan,
     topk_weights: Tensor | None,
     shuffle: int,
     grads: str,
 ) -> Delivery:
-    """What the operator `dispatch` does."""
+    """What the operators `dispatch` and, with a plan, `dispatch_planned` do."""
+    form = _form(rows, topk_weights, grads)
     with using(shuffle) as engine:
-        call = _new_dispatch(_formats(rows), topk_weights is not None, grads)
-        if not engine.finds_bad_ids:
-            # Here and not with the other checks, since it looks at values, which a compiler cannot.
-            error = find_bad_id(topk_idx, engine.world.topology.num_experts)
-            if error is not None:
-                engine.agree_on_error(call._replace(error=error))
-        return engine.dispatch(call, rows, topk_weights, topk_idx)
+        if isinstance(routing, Plan):
+            call = Call(Operation.DISPATCH_PLANNED, routing.number, form)
+        else:
+            call = _new_dispatch(form)
+            if not engine.finds_bad_ids:
+                # Here and not with the other checks, since it looks at values, which a compiler
+                # cannot.
+                error = find_bad_id(routing, engine.world.topology.num_experts)
+                if error is not None:
+                    engine.agree_on_error(call._replace(error=error))
+        return engine.dispatch(call, rows, topk_weights, routing)
 
 
 @functools.lru_cache(maxsize=256)
-def _new_dispatch(formats: _Formats, has_weights: bool, grads: str) -> Call:
-    return Call(operation=Operation.DISPATCH, form=_form_of(formats, has_weights, grads))
+def _new_dispatch(form: str) -> Call:
+    return Call(Operation.DISPATCH, form=form)
 
 
 @_operator(
@@ -196,18 +201,8 @@ def dispatch_planned(
     grads: str,
 ) -> tuple[list[Tensor], Tensor]:
     """Run a plan again: rows `[T, ...]` to `[R, ...]`, row weights `[R]`."""
-    got = run_planned(tuple(rows), topk_weights, Plan.from_tensors(plan), shuffle, grads)
+    got = run_dispatch(tuple(rows), Plan.from_tensors(plan), topk_weights, shuffle, grads)
     return list(got.rows), got.row_weights
-
-
-def run_planned(
-    rows: tuple[Tensor, ...], topk_weights: Tensor | None, plan: Plan, shuffle: int, grads: str
-) -> Delivery:
-    """What the operator `dispatch_planned` does."""
-    form = _form(rows, topk_weights, grads)
-    call = Call(operation=Operation.DISPATCH_PLANNED, plan=plan.number, form=form)
-    with using(shuffle) as engine:
-        return engine.dispatch(call, rows, topk_weights, plan)
 
 
 @_operator(
