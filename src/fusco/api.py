@@ -148,6 +148,7 @@ class Shuffle:
             row_unit_bytes=self._engine.row_unit_bytes,
             max_parts=self._engine.max_parts,
             device_types=self._engine.device_types,
+            device=self._engine.device,
             key=self._key,
         )
         self._accepted: set[tuple[Any, ...]] = set()

@@ -27,6 +27,7 @@ class Limits:
         row_unit_bytes: rows of each tensor must be a multiple of it.
         max_parts: the most tensors in a tuple; None: any number.
         device_types: kinds of device the engine works on.
+        device: the only one of them, if it must be that; None: any of these kinds.
         key: the mark that the Shuffle's plans carry.
     """
 
@@ -36,6 +37,7 @@ class Limits:
     row_unit_bytes: int
     max_parts: int | None
     device_types: tuple[str, ...]
+    device: torch.device | None
     key: int
 
     def check_dispatch(
@@ -191,6 +193,14 @@ class Limits:
                 got=f"a tensor on {each.device}",
                 expected=f"all on one {' or '.join(kinds)} device",
                 remedy="move it, or choose another engine",
+            )
+        if self.device is not None and each.device != self.device:
+            raise input_error(
+                operation,
+                argument,
+                got=f"a tensor on {each.device}",
+                expected=f"{self.device}, the current device when the Shuffle was made",
+                remedy="call torch.cuda.set_device before making it",
             )
 
     def _check_topk_idx(

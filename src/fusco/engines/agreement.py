@@ -8,15 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from fusco.errors import (
     DisagreementError,
     FuscoError,
     InputError,
     WindowMemoryError,
-    input_error,
 )
 from fusco.layout.records import ALIKE, Field, Operation, Status
 
@@ -27,7 +24,7 @@ class Call(NamedTuple):
     Attributes:
         operation: which operation.
         plan: the number of the plan in use; -1 where a new one is made.
-        form: in words, all that must be equal on every rank, such as row formats.
+        form: in words, all that must be equal on every rank, row formats among it.
         error: what is wrong with this rank's arguments, if anything.
     """
 
@@ -44,17 +41,6 @@ class Call(NamedTuple):
     def failed(self, error: WindowMemoryError) -> Call:
         """The same call, which this rank cannot make."""
         return self._replace(error=self.error or error)
-
-    def elsewhere(self, tensor: Tensor, expected: torch.device) -> Call:
-        """The same call, whose rows are on another GPU than the engine's."""
-        error = input_error(
-            self.operation.text,
-            "x" if self.operation == Operation.DISPATCH else "rows",
-            got=f"a tensor on {tensor.device}",
-            expected=f"{expected}, the current device when the Shuffle was made",
-            remedy="call torch.cuda.set_device before making it",
-        )
-        return self._replace(error=error)
 
     @property
     def _status(self) -> Status:

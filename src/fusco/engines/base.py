@@ -138,6 +138,11 @@ class Engine(ABC):
         """Kinds of device whose tensors it takes."""
 
     @property
+    def device(self) -> torch.device | None:
+        """The only device whose tensors it takes, if there is one."""
+        return None
+
+    @property
     @abstractmethod
     def is_closed(self) -> bool:
         """Whether `close` was called."""

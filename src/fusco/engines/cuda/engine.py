@@ -68,7 +68,6 @@ class CudaEngine(Engine):
 
     @property
     def device(self) -> torch.device:
-        """Where its windows are."""
         return self._open().session.device
 
     @_on_own_device
@@ -84,7 +83,6 @@ class CudaEngine(Engine):
         routing: Tensor | Plan,
     ) -> Delivery:
         works = self._open()
-        works.session.check_device(call, rows[0])
         if isinstance(routing, Plan):
             weights, *dense = works.dense(call, weights, *rows)
             got = works.dispatcher.dispatch_planned(call, tuple(dense), weights, routing)
@@ -107,7 +105,6 @@ class CudaEngine(Engine):
         row_values: Tensor | None = None,
     ) -> Returned:
         works = self._open()
-        works.session.check_device(call, rows[0])
         self.meter.combined()
         row_weights, row_values, *dense = works.dense(call, row_weights, row_values, *rows)
         return works.combiner.combine(call, tuple(dense), row_weights, plan, row_values)
@@ -124,7 +121,6 @@ class CudaEngine(Engine):
         if row_weights is None or len(grads) > 1:
             return super().combine_backward(call, grads, rows, row_weights, plan)
         works = self._open()
-        works.session.check_device(call, grads[0])
         self.meter.dispatched(0)
         grad, weights, combined = works.dense(call, grads[0], row_weights, rows[0])
         got = works.dispatcher.dispatch_planned(call, (grad,), weights, plan, combined=combined)

@@ -316,11 +316,6 @@ class Session:
         """Size of this rank's windows."""
         return self.window.memory.numel() + self.heap.num_bytes
 
-    def check_device(self, call: Call, rows: Tensor) -> None:
-        """Raise on all ranks where this one's rows are on another of its GPUs."""
-        if rows.device != self.device:
-            self.raise_everywhere(call.elsewhere(rows, self.device))
-
     def counted(self) -> Counted:
         """What the kernels have counted so far."""
         self._wait()

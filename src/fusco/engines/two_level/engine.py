@@ -47,7 +47,11 @@ class TwoLevelEngine(Engine):
 
     @property
     def device_types(self) -> tuple[str, ...]:
-        return (self._session.node.device.type,)
+        return (self.device.type,)
+
+    @property
+    def device(self) -> torch.device:
+        return self._session.node.device
 
     @property
     def plans_two_levels(self) -> bool:
@@ -68,7 +72,6 @@ class TwoLevelEngine(Engine):
         routing: Tensor | Plan,
     ) -> Delivery:
         with self._leaving_on_error():
-            self._check_device(call, rows)
             if isinstance(routing, SlicedPlan):
                 delivery = dispatch_planned(self._session, call, rows, weights, routing)
             else:
@@ -96,7 +99,6 @@ class TwoLevelEngine(Engine):
     ) -> Returned:
         assert isinstance(plan, SlicedPlan), "plans come from this engine"
         with self._leaving_on_error():
-            self._check_device(call, rows)
             returned = combine(self._session, call, rows, row_weights, plan, row_values)
             num_ranks = self.world.topology.num_ranks
             partials = torch.bincount(plan.partials.target, minlength=num_ranks).cpu()
@@ -121,9 +123,8 @@ class TwoLevelEngine(Engine):
             )
 
     def synchronize(self) -> None:
-        device = self._session.node.device
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
     def stats(self) -> Stats:
         return self.meter.stats(window_bytes=self._session.node.window_bytes)
@@ -148,13 +149,6 @@ class TwoLevelEngine(Engine):
             if self._session.epoch != epoch:
                 self.close(lost=self.world.topology.rank)
             raise
-
-    def _check_device(self, call: Call, rows: Sequence[Tensor]) -> None:
-        """Raise on all ranks where this one's rows are on another of its GPUs."""
-        expected = self._session.node.device
-        for each in rows:
-            if each.device != expected:
-                self.agree_on_error(call.elsewhere(each, expected))
 
 
 def _total_bytes(rows: Sequence[Tensor]) -> int:
