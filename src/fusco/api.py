@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Literal, TypeVar, overload
@@ -328,15 +328,13 @@ class Shuffle:
                 self._accept(key)
             rows = as_tuple(expert_outputs)
             row_weights = dispatched.row_weights if weighted else None
-            tokens = as_tuple(dispatched.tokens)
             anchor, has_graph = None, False
             if torch.is_grad_enabled():
                 # Which of the inputs carry a graph may differ between ranks, whether one does may
                 # not.
-                inputs = (*rows, dispatched.row_weights, *tokens)
-                has_graph = any(each.requires_grad for each in inputs)
-                if has_graph:
-                    anchor = next((each for each in tokens if each.requires_grad), None)
+                anchor = _first_with_graph(as_tuple(dispatched.tokens))
+                inputs = (anchor, *rows, dispatched.row_weights)
+                has_graph = _first_with_graph(inputs) is not None
             sums: Sequence[Tensor]
             plan = dispatched.plan
             if not ops.is_eager((*rows, row_weights, anchor)):
@@ -416,6 +414,13 @@ class Shuffle:
     def _require_open(self) -> None:
         if self._key not in ops.ENGINES:
             raise ClosedError("Shuffle: it was closed, or a rank was lost; make a new one")
+
+
+def _first_with_graph(tensors: Iterable[Tensor | None]) -> Tensor | None:
+    for each in tensors:
+        if each is not None and each.requires_grad:
+            return each
+    return None
 
 
 def _wide(topk_idx: Tensor | None) -> Tensor:

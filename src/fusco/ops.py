@@ -227,7 +227,7 @@ def run_combine(
 ) -> Returned:
     """What the operator `combine` does."""
     form = _form(rows, row_weights, grads)
-    call = Call(operation=Operation.COMBINE, plan=plan.number, form=form)
+    call = Call(Operation.COMBINE, plan.number, form)
     with using(shuffle) as engine:
         return engine.combine(call, rows, row_weights, plan)
 
@@ -253,7 +253,7 @@ def run_dispatch_backward(
 ) -> Returned:
     """What the operator `dispatch_backward` does."""
     form = _form(grads, grad_row_weights)
-    call = Call(operation=Operation.DISPATCH_BACKWARD, plan=plan.number, form=form)
+    call = Call(Operation.DISPATCH_BACKWARD, plan.number, form)
     with using(shuffle) as engine:
         return engine.combine(call, grads, None, plan, grad_row_weights)
 
@@ -283,7 +283,7 @@ def run_combine_backward(
     shuffle: int,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """What the operator `combine_backward` does."""
-    call = Call(operation=Operation.COMBINE_BACKWARD, plan=plan.number, form=_form(grads, None))
+    call = Call(Operation.COMBINE_BACKWARD, plan.number, _form(grads, None))
     with using(shuffle) as engine:
         return engine.combine_backward(call, grads, rows, row_weights, plan)
 

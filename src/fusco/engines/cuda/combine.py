@@ -15,6 +15,7 @@ from fusco.engines.cuda.plans import Addresses
 from fusco.engines.cuda.session import Session
 from fusco.layout.compact import round_up
 from fusco.layout.heap import NOTHING
+from fusco.layout.segments import bytes_per_row
 from fusco.types import Plan
 
 _MAX_PIECE_BYTES = 2 * structs.SUMMERS * 32 * 16
@@ -33,12 +34,13 @@ class Cut(NamedTuple):
     shared_bytes: int
 
 
-class _Form(NamedTuple):
-    """What follows from the format of rows; `cuts` by number of pipelines."""
+class _Part(NamedTuple):
+    """What follows from the formats of the rows, for one tensor of them."""
 
     kernel: Launcher
     row_bytes: int
-    cuts: dict[int, Cut]
+    returns_at: int
+    pieces: Cut
 
 
 class Combiner:
@@ -51,7 +53,7 @@ class Combiner:
         # Few blocks have much to do each; of many, the one that ends last keeps all waiting.
         is_few = session.num_sms <= session.max_sms // 2
         self._num_pipelines = structs.PIPELINES if is_few else 1
-        self._forms: dict[tuple[torch.dtype, torch.Size], _Form] = {}
+        self._parts: dict[str, list[_Part]] = {}
 
     def combine(
         self,
@@ -65,11 +67,11 @@ class Combiner:
         session, args = self._session, self._args
         stream = session.order.begin()
         # A kernel is loaded before anything is published, for that may fail.
-        forms = [self._form(each.dtype, each.shape[1:]) for each in rows]
+        parts = self._parts.get(call.form) or self._parts_of(call.form, rows)
         num_tokens = plan.num_tokens
         pair_values = None
         try:
-            sums = tuple(each.new_empty((num_tokens, *each.shape[1:])) for each in rows)
+            sums = tuple([each.new_empty((num_tokens, *each.shape[1:])) for each in rows])
             if row_values is not None:
                 pair_values = row_values.new_empty((num_tokens, plan.top_k))
         except torch.OutOfMemoryError as error:
@@ -81,33 +83,29 @@ class Combiner:
         args.num_tokens = num_tokens
         # Where there is little to do for each block, it takes less at a time.
         args.items_at_once = min(_ITEMS_AT_ONCE, num_tokens // (150 * session.num_sms) + 1)
-        num_pipelines = self._num_pipelines
-        args.returns_at = session.constants.returns_at
-        for part, (each, out) in enumerate(zip(rows, sums, strict=True)):
-            kernel, args.row_bytes, cuts = forms[part]
+        for number, (part, each, out) in enumerate(zip(parts, rows, sums, strict=True)):
+            args.part, args.is_last = number, number == len(rows) - 1
             args.rows, args.out = each.data_ptr(), out.data_ptr()
-            args.part, args.is_last = part, part == len(rows) - 1
-            args.piece_bytes, args.num_slots, shared_bytes = cuts[num_pipelines]
-            kernel(stream, session.num_sms, num_pipelines * _THREADS, shared_bytes)
-            args.returns_at += session.layout.num_returns * args.row_bytes
+            kernel, args.row_bytes, args.returns_at, pieces = part
+            args.piece_bytes, args.num_slots, shared_bytes = pieces
+            kernel(stream, session.num_sms, self._num_pipelines * _THREADS, shared_bytes)
             args.row_values = args.pair_values = 0
         return Returned(sums=sums, pair_values=pair_values)
 
-    def _form(self, dtype: torch.dtype, row_shape: torch.Size) -> _Form:
-        form = self._forms.get((dtype, row_shape))
-        if form is None:
-            session = self._session
-            top_k, num_ranks = session.world.top_k, session.num_ranks
-            row_bytes = row_shape.numel() * dtype.itemsize
-            # All rows of a token must fit, and should twice where it goes to every rank, so that
-            # one is fetched while the other is summed.
-            need = max(top_k, 2 * -(-top_k // num_ranks))
-            cuts = {
-                num_pipelines: cut(row_bytes, num_pipelines, need, session.max_shared_bytes)
-                for num_pipelines in range(1, structs.PIPELINES + 1)
-            }
-            form = self._forms[dtype, row_shape] = _Form(self._kernels(dtype), row_bytes, cuts)
-        return form
+    def _parts_of(self, form: str, rows: tuple[Tensor, ...]) -> list[_Part]:
+        session = self._session
+        top_k, num_ranks = session.world.top_k, session.num_ranks
+        # All rows of a token must fit, and should twice where it goes to every rank, so that one is
+        # fetched while the other is summed.
+        need = max(top_k, 2 * -(-top_k // num_ranks))
+        returns_at, parts = session.constants.returns_at, []
+        for each in rows:
+            size = bytes_per_row(each)
+            pieces = cut(size, self._num_pipelines, need, session.max_shared_bytes)
+            parts.append(_Part(self._kernels(each.dtype), size, returns_at, pieces))
+            returns_at += session.layout.num_returns * size
+        self._parts[form] = parts
+        return parts
 
 
 def cut(row_bytes: int, num_pipelines: int, num_rows: int, max_shared_bytes: int) -> Cut:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,7 +104,7 @@ class Dispatcher:
         self._weighing = session.launchers("dispatch", self._args)
         self._check_plan()
         self._row_addresses = self._args.rows  # the same memory; looking it up takes longer
-        self._formats: dict[Any, _Format] = {}
+        self._formats: dict[tuple[str, _Work], _Format] = {}
         self._format: _Format | None = None  # that the arguments hold
         self._planned_format: _Format | None = None
         self._plannings: dict[int, _Planning] = {}
@@ -122,7 +122,7 @@ class Dispatcher:
         where it is not there, all ranks add some and begin again."""
         session = self._session
         stream = session.order.begin()
-        form = self._format_of(rows, _MOVING)
+        form = self._format_of(call, rows, _MOVING)
         num_tokens = topk_idx.shape[0]
         planning = self._plannings.get(num_tokens) or self._planning(num_tokens)
         # Memory belongs to the stream that it was allocated on.
@@ -191,7 +191,7 @@ class Dispatcher:
         kernel = self._dispatch if combined is None else self._weighing(combined.dtype)
         args.combined = 0 if combined is None else combined.data_ptr()
         stream = session.order.begin()
-        form = self._format_of(rows, _MOVING if combined is None else _WEIGHING)
+        form = self._format_of(call, rows, _MOVING if combined is None else _WEIGHING)
         self._set_rows(rows, weights, form)
         num_rows = plan.num_rows
         self._set_plan(Addresses.of(plan), is_planned=True)
@@ -260,11 +260,10 @@ class Dispatcher:
             self._session.failures.raise_reported()
         self._session.grow(call.operation.text, report.need)
 
-    def _format_of(self, rows: tuple[Tensor, ...], work: _Work) -> _Format:
-        key = (work, *[(each.dtype, each.shape[1:]) for each in rows])
-        form = self._formats.get(key)
+    def _format_of(self, call: Call, rows: tuple[Tensor, ...], work: _Work) -> _Format:
+        form = self._formats.get((call.form, work))
         if form is None:
-            form = self._formats[key] = _Format.of(rows, self._session, work)
+            form = self._formats[call.form, work] = _Format.of(rows, self._session, work)
         return form
 
     def _set_planning(
