@@ -184,15 +184,10 @@ class _Works:
         self.combiner = Combiner(self.session)
         self.last_plan: Plan | None = None
 
-    def dense(self, call: Call, *tensors: Tensor | None) -> Sequence[Any]:
+    def dense(self, call: Call, *tensors: Tensor | None) -> list[Any]:
         """The same tensors, each in one piece; without memory for that all ranks raise."""
-        for each in tensors:
-            if each is not None and not _is_dense(each):
-                break
-        else:
-            return tensors
         try:
-            return [None if each is None else _dense(each) for each in tensors]
+            return [_dense(each) for each in tensors]
         except torch.OutOfMemoryError as error:
             self.session.raise_out_of_memory(call, error)
 
@@ -205,14 +200,12 @@ class _Works:
         return parts.rows.cpu().to(torch.int64) if int(parts.number) else None
 
 
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether its elements lie one behind the other, from an address that kernels can take on."""
-    return tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
-
-
-def _dense(tensor: Tensor) -> Tensor:
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    """Its elements one behind the other, from an address that kernels can take on."""
+    if tensor is None or (tensor.is_contiguous() and tensor.data_ptr() % 16 == 0):
+        return tensor
     dense = tensor.contiguous()
-    return dense if _is_dense(dense) else dense.clone()
+    return dense if dense.data_ptr() % 16 == 0 else dense.clone()
 
 
 def _check_world(world: World) -> None:
