@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fusco
-from fusco import ops
+from fusco.engines.base import ENGINES
 from fusco.engines.two_level import TwoLevelEngine
 from fusco.testing.cases import Case, draw, expect, expect_round_trip
 from fusco.testing.cluster import Cluster
@@ -67,7 +67,7 @@ def staging(rank: int) -> set[int]:
         case = replace(CASE, num_tokens=(num_tokens,) * 5, hidden_size=16, routing="repeated")
         with shuffle_of(case, max_tokens=32768) as shuffle:
             expect_round_trip(shuffle, draw(case), rank)
-            engine = ops.ENGINES[shuffle._key]
+            engine = ENGINES[shuffle._key]
             assert isinstance(engine, TwoLevelEngine)
             seen.add(engine.staging_bytes)
     return seen

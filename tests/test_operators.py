@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
-from fusco import ops
+from fusco.engines.base import ENGINES
 from fusco.testing.cases import Case, draw, expect, expect_same
 from fusco.testing.ranks import RankPool, subgroup
 
@@ -49,7 +49,7 @@ def check_operators(rank: int, case: Case, engine: str) -> list[str]:
         }
         # opcheck compares repeated calls, and every call gives its plan another number.
         identity = d.plan.identity
-        with mock.patch.object(ops.ENGINES[key], "new_identity", side_effect=identity.clone):
+        with mock.patch.object(ENGINES[key], "new_identity", side_effect=identity.clone):
             for name in NAMES:
                 opcheck(getattr(torch.ops.fusco, name).default, arguments[name])
     return [name for name in dir(torch.ops.fusco) if name in arguments]

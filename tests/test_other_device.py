@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 import fusco
-from fusco import engines, ops
+from fusco import engines
 from fusco.engines.agreement import Call
-from fusco.engines.base import Engine, World
+from fusco.engines.base import ENGINES, Engine, World
 from fusco.engines.cuda import lists
 from fusco.engines.cuda.node import CudaNode
 from fusco.engines.cuda.node_memory import NodeMemory
@@ -161,7 +161,7 @@ def round_trip(rank: int, dtype: torch.dtype, fusion: bool) -> None:
         Elsewhere(),
         case.shuffle(group, "two_level", ablation=fusco.Ablation(fusion=fusion)) as shuffle,
     ):
-        engine = ops.ENGINES[shuffle._key]
+        engine = ENGINES[shuffle._key]
         x, there = There(inputs.x[rank]), There(weights)
         idx, outputs = There(inputs.topk_idx[rank]), There(inputs.outputs[rank])
         got = engine.dispatch(Call(operation=Operation.DISPATCH), (x,), there, idx)

@@ -18,8 +18,8 @@ from fusco.checks import Limits
 from fusco.configuration import Configuration
 from fusco.engines import make_engine
 from fusco.engines.agreement import Call
-from fusco.engines.base import Engine, World
-from fusco.errors import ClosedError, EngineUnavailableError, InputError
+from fusco.engines.base import ENGINES, Engine, World
+from fusco.errors import EngineUnavailableError, InputError, closed_error
 from fusco.groups import resolve_group
 from fusco.layout.records import Operation
 from fusco.meeting import meet
@@ -152,7 +152,7 @@ class Shuffle:
             key=self._key,
         )
         self._accepted: set[tuple[Any, ...]] = set()
-        ops.ENGINES[self._key] = self._engine
+        ENGINES[self._key] = self._engine
 
     @property
     def engine_name(self) -> str:
@@ -249,7 +249,7 @@ class Shuffle:
                 # The operators' own work takes longer than that of a small dispatch.
                 run = ops.run_dispatch if grads == ops.NO_GRADIENTS else eager.dispatch
                 routing = _wide(topk_idx) if plan is None else plan
-                got, row_weights, plan = run(rows, routing, topk_weights, self._key, grads)
+                got, row_weights, plan = run(rows, routing, topk_weights, self._engine, grads)
             elif plan is not None:
                 got, row_weights = ops.dispatch_planned(
                     list(rows), topk_weights, plan.to_tensors(), self._key, grads
@@ -347,9 +347,9 @@ class Shuffle:
                     ops.WITH_GRADIENTS if has_graph else ops.NO_GRADIENTS,
                 )
             elif has_graph:
-                sums = eager.combine(rows, row_weights, anchor, plan, self._key)
+                sums = eager.combine(rows, row_weights, anchor, plan, self._engine)
             else:
-                sums = ops.run_combine(rows, row_weights, plan, self._key, ops.NO_GRADIENTS).sums
+                sums = ops.run_combine(rows, row_weights, plan, self._engine, ops.NO_GRADIENTS).sums
         return like(expert_outputs, sums)
 
     def synchronize(self) -> None:
@@ -359,8 +359,7 @@ class Shuffle:
         before it is known whether all ranks agree: the error is raised by the next dispatch, or
         here. With `max_recv_tokens` only this raises; until then no call does anything.
         """
-        self._require_open()
-        with ops.using(self._key) as engine:
+        with self._engine as engine:
             engine.synchronize()
 
     def empty_like(self, rows: Tensor) -> Tensor:
@@ -371,7 +370,7 @@ class Shuffle:
         it while a `combine` of it runs. Not collective.
         """
         self._require_open()
-        return ops.ENGINES[self._key].empty_like(rows)
+        return self._engine.empty_like(rows)
 
     def stats(self) -> Stats:
         """What this Shuffle has done so far; not collective."""
@@ -380,9 +379,8 @@ class Shuffle:
 
     def close(self) -> None:
         """Release the windows. Idempotent, not collective."""
-        engine = ops.ENGINES.pop(self._key, None)
-        if engine is not None:
-            engine.close()
+        ENGINES.pop(self._key, None)
+        self._engine.close()
 
     def __enter__(self) -> Shuffle:
         return self
@@ -402,18 +400,17 @@ class Shuffle:
     def _beside(
         self, operation: Callable[[], Result], tensors: Sequence[Tensor | None]
     ) -> tuple[Result, torch.cuda.Event]:
-        self._require_open()
-        with ops.using(self._key) as engine:
+        with self._engine as engine:
             inputs = [each for each in tensors if each is not None]
             return engine.run_beside(operation, inputs)
 
     def _raise_everywhere(self, call: Call) -> None:
-        with ops.using(self._key) as engine:
+        with self._engine as engine:
             engine.agree_on_error(call)
 
     def _require_open(self) -> None:
-        if self._key not in ops.ENGINES:
-            raise ClosedError("Shuffle: it was closed, or a rank was lost; make a new one")
+        if self._engine.is_closed:
+            raise closed_error()
 
 
 def _first_with_graph(tensors: Iterable[Tensor | None]) -> Tensor | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fusco import ops
-from fusco.engines.base import Delivery
+from fusco.engines.base import Delivery, Engine
 from fusco.profiling import stage
 from fusco.types import Plan
 
@@ -22,13 +22,13 @@ def dispatch(
     rows: tuple[Tensor, ...],
     routing: Tensor | Plan,
     topk_weights: Tensor | None,
-    shuffle: int,
+    engine: Engine,
     grads: str,
 ) -> Delivery:
     """See `ops.run_dispatch`; with their graph."""
     delivered: list[Delivery] = []
     *got, row_weights = _Dispatch.apply(  # type: ignore[no-untyped-call]
-        delivered, routing, shuffle, grads, topk_weights, *rows
+        delivered, routing, engine, grads, topk_weights, *rows
     )
     return delivered[0]._replace(rows=tuple(got), row_weights=row_weights)
 
@@ -38,12 +38,12 @@ def combine(
     row_weights: Tensor | None,
     anchor: Tensor | None,
     plan: Plan,
-    shuffle: int,
+    engine: Engine,
 ) -> tuple[Tensor, ...]:
     """The sums with their graph; for `anchor` see `ops.combine`."""
     dense = (each.contiguous() for each in rows)
     sums: tuple[Tensor, ...] = _Combine.apply(  # type: ignore[no-untyped-call]
-        plan, shuffle, anchor, row_weights, *dense
+        plan, engine, anchor, row_weights, *dense
     )
     return sums
 
@@ -58,14 +58,14 @@ class _Dispatch(torch.autograd.Function):
         ctx: Any,
         delivered: list[Delivery],
         routing: Tensor | Plan,
-        shuffle: int,
+        engine: Engine,
         grads: str,
         topk_weights: Tensor | None,
         *rows: Tensor,
     ) -> tuple[Tensor, ...]:
-        delivery = ops.run_dispatch(rows, routing, topk_weights, shuffle, grads)
+        delivery = ops.run_dispatch(rows, routing, topk_weights, engine, grads)
         delivered.append(delivery)
-        ctx.plan, ctx.shuffle = delivery.plan, shuffle
+        ctx.plan, ctx.engine = delivery.plan, engine
         *_, ctx.needs_weights = ctx.needs_input_grad[:_NUM_OTHERS]
         ctx.needs = ctx.needs_input_grad[_NUM_OTHERS:]
         return (*delivery.rows, delivery.row_weights)
@@ -77,7 +77,7 @@ class _Dispatch(torch.autograd.Function):
             grads[:-1], grads[-1], ctx.needs, needs_weights=ctx.needs_weights
         )
         with stage("dispatch_backward"):
-            got = ops.run_dispatch_backward(tuple(wanted), values, ctx.plan, ctx.shuffle)
+            got = ops.run_dispatch_backward(tuple(wanted), values, ctx.plan, ctx.engine)
         return (None, None, None, None, got.pair_values, *ops.gathered(got.sums, ctx.needs))
 
 
@@ -86,14 +86,14 @@ class _Combine(torch.autograd.Function):
     def forward(
         ctx: Any,
         plan: Plan,
-        shuffle: int,
+        engine: Engine,
         anchor: Tensor | None,
         row_weights: Tensor | None,
         *rows: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.plan, ctx.shuffle, ctx.is_weighted = plan, shuffle, row_weights is not None
+        ctx.plan, ctx.engine, ctx.is_weighted = plan, engine, row_weights is not None
         ctx.save_for_backward(*rows, *(() if row_weights is None else (row_weights,)))
-        return ops.run_combine(rows, row_weights, plan, shuffle, ops.WITH_GRADIENTS).sums
+        return ops.run_combine(rows, row_weights, plan, engine, ops.WITH_GRADIENTS).sums
 
     @staticmethod
     @once_differentiable
@@ -105,6 +105,6 @@ class _Combine(torch.autograd.Function):
         dense = tuple(grad.contiguous() for grad in grads)
         with stage("combine_backward"):
             grad_rows, grad_weights = ops.run_combine_backward(
-                dense, tuple(rows), row_weights, ctx.plan, ctx.shuffle
+                dense, tuple(rows), row_weights, ctx.plan, ctx.engine
             )
         return (None, None, None, grad_weights if ctx.is_weighted else None, *grad_rows)

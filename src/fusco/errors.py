@@ -43,6 +43,11 @@ class PeerError(FuscoError):
         self.rank = rank
 
 
+def closed_error() -> ClosedError:
+    """What a call of a closed Shuffle raises."""
+    return ClosedError("Shuffle: it was closed, or a rank was lost; make a new one")
+
+
 def input_error(
     operation: str, argument: str, *, got: str, expected: str, remedy: str
 ) -> InputError:

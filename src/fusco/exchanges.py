@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from fusco.engines import make_engine
 from fusco.engines.agreement import Call
 from fusco.engines.base import Engine, World
-from fusco.errors import ClosedError, InputError, PeerError, input_error
+from fusco.errors import ClosedError, InputError, input_error
 from fusco.groups import resolve_group
 from fusco.layout.records import Operation
 from fusco.layout.segments import as_bytes
@@ -61,17 +61,13 @@ def exchange(
     """
     process_group = resolve_group("exchange", group)
     mover = _engine(process_group, engine, timeout_s)
-    with stage("exchange"):
+    with stage("exchange"), mover:
         try:
-            try:
-                _check(source, send, out, receive, mover)
-            except InputError as error:
-                mover.agree_on_error(Call(operation=Operation.EXCHANGE, error=error))
-            call = Call(operation=Operation.EXCHANGE)
-            mover.exchange(call, as_bytes(source), send, as_bytes(out), receive)
-        except PeerError as error:
-            mover.close(lost=error.rank)
-            raise
+            _check(source, send, out, receive, mover)
+        except InputError as error:
+            mover.agree_on_error(Call(operation=Operation.EXCHANGE, error=error))
+        call = Call(operation=Operation.EXCHANGE)
+        mover.exchange(call, as_bytes(source), send, as_bytes(out), receive)
     return out
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from fusco.engines.agreement import Call
-from fusco.engines.base import Delivery, Engine, Returned
+from fusco.engines.base import ENGINES, Delivery, Engine, Returned
 from fusco.engines.ids import find_bad_id
-from fusco.errors import ClosedError, PeerError
+from fusco.errors import closed_error
 from fusco.layout.records import Operation
 from fusco.layout.segments import describe_format
 from fusco.types import Plan
@@ -32,33 +32,6 @@ NO_GRADIENTS = "no gradients"
 WITH_GRADIENTS = "with gradients"
 """Of a combine."""
 
-ENGINES: dict[int, Engine] = {}
-"""The engines of all open Shuffles, by key."""
-
-
-class using:
-    """The engine of an open Shuffle; a lost rank closes it for good.
-
-    Raises:
-        ClosedError: it is closed.
-    """
-
-    def __init__(self, shuffle: int) -> None:
-        self._shuffle = shuffle
-        self._engine = engine_of(shuffle)
-
-    def __enter__(self) -> Engine:
-        return self._engine
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None:
-            return
-        if isinstance(error, PeerError):
-            self._engine.close(lost=error.rank)
-        # An engine that fails where its ranks count on it has closed itself.
-        if isinstance(error, PeerError) or self._engine.is_closed:
-            ENGINES.pop(self._shuffle, None)
-
 
 def engine_of(shuffle: int) -> Engine:
     """The engine of an open Shuffle.
@@ -68,7 +41,7 @@ def engine_of(shuffle: int) -> Engine:
     """
     engine = ENGINES.get(shuffle)
     if engine is None:
-        raise ClosedError("this Shuffle was closed, or a rank was lost; make a new one")
+        raise closed_error()
     return engine
 
 
@@ -146,7 +119,7 @@ def dispatch(
     rows: Sequence[Tensor], topk_idx: Tensor, topk_weights: Tensor | None, shuffle: int, grads: str
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """Make a plan and run it: rows `[T, ...]` to `[R, ...]`, row weights `[R]`, the plan."""
-    got = run_dispatch(tuple(rows), topk_idx, topk_weights, shuffle, grads)
+    got = run_dispatch(tuple(rows), topk_idx, topk_weights, engine_of(shuffle), grads)
     return list(got.rows), got.row_weights, _apart(got.plan.to_tensors())
 
 
@@ -165,12 +138,12 @@ def run_dispatch(
     rows: tuple[Tensor, ...],
     routing: Tensor | Plan,
     topk_weights: Tensor | None,
-    shuffle: int,
+    engine: Engine,
     grads: str,
 ) -> Delivery:
     """What the operators `dispatch` and, with a plan, `dispatch_planned` do."""
     form = _form(rows, topk_weights, grads)
-    with using(shuffle) as engine:
+    with engine:
         if isinstance(routing, Plan):
             call = Call(Operation.DISPATCH_PLANNED, routing.number, form)
         else:
@@ -201,7 +174,8 @@ def dispatch_planned(
     grads: str,
 ) -> tuple[list[Tensor], Tensor]:
     """Run a plan again: rows `[T, ...]` to `[R, ...]`, row weights `[R]`."""
-    got = run_dispatch(tuple(rows), Plan.from_tensors(plan), topk_weights, shuffle, grads)
+    whole = Plan.from_tensors(plan)
+    got = run_dispatch(tuple(rows), whole, topk_weights, engine_of(shuffle), grads)
     return list(got.rows), got.row_weights
 
 
@@ -219,16 +193,17 @@ def combine(
 ) -> list[Tensor]:
     """Sum rows `[R, ...]` to `[T, ...]`. `anchor` only ties the result to the dispatch, so that a
     rank whose experts had no rows, and hence no graph, takes part in the backward too."""
-    return list(run_combine(tuple(rows), row_weights, Plan.from_tensors(plan), shuffle, grads).sums)
+    whole = Plan.from_tensors(plan)
+    return list(run_combine(tuple(rows), row_weights, whole, engine_of(shuffle), grads).sums)
 
 
 def run_combine(
-    rows: tuple[Tensor, ...], row_weights: Tensor | None, plan: Plan, shuffle: int, grads: str
+    rows: tuple[Tensor, ...], row_weights: Tensor | None, plan: Plan, engine: Engine, grads: str
 ) -> Returned:
     """What the operator `combine` does."""
     form = _form(rows, row_weights, grads)
     call = Call(Operation.COMBINE, plan.number, form)
-    with using(shuffle) as engine:
+    with engine:
         return engine.combine(call, rows, row_weights, plan)
 
 
@@ -243,18 +218,19 @@ def dispatch_backward(
     shuffle: int,
 ) -> tuple[list[Tensor], Tensor]:
     """Gradients `[R, ...]` summed to `[T, ...]`; those of row weights back to `[T, K]`."""
-    got = run_dispatch_backward(tuple(grads), grad_row_weights, Plan.from_tensors(plan), shuffle)
+    whole = Plan.from_tensors(plan)
+    got = run_dispatch_backward(tuple(grads), grad_row_weights, whole, engine_of(shuffle))
     values = got.pair_values
     return list(got.sums), plan[0].new_empty(0, dtype=torch.float32) if values is None else values
 
 
 def run_dispatch_backward(
-    grads: tuple[Tensor, ...], grad_row_weights: Tensor | None, plan: Plan, shuffle: int
+    grads: tuple[Tensor, ...], grad_row_weights: Tensor | None, plan: Plan, engine: Engine
 ) -> Returned:
     """What the operator `dispatch_backward` does."""
     form = _form(grads, grad_row_weights)
     call = Call(Operation.DISPATCH_BACKWARD, plan.number, form)
-    with using(shuffle) as engine:
+    with engine:
         return engine.combine(call, grads, None, plan, grad_row_weights)
 
 
@@ -271,7 +247,8 @@ def combine_backward(
 ) -> tuple[list[Tensor], Tensor]:
     """Gradients `[T, ...]` to those of the rows `[R, ...]` and of the row weights `[R]`."""
     whole = Plan.from_tensors(plan)
-    got = run_combine_backward(tuple(grads), tuple(rows), row_weights, whole, shuffle)
+    engine = engine_of(shuffle)
+    got = run_combine_backward(tuple(grads), tuple(rows), row_weights, whole, engine)
     return list(got[0]), got[1]
 
 
@@ -280,11 +257,11 @@ def run_combine_backward(
     rows: tuple[Tensor, ...],
     row_weights: Tensor | None,
     plan: Plan,
-    shuffle: int,
+    engine: Engine,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """What the operator `combine_backward` does."""
     call = Call(Operation.COMBINE_BACKWARD, plan.number, _form(grads, None))
-    with using(shuffle) as engine:
+    with engine:
         return engine.combine_backward(call, grads, rows, row_weights, plan)
 
 

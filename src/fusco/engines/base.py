@@ -15,7 +15,7 @@ from torch import Tensor
 from fusco.engines.agreement import Call
 from fusco.engines.gradients import weigh_gradients
 from fusco.engines.meter import Meter
-from fusco.errors import input_error
+from fusco.errors import PeerError, closed_error, input_error
 from fusco.layout.records import HEADER
 from fusco.topology import Topology
 from fusco.types import Ablation, Plan, SegmentPlan, Segments, Stats
@@ -104,6 +104,10 @@ class Returned(NamedTuple):
     pair_values: Tensor | None
 
 
+ENGINES: dict[int, Engine] = {}
+"""The engines of all open Shuffles, by `World.key`."""
+
+
 class Engine(ABC):
     """Moves rows between the ranks of one group.
 
@@ -131,6 +135,23 @@ class Engine(ABC):
         self.world = world
         self.meter = Meter(world.topology.num_ranks)
         self._num_plans = 0
+
+    def __enter__(self) -> Engine:
+        """An operation begins; a rank that is lost in it closes the engine for good.
+
+        Raises:
+            ClosedError: it is closed.
+        """
+        if self.is_closed:
+            raise closed_error()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, PeerError):
+            self.close(lost=error.rank)
+        # One that fails where its ranks count on it has closed itself.
+        if error is not None and self.is_closed:
+            ENGINES.pop(self.world.key, None)
 
     @property
     @abstractmethod

@@ -186,10 +186,10 @@ class Session:
 
     def close(self, lost: int | None) -> None:
         """Release everything. Idempotent."""
+        was_closed, self.is_closed = self.is_closed, True
         # A forked child shares the memory, but must not speak for the rank.
-        if self.is_closed or self._process != os.getpid():
+        if was_closed or self._process != os.getpid():
             return
-        self.is_closed = True
         if lost is not None:
             self.mailbox.notices.tell(lost)
         self.transport.close(is_lost=lost is not None)
