@@ -30,7 +30,7 @@ def dispatch(
     *got, row_weights = _Dispatch.apply(  # type: ignore[no-untyped-call]
         delivered, routing, engine, grads, topk_weights, *rows
     )
-    return delivered[0]._replace(rows=tuple(got), row_weights=row_weights)
+    return Delivery(tuple(got), row_weights, delivered[0].plan)
 
 
 def combine(
