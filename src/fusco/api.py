@@ -339,7 +339,7 @@ class Shuffle:
             plan = dispatched.plan
             if not ops.is_eager((*rows, row_weights, anchor)):
                 sums = ops.combine(
-                    [each.contiguous() for each in rows],
+                    list(rows),
                     row_weights,
                     anchor,
                     plan.to_tensors(),

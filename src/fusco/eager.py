@@ -41,9 +41,8 @@ def combine(
     engine: Engine,
 ) -> tuple[Tensor, ...]:
     """The sums with their graph; for `anchor` see `ops.combine`."""
-    dense = (each.contiguous() for each in rows)
     sums: tuple[Tensor, ...] = _Combine.apply(  # type: ignore[no-untyped-call]
-        plan, engine, anchor, row_weights, *dense
+        plan, engine, anchor, row_weights, *rows
     )
     return sums
 
@@ -102,9 +101,8 @@ class _Combine(torch.autograd.Function):
         row_weights = None
         if ctx.is_weighted:
             *rows, row_weights = rows
-        dense = tuple(grad.contiguous() for grad in grads)
         with stage("combine_backward"):
             grad_rows, grad_weights = ops.run_combine_backward(
-                dense, tuple(rows), row_weights, ctx.plan, ctx.engine
+                grads, tuple(rows), row_weights, ctx.plan, ctx.engine
             )
         return (None, None, None, grad_weights if ctx.is_weighted else None, *grad_rows)

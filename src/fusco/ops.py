@@ -299,8 +299,8 @@ def to_gather(
     needs_weights: bool,
 ) -> tuple[list[Tensor], Tensor | None]:
     """What goes back to the tokens: wanted gradients of rows, and those of row weights."""
-    wanted = [grad.contiguous() for grad, need in zip(grads, needs, strict=True) if need]
-    values = grad_row_weights.contiguous() if needs_weights else None
+    wanted = [grad for grad, need in zip(grads, needs, strict=True) if need]
+    values = grad_row_weights if needs_weights else None
     if not wanted and values is not None:
         # Values travel beside rows: where only weights want gradients, beside the narrowest.
         wanted = [values.new_zeros((values.shape[0], 4))]
@@ -334,8 +334,7 @@ def _combine_grad(ctx: Any, grads: Sequence[Tensor]) -> Any:
     saved = list(ctx.saved_tensors)
     row_weights = saved.pop() if ctx.is_weighted else None
     plan, rows = saved[: -ctx.num_rows], saved[-ctx.num_rows :]
-    dense = [grad.contiguous() for grad in grads]
-    grad_rows, grad_weights = combine_backward(dense, rows, row_weights, plan, ctx.shuffle)
+    grad_rows, grad_weights = combine_backward(grads, rows, row_weights, plan, ctx.shuffle)
     weights_grad = None if row_weights is None else grad_weights
     return grad_rows, weights_grad, None, [None] * len(plan), None, None
 

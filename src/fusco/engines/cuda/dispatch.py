@@ -135,14 +135,7 @@ class Dispatcher:
         block, addresses = found
         self._set_planning(topk_idx, form, planning, addresses)
         num_rows = self._static_rows
-        if num_rows is None and torch.cuda.is_current_stream_capturing():
-            raise input_error(
-                "dispatch",
-                "max_recv_tokens",
-                got="None while a CUDA graph is captured",
-                expected="a number of rows",
-                remedy="make the Shuffle with max_recv_tokens=; the host cannot wait in a graph",
-            )
+        self._check_capture(call)
         while True:
             room = self._reserve(call, form, None)
             ticket = session.describe(call, room)
@@ -195,6 +188,7 @@ class Dispatcher:
         self._set_rows(rows, weights, form)
         num_rows = plan.num_rows
         self._set_plan(Addresses.of(plan), is_planned=True)
+        self._check_capture(call)
         while True:
             room = self._reserve(call, form, num_rows)
             ticket = session.describe(call, room)
@@ -207,6 +201,16 @@ class Dispatcher:
                 break
             self._make_room(call, room, report)
         return self._wrap(room, form, num_rows, plan)
+
+    def _check_capture(self, call: Call) -> None:
+        if self._static_rows is None and torch.cuda.is_current_stream_capturing():
+            raise input_error(
+                call.operation.text,
+                "max_recv_tokens",
+                got="None while a CUDA graph is captured",
+                expected="a number of rows",
+                remedy="make the Shuffle with max_recv_tokens=; the host cannot wait in a graph",
+            )
 
     def _planning(self, num_tokens: int) -> _Planning:
         session = self._session
