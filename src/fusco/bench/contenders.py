@@ -21,7 +21,12 @@ from fusco.bench.config import (
     NCCL_BASELINE,
     BenchConfig,
 )
-from fusco.bench.deepep import BufferBaseline, ElasticBufferBaseline, why_no_deepep
+from fusco.bench.deepep import (
+    BufferBaseline,
+    ElasticBufferBaseline,
+    why_no_deepep,
+    why_no_elastic_buffer,
+)
 from fusco.bench.graphs import GraphReplay
 from fusco.bench.nccl import NcclBaseline
 from fusco.bench.records import PAIR_OPS, Entrant
@@ -158,8 +163,10 @@ def open_lineup(config: BenchConfig, stack: ExitStack, *, has_nccl: bool) -> Lin
         family = name.partition("-")[0]
         if config.device == "cuda" and not has_nccl:
             left_out[family] = "does not serve ranks that share a GPU"
-        elif family == "deepep" and (reason := why_no_deepep(config, name)):
-            left_out[family if reason == "not installed" else name] = reason
+        elif family == "deepep" and (reason := why_no_deepep(config)):
+            left_out[family] = reason
+        elif name == DEEPEP_V2_BASELINE and (reason := why_no_elastic_buffer()):
+            left_out[name] = reason
         else:
             racers.append(Racer.of(config, *_make_baseline(name, config)))
     return Lineup(racers=racers, topology=shuffle.topology, left_out=left_out)

@@ -7,6 +7,7 @@ expert; the product with the weights it leaves to the user, so that is ours.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusco.bench.baselines import inverse
-from fusco.bench.config import DEEPEP_V2_BASELINE, BenchConfig
+from fusco.bench.config import BenchConfig
 from fusco.bench.floor import count_load
 from fusco.bench.rows import RowMover
 from fusco.topology import contiguous_placement
@@ -27,17 +28,26 @@ SM_COUNTS = (16, 24, 32, 48, 64, 96)
 _TUNING_ROUNDS = 8
 
 
-def why_no_deepep(config: BenchConfig, name: str) -> str:
-    """Why a buffer of DeepEP cannot be measured; empty if it can."""
+def why_no_deepep(config: BenchConfig) -> str:
+    """Why neither buffer of DeepEP can be measured; empty if they can."""
     if importlib.util.find_spec("deep_ep") is None:
         return "not installed"
     if config.dtype != "bfloat16":
         return "sends bfloat16 only"
+    try:
+        importlib.import_module("deep_ep")
+    # It asserts that torch has loaded the NCCL it was built with, which fails by a TypeError where
+    # none is loaded, and starts its compiler.
+    except (AssertionError, ImportError, RuntimeError, TypeError) as error:
+        return f"cannot be imported: {str(error).strip() or type(error).__name__}"
+    return ""
+
+
+def why_no_elastic_buffer() -> str:
+    """Why V2 cannot be measured where DeepEP can; empty if it can."""
     import deep_ep
 
-    if name == DEEPEP_V2_BASELINE and not hasattr(deep_ep, "ElasticBuffer"):
-        return "the installed one has no ElasticBuffer"
-    return ""
+    return "" if hasattr(deep_ep, "ElasticBuffer") else "the installed one has no ElasticBuffer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,10 +215,12 @@ class ElasticBufferBaseline(DeepEpBaseline):
             num_sms=self.num_sms,
             do_expand=True,
         )
+        # Where experts are not padded, these are plain running sums; counts only newer ones have.
+        ends = handle.psum_num_recv_tokens_per_expert.to(torch.int64)
         return DeepEpDispatched(
             tokens=tokens,
             row_weights=row_weights,
-            tokens_per_expert=handle.num_unaligned_recv_tokens_per_expert.to(torch.int64),
+            tokens_per_expert=ends.diff(prepend=ends.new_zeros(1)),
             handle=handle,
         )
 
