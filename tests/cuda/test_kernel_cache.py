@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,10 @@ def test_all_that_the_code_depends_on_is_in_the_name(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(jit, "_all_sources", lambda: b"another header")
     other_source = jit.cubin_path(VARIANT, ARCH)
     monkeypatch.setattr(jit, "_compiler", lambda: "another compiler")
-    assert len({before, other_source, jit.cubin_path(VARIANT, ARCH)}) == 3
+    other_compiler = jit.cubin_path(VARIANT, ARCH)
+    monkeypatch.setattr(jit, "_OPTIONS", {**jit._OPTIONS, "fma": True})
+    other_options = jit.cubin_path(VARIANT, ARCH)
+    assert len({before, other_source, other_compiler, other_options}) == 4
 
 
 def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -67,6 +71,18 @@ def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setenv(env.CACHE_DIR.name, str(tmp_path / "file"))
     with pytest.warns(UserWarning, match=env.CACHE_DIR.name):
         assert jit.cubin(VARIANT, ARCH).startswith(b"\x7fELF")
+
+
+def test_a_full_disk_keeps_nothing(folder: Path) -> None:
+    """As if it were full: no file may become larger than a page."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.warns(UserWarning, match="cannot be kept"):
+            jit._publish(folder / "agree.cubin", bytes(1 << 20))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(folder.iterdir()) == []
 
 
 def compile_at_once(start: multiprocessing.synchronize.Barrier, results: object) -> None:

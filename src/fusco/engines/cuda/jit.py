@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import tempfile
 import warnings
 from dataclasses import dataclass, field
@@ -24,6 +23,9 @@ from fusco.engines.cuda.kernels.structs import declarations
 ELEMENTS = ("bfloat16", "float16", "float32", "float64")
 """Dtypes that rows can be summed in; kernels know them by their index."""
 
+# All but what differs from kernel to kernel. Sums are the same bits as on other engines only if a
+# product and a sum are never one instruction.
+_OPTIONS: dict[str, Any] = {"std": "c++17", "fma": False, "ptxas_options": "-v"}
 _OLDEST = 80
 _HASH_BYTES = hashlib.sha256().digest_size
 
@@ -126,9 +128,11 @@ def known_architectures() -> list[str]:
 def _publish(path: Path, content: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(content)
-        os.replace(file.name, path)
+        # A folder of its own goes away with what is in it, also when the disk is full.
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            file = Path(folder) / path.name
+            file.write_bytes(content)
+            file.replace(path)
     except OSError as error:
         warnings.warn(
             f"kernels are compiled anew by every process, for they cannot be kept: {error}; "
@@ -147,11 +151,9 @@ def _options(variant: Variant, arch: str) -> Any:
     return ProgramOptions(
         name=f"{variant.name}.cu",
         arch=arch,
-        std="c++17",
-        fma=False,
         include_path=str(source_folder()),
         define_macro=variant.macros() or None,
-        ptxas_options="-v",
+        **_OPTIONS,
     )
 
 
@@ -161,7 +163,7 @@ def _source(variant: Variant) -> str:
 
 def _key(variant: Variant, arch: str) -> str:
     digest = hashlib.sha256(_all_sources())
-    digest.update(f"{arch} {variant.macros()} {_compiler()}".encode())
+    digest.update(f"{arch} {variant.macros()} {_OPTIONS} {_compiler()}".encode())
     return digest.hexdigest()[:20]
 
 
