@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from fusco import env
 from fusco.cli import app
-from fusco.engines.cuda.jit import VARIANTS
+from fusco.engines.cuda.jit import VARIANTS, cubin_path, known_architectures
+from fusco.engines.cuda.launch import architecture
 
 pytest.importorskip("cuda.core")
 
@@ -33,8 +34,29 @@ def test_every_kernel_is_compiled_once(folder: Path) -> None:
     assert second.output.count("was there") == len(VARIANTS)
 
 
-def test_an_unknown_architecture() -> None:
-    result = CliRunner().invoke(app, ["warmup", "--arch", "sm_1"])
+def test_what_is_compiled_is_what_a_gpu_loads(folder: Path) -> None:
+    result = CliRunner().invoke(app, ["warmup", "--arch", "sm_90", "--arch", "sm_90a"])
+    assert result.exit_code == 0, result.output
+    loaded = {cubin_path(variant, architecture_of((9, 0))) for variant in VARIANTS}
+    assert set(folder.iterdir()) == loaded
+
+
+@pytest.mark.parametrize("name", known_architectures())
+def test_every_known_architecture_is_one_that_a_gpu_loads(name: str) -> None:
+    number = int(name.strip("sm_a"))
+    assert architecture_of(divmod(number, 10)) == name
+
+
+def architecture_of(capability: tuple[int, int]) -> str:
+    """What a GPU of this compute capability asks for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        return architecture(0)
+
+
+@pytest.mark.parametrize("name", ["sm_1", "sm_80a", "90"])
+def test_an_unknown_architecture(name: str) -> None:
+    result = CliRunner().invoke(app, ["warmup", "--arch", name])
     assert result.exit_code == 2
     assert "sm_90a" in result.output + result.stderr
 

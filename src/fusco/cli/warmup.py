@@ -53,7 +53,7 @@ def _architectures(asked: list[str]) -> list[str]:
     from fusco.engines.cuda.jit import known_architectures
     from fusco.engines.cuda.launch import architecture
 
-    here = [architecture(index) for index in range(torch.cuda.device_count())]
+    here = dict.fromkeys(architecture(index) for index in range(torch.cuda.device_count()))
     if not asked and not here:
         raise input_error(
             "warmup",
@@ -62,13 +62,15 @@ def _architectures(asked: list[str]) -> list[str]:
             expected="the name of an architecture",
             remedy="pass for example --arch sm_90a, for an H100 or H200",
         )
+    # Also by the name that a GPU is known by, which lacks the "a" that it is compiled with.
+    known = {name.removesuffix("a"): name for name in known_architectures()}
     for name in asked:
-        if name not in known_architectures():
+        if name not in {*known, *known.values()}:
             raise input_error(
                 "warmup",
                 "arch",
                 got=repr(name),
-                expected=f"one of {', '.join(known_architectures())}",
+                expected=f"one of {', '.join(known.values())}",
                 remedy="use the architecture of the GPU, sm_90a for an H100 or H200",
             )
-    return asked or list(dict.fromkeys(here))
+    return list(dict.fromkeys(known.get(name, name) for name in asked) if asked else here)

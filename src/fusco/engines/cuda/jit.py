@@ -116,13 +116,18 @@ def source_folder() -> Path:
     return Path(__file__).parent / "kernels"
 
 
+def target(number: int) -> str:
+    """What is compiled for GPUs of a compute capability, and loaded by them: of 90, "sm_90a"."""
+    # The "a" targets hold for exactly one architecture, which a kernel compiled here runs on.
+    return f"sm_{number}" + ("a" if number >= 90 else "")
+
+
 def known_architectures() -> list[str]:
-    """What the compiler can compile for; from Hopper on with the instructions that only one has."""
+    """What the compiler can compile for, of all that GPUs load."""
     from cuda.bindings import nvrtc
 
     _, numbers = nvrtc.nvrtcGetSupportedArchs()
-    names = [f"sm_{number}" for number in numbers if number >= _OLDEST]
-    return names + [f"{name}a" for name in names if int(name[3:]) >= 90]
+    return [target(number) for number in numbers if number >= _OLDEST]
 
 
 def _publish(path: Path, content: bytes) -> None:
