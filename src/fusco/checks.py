@@ -177,6 +177,14 @@ class Limits:
                 expected="the same number in all of a tuple",
                 remedy="row i of every tensor belongs to token i",
             )
+        if not bytes_per_row(each):
+            raise input_error(
+                operation,
+                argument,
+                got=f"rows of no bytes, shape {tuple(each.shape)}",
+                expected="rows of at least one element",
+                remedy="leave out what has no width",
+            )
         if bytes_per_row(each) % self.row_unit_bytes:
             raise input_error(
                 operation,

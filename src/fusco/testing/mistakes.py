@@ -112,6 +112,13 @@ MISTAKES: Mapping[str, Mistake] = {
     "x-is-a-number": Mistake(call=lambda r: r.dispatch(x=1.0), names="x"),
     "x-is-missing": Mistake(call=lambda r: r.dispatch(x=None), names="x"),
     "x-has-no-rows": Mistake(call=lambda r: r.dispatch(x=torch.zeros(())), names="x"),
+    "x-has-no-width": Mistake(call=lambda r: r.dispatch(x=r.x[:, :0]), names="no bytes"),
+    "x-has-no-width-everywhere": Mistake(
+        call=lambda r: r.dispatch(x=r.x[:, :0]), names="no bytes", by=(0, 1, 2)
+    ),
+    "x-is-a-tuple-with-one-of-no-width": Mistake(
+        call=lambda r: r.dispatch(x=(r.x[:, :4], r.x[:, :0])), names="no bytes", by=(0, 1, 2)
+    ),
     "x-is-too-wide": Mistake(call=lambda r: r.dispatch(x=_one_more(r.x, 1)), names="x"),
     "x-is-too-wide-everywhere": Mistake(
         call=lambda r: r.dispatch(x=_one_more(r.x, 1)), names="x", by=(0, 1, 2)
@@ -241,6 +248,9 @@ MISTAKES: Mapping[str, Mistake] = {
         call=lambda r: r.combine(_one_more(r.outputs, 1)),
         names="expert_outputs",
         elsewhere=_right_combine,
+    ),
+    "outputs-have-no-width-everywhere": Mistake(
+        call=lambda r: r.combine(r.outputs[:, :0]), names="no bytes", by=(0, 1, 2)
     ),
     "outputs-are-narrower-here": Mistake(
         call=lambda r: r.combine(r.outputs[:, :-4]),
