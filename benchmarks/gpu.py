@@ -21,10 +21,10 @@ import torch
 
 from fusco.bench import BASELINES, BenchConfig, Measurement, run_bench, write_jsonl
 from fusco.bench.config import NCCL_BASELINE
-from fusco.bench.machine import num_cores
 from fusco.bench.plot import plot_measurements
 from fusco.bench.trace import load_trace
 from fusco.errors import FuscoError
+from fusco.machine import num_cores
 from fusco.testing.ranks import RankFailure, RankPool
 
 STEP_S = 90.0

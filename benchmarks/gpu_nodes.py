@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from fusco.bench import BenchConfig, Measurement, run_bench, write_jsonl
 from fusco.bench.config import NCCL_BASELINE
-from fusco.bench.machine import num_cores
+from fusco.machine import num_cores
 from fusco.testing.nodes import emulated_nodes
 from fusco.testing.ranks import RankPool
 

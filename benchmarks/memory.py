@@ -20,7 +20,7 @@ import torch.distributed as dist
 from soak import pss_bytes
 
 import fusco
-from fusco.bench.machine import hardware, source_commit
+from fusco.machine import circumstances
 from fusco.testing.ranks import RankPool
 
 NUM_TOKENS, HIDDEN_SIZE, TOP_K, NUM_EXPERTS = 1024, 2048, 8, 64
@@ -89,7 +89,7 @@ def main() -> int:
     arguments = parser.parse_args()
     with RankPool(NUM_RANKS) as pool:
         peaks: list[Peak] = pool.run(measure)
-    facts = {"hardware": hardware(), "torch": torch.__version__, "commit": source_commit()}
+    facts = circumstances()
     lines = [json.dumps({**asdict(p), "bound_bytes": p.bound_bytes, **facts}) for p in peaks]
     print("\n".join(lines))
     if arguments.output is not None:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 import fusco
-from fusco.bench.machine import hardware, source_commit
+from fusco.machine import circumstances
 from fusco.testing.ranks import RankPool
 
 NUM_SAMPLES = 20
@@ -122,9 +122,7 @@ def main() -> int:
         "growth_bytes_of_second_half": growth,
         "load": asdict(load),
         "num_ranks": arguments.num_ranks,
-        "hardware": hardware(),
-        "torch": torch.__version__,
-        "commit": source_commit(),
+        **circumstances(),
     }
     print(json.dumps(verdict))
     if arguments.output is not None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fusco.bench.machine import hardware, source_commit
+from fusco.machine import circumstances
 from fusco.testing.cases import Case, Routing, draw, expect_round_trip
 from fusco.testing.cluster import Cluster
 from fusco.testing.ranks import RankPool
@@ -73,8 +73,7 @@ def main() -> None:
         "iterations": done,
         "differences": 0,
         "seconds": round(time.monotonic() - began, 1),
-        "hardware": hardware("cpu"),
-        "commit": source_commit(),
+        **circumstances(),
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(record) + "\n")

@@ -26,8 +26,8 @@ import torch.distributed as dist
 
 import fusco
 from fusco import ops
-from fusco.bench.machine import hardware, source_commit
 from fusco.engines.two_level import TwoLevelEngine
+from fusco.machine import circumstances
 from fusco.testing.cluster import Cluster
 from fusco.testing.ranks import RankPool
 
@@ -121,7 +121,7 @@ def private_bytes() -> int:
 
 
 def main() -> int:
-    facts = {"hardware": hardware("cpu"), "torch": torch.__version__, "commit": source_commit()}
+    facts = circumstances()
     lines, staging = [], set()
     with Cluster((2, 2), rate="4gbit") as cluster, RankPool(4, seats=cluster.seats) as pool:
         for fusion in (True, False):

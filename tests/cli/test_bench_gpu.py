@@ -24,7 +24,6 @@ from fusco.bench import (
 from fusco.bench.baselines import AllToAllBaseline
 from fusco.bench.clock import HostClock
 from fusco.bench.floor import Load, count_load, gpu_floors, mean_floors
-from fusco.bench.machine import hardware
 from fusco.bench.meters import Meter
 from fusco.bench.nccl import NcclBaseline
 from fusco.bench.place import Place
@@ -32,6 +31,7 @@ from fusco.bench.records import RankRun
 from fusco.bench.rows import TorchRows
 from fusco.bench.summary import summarise
 from fusco.errors import InputError
+from fusco.machine import circumstances
 from fusco.testing.ranks import RankPool
 
 MODEL = BenchConfig(
@@ -136,10 +136,10 @@ def summarised(
     pool: RankPool, monkeypatch: pytest.MonkeyPatch, config: BenchConfig
 ) -> dict[tuple[str, str, str], Measurement]:
     runs = pool.run(measure_on_cpu, config)
-    monkeypatch.setattr(
-        summary, "hardware", lambda device: {**hardware("cpu"), "gpu": "none", "num_gpus": 0}
-    )
-    monkeypatch.setattr(summary, "gpu_software", lambda: {"driver": None})
+    facts = circumstances("cpu")
+    facts["hardware"] = {**facts["hardware"], "gpu": "none", "num_gpus": 0}
+    facts["software"] = {"driver": None}
+    monkeypatch.setattr(summary, "circumstances", lambda device: facts)
     return {(m.engine, m.mode, m.op): m for m in summarise(config, runs)}
 
 

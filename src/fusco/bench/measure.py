@@ -24,7 +24,6 @@ from fusco.bench.config import BenchConfig, check_device, check_pattern
 from fusco.bench.contenders import Contender, Fusco, Racer, make_shuffle, open_lineup
 from fusco.bench.floor import Load, count_load
 from fusco.bench.graphs import GraphReplay
-from fusco.bench.machine import num_cores
 from fusco.bench.network import LinkUse, read_link
 from fusco.bench.patterns import RoutingSet
 from fusco.bench.place import find_place
@@ -34,6 +33,7 @@ from fusco.bench.same import compare
 from fusco.bench.summary import summarise
 from fusco.bench.trace import check_trace, load_trace
 from fusco.errors import input_error
+from fusco.machine import num_cores
 from fusco.meeting import host_id
 from fusco.testing.cluster import Cluster
 from fusco.testing.ranks import RankPool, Seat

@@ -12,6 +12,7 @@ from fusco.bench.clock import Span
 from fusco.bench.config import BASELINES
 from fusco.bench.floor import Load
 from fusco.bench.network import LinkUse
+from fusco.machine import append_jsonl
 
 PAIR_OPS = ("dispatch", "combine", "total")
 OPS = (*PAIR_OPS, "forward_backward")
@@ -166,10 +167,7 @@ class Measurement:
 
 def write_jsonl(measurements: Sequence[Measurement], path: Path) -> None:
     """Append one JSON object a measurement; folders on the way are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        for measurement in measurements:
-            file.write(json.dumps(asdict(measurement)) + "\n")
+    append_jsonl(path, map(asdict, measurements))
 
 
 def read_jsonl(path: Path) -> list[Measurement]:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-import fusco
 from fusco.bench.clock import Span
 from fusco.bench.config import BenchConfig
 from fusco.bench.floor import Floor, floor_ms, gpu_floors, mean_floors
-from fusco.bench.machine import gpu_software, hardware, source_commit
 from fusco.bench.meters import copy_gbps, link_gbps
 from fusco.bench.network import network_facts
 from fusco.bench.records import Entrant, Measurement, RankRun
+from fusco.machine import circumstances
 
 
 def summarise(config: BenchConfig, runs: Sequence[RankRun]) -> list[Measurement]:
@@ -67,11 +64,6 @@ def summarise(config: BenchConfig, runs: Sequence[RankRun]) -> list[Measurement]
             seed=config.seed,
             iterations=config.iterations,
             num_threads=first.num_threads,
-            hardware=hardware(config.device),
-            torch=torch.__version__,
-            python=platform.python_version(),
-            fusco=fusco.__version__,
-            commit=source_commit(),
             device=config.device,
             mode=entrant.mode,
             num_sms=entrant.num_sms,
@@ -80,6 +72,7 @@ def summarise(config: BenchConfig, runs: Sequence[RankRun]) -> list[Measurement]
             left_out=first.left_out,
             network=_network(config, runs, entrant, op, p50[entrant, op]),
             **_gpu_facts(yardstick, floor),
+            **circumstances(config.device),
         )
 
     return [measurement(entrant, op) for entrant in times for op in times[entrant]]
@@ -132,7 +125,6 @@ def _gpu_facts(yardstick: _Yardstick, floor: Floor) -> dict[str, Any]:
         "link_gbps": _rounded(yardstick.link_gbps),
         "floor_link_ms": _rounded(floor.link_ms),
         "floor_memory_ms": _rounded(floor.memory_ms),
-        "software": gpu_software(),
     }
 
 

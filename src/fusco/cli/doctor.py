@@ -50,8 +50,8 @@ def doctor(
 def examine() -> dict[str, Any]:
     """All that doctor shows, as it stands in its JSON."""
     import fusco
-    from fusco.bench.machine import hardware, source_commit
     from fusco.engines import probe
+    from fusco.machine import hardware, source_commit
 
     engines = [
         {"name": found.name, "available": found.available, "reason": found.reason}

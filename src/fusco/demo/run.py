@@ -7,7 +7,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fusco.bench.machine import num_cores
 from fusco.demo import ranks, report
 from fusco.demo.compare import compare
 from fusco.demo.data import load_corpus
@@ -15,6 +14,7 @@ from fusco.demo.output import DemoResult, require_matplotlib, write_output
 from fusco.demo.progress import follow
 from fusco.demo.speed import measure
 from fusco.demo.train import DEFAULT_STEPS, TrainConfig
+from fusco.machine import num_cores
 from fusco.testing.ranks import RankPool
 
 _PROMPT, _NUM_BYTES = b"def ", 100

@@ -1,11 +1,13 @@
-"""The machine and the software that a measurement is of."""
+"""The machine and the software that a record is of, and the file that it goes to."""
 
 from __future__ import annotations
 
 import functools
+import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,30 @@ from typing import Any
 import torch
 
 import fusco
+
+
+def circumstances(device: str = "cpu", commit: str | None = None) -> dict[str, Any]:
+    """What every record says of where it was made.
+
+    Args:
+        device: "cpu", or "cuda" for GPUs and their software too.
+        commit: of the sources, where git cannot tell.
+    """
+    return {
+        "hardware": hardware(device),
+        **({"software": gpu_software()} if device == "cuda" else {}),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "fusco": fusco.__version__,
+        "commit": commit or source_commit(),
+    }
+
+
+def append_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Append one JSON object a record; folders on the way are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 @functools.cache
