@@ -1,10 +1,11 @@
 """Thousands of dispatches and combines of random shapes and skews on GPUs, every bit checked.
 
-    PYTHONPATH=src python3 benchmarks/gpu_soak.py --iterations 2000 --num-ranks 2
+    PYTHONPATH=src python3 benchmarks/gpu_soak.py --iterations 2000 --num-ranks 2 --output FILE
 
 Every rank knows what all ranks hold, so it computes what must arrive by sorting, without the
 library. Rows are kept for a few iterations, and must not have changed when they are dropped. Prints
-one JSON object every hundred iterations, and ends early, with success, after `--seconds`.
+one JSON object every hundred iterations, and ends early after `--seconds`, or where something
+differed. Appends a record to `--output`. Fails unless all iterations were done and all was equal.
 """
 
 from __future__ import annotations
@@ -14,18 +15,22 @@ import json
 import sys
 import time
 from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import fusco
-from fusco.testing.cases import device_of, expect, expect_same
+from fusco.machine import append_jsonl, circumstances
+from fusco.testing.cases import device_of, expect_same
 from fusco.testing.ranks import RankPool
 
 PER_SHUFFLE = 50
 PER_LINE = 100
 NUM_KEPT = 3
+NUM_TOLD = 10
+"""Differences that a record describes."""
 NUM_ROWS = 4096
 """Of the table that all rows are taken from."""
 
@@ -40,6 +45,22 @@ class Load:
     max_tokens: int
     seconds: float
     seed: int
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """What one rank has done so far, and what was not equal then."""
+
+    done: int = 0
+    rows: int = 0
+    differed: list[str] = field(default_factory=list)
+
+    def compare(self, got: Tensor, want: Tensor, what: str) -> None:
+        """Note a difference; the other ranks go on, so this one must too."""
+        try:
+            expect_same(got, want, what)
+        except AssertionError as difference:
+            self.differed.append(f"iteration {self.done}: {difference}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,12 +167,12 @@ def draw_routing(setting: Setting, num_tokens: int, generator: torch.Generator) 
     return idx
 
 
-def soak(rank: int, load: Load) -> dict[str, float]:
+def soak(rank: int, load: Load) -> Tally:
     """All iterations on one rank."""
     generator = torch.Generator().manual_seed(load.seed)
     device = device_of(load.engine)
-    started, done, num_rows = time.monotonic(), 0, 0
-    while done < load.iterations:
+    started, tally = time.monotonic(), Tally()
+    while tally.done < load.iterations:
         setting = Setting.draw(load, generator)
         table = torch.randn((NUM_ROWS, setting.hidden_size), generator=generator)
         table = table.to(setting.dtype).to(device)
@@ -166,19 +187,20 @@ def soak(rank: int, load: Load) -> dict[str, float]:
             placement=setting.placement,
             expert_alignment=setting.alignment,
         ) as shuffle:
-            for _ in range(min(PER_SHUFFLE, load.iterations - done)):
-                num_rows += iterate(rank, load, setting, shuffle, table, kept, generator)
-                done += 1
-                if done % PER_LINE == 0 and rank == 0:
+            for _ in range(min(PER_SHUFFLE, load.iterations - tally.done)):
+                iterate(rank, load, setting, shuffle, table, kept, generator, tally)
+                tally.done += 1
+                if tally.done % PER_LINE == 0 and rank == 0:
                     seconds = round(time.monotonic() - started, 1)
-                    line = {"iterations": done, "seconds": seconds, "rows": num_rows}
+                    line = {"iterations": tally.done, "seconds": seconds, "rows": tally.rows}
                     print(json.dumps(line), flush=True)
         # All ranks leave together, or the others would wait for the first that does.
-        late = torch.tensor(float(time.monotonic() - started > load.seconds))
-        torch.distributed.all_reduce(late)
-        if late:
+        is_late = time.monotonic() - started > load.seconds
+        leaves = torch.tensor(float(is_late or bool(tally.differed)))
+        torch.distributed.all_reduce(leaves)
+        if leaves:
             break
-    return {"iterations": done, "rows": num_rows, "seconds": time.monotonic() - started}
+    return tally
 
 
 def iterate(
@@ -189,13 +211,14 @@ def iterate(
     table: Tensor,
     kept: deque[tuple[Tensor, Tensor]],
     generator: torch.Generator,
-) -> int:
-    """One dispatch and combine, sometimes another by the same plan; the rows that came."""
+    tally: Tally,
+) -> None:
+    """One dispatch and combine, sometimes another by the same plan."""
     sizes = torch.randint(load.max_tokens + 1, (load.num_ranks,), generator=generator)
     sizes[torch.rand(load.num_ranks, generator=generator) < 0.1] = 0
     routing = [draw_routing(setting, int(size), generator) for size in sizes]
     expected = expect_layout(routing, setting, rank)
-    plan, num_rows = None, 0
+    plan = None
     for _ in range(1 + int(torch.randint(2, (), generator=generator))):
         firsts = torch.randint(NUM_ROWS, (load.num_ranks,), generator=generator).tolist()
         picks = [
@@ -214,18 +237,16 @@ def iterate(
         source = expected.source_row
         want = table[torch.cat(picks)[source].to(table.device)] if len(source) else d.tokens
         want = want.masked_fill((source < 0).to(table.device)[:, None], 0)
-        expect_same(d.tokens, want, "tokens")
-        expect_same(y, expected_sums(table, expected, mine, load, rank), "combine")
+        tally.compare(d.tokens, want, "tokens")
+        tally.compare(y, expected_sums(table, expected, mine, load, rank), "combine")
         kept.append((d.tokens, want))
-        num_rows += len(want)
+        tally.rows += len(want)
     while len(kept) > NUM_KEPT:
-        rows, before = kept.popleft()
-        expect(torch.equal(rows, before), "rows changed while they were kept")
-    return num_rows
+        tally.compare(*kept.popleft(), "rows that were kept")
 
 
 def main() -> int:
-    """Run on all ranks, and print what they did."""
+    """Run on all ranks, and record what they did; 1 if it was less than asked, or differed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--engine", default="cuda")
     parser.add_argument("--iterations", type=int, default=2000)
@@ -233,13 +254,39 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=1024)
     parser.add_argument("--seconds", type=float, default=480.0)
     parser.add_argument("--seed", type=int, default=0)
-    load = Load(**vars(parser.parse_args()))
+    parser.add_argument("--output", type=Path, help="append the record here, as a JSON line")
+    parser.add_argument("--commit", help="what the record says instead of what git says here")
+    settings = vars(parser.parse_args())
+    output, commit = settings.pop("output"), settings.pop("commit")
+    load = Load(**settings)
+    began = time.monotonic()
     with RankPool(load.num_ranks, timeout_s=2 * load.seconds + 120) as pool:
-        results = pool.run(soak, load)
-    load_line = asdict(load)
-    for rank, result in enumerate(results):
-        print(json.dumps({"rank": rank, **load_line, **result}))
-    return 0
+        tallies: list[Tally] = pool.run(soak, load)
+    done = min(tally.done for tally in tallies)
+    differed = [
+        f"rank {rank}, {text}" for rank, tally in enumerate(tallies) for text in tally.differed
+    ]
+    record = {
+        "asked": load.iterations,
+        "done": done,
+        "seconds": round(time.monotonic() - began, 1),
+        "rows": [tally.rows for tally in tallies],
+        "num_differed": len(differed),
+        "differed": differed[:NUM_TOLD],
+        "ranks": load.num_ranks,
+        "engine": load.engine,
+        "max_tokens": load.max_tokens,
+        "seed": load.seed,
+        **circumstances(device_of(load.engine), commit),
+    }
+    print(json.dumps(record))
+    if output is not None:
+        append_jsonl(output, [record])
+    if done < load.iterations:
+        print(f"only {done} of {load.iterations} iterations were done")
+    if differed:
+        print(f"{len(differed)} differences, the first: {differed[0]}")
+    return int(done < load.iterations or bool(differed))
 
 
 if __name__ == "__main__":
