@@ -18,6 +18,7 @@ help:
 	@echo "make lint      formatting, lint, types and the import contract, as CI does"
 	@echo "make format    mend what can be mended of it"
 	@echo "make gpu-test  check the CUDA engine on this machine's GPUs, with the python3 that has torch"
+	@echo "make gpu-test ARGS='--copies plain'  only the 16-byte copies of GPUs before Hopper"
 	@echo "make gpu-test ARGS='--nodes 2 --ranks 2,4'  the same between emulated nodes of GPUs"
 	@echo "make gpu-soak  two thousand random dispatches and combines on them"
 	@echo "make gpu-sanitize  the same engine under compute-sanitizer"

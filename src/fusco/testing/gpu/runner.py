@@ -1,7 +1,9 @@
 """`python -m fusco.testing.gpu`: every check of an engine for GPUs, a line each, on shared GPUs.
 
-Needs torch, numpy and cuda-core, and at least one GPU; ranks share GPUs where there are fewer. With
-`--nodes 2 --ranks 2,4` ranks are told that they are on two nodes, which NCCL joins by sockets.
+Needs torch, numpy and cuda-core, and at least one GPU; ranks share GPUs where there are fewer. All
+of it runs with bulk copies, and on one number of ranks again with the 16-byte loads and stores of
+GPUs before Hopper. With `--nodes 2 --ranks 2,4` ranks are told that they are on two nodes, which
+NCCL joins by sockets.
 """
 
 from __future__ import annotations
@@ -10,13 +12,14 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from fusco import env
+from fusco.machine import append_jsonl, circumstances
 from fusco.testing.cases import tell_nodes
 from fusco.testing.conformance import CHECKS
 from fusco.testing.faults import Program, expect_survival
@@ -26,6 +29,8 @@ from fusco.testing.ranks import RankFailure, RankPool, subgroup
 
 _ALL = {check.name: check for check in (*CHECKS, *GPU_CHECKS)}
 _FAULTS = (("kill", "combine"), ("exit", "dispatch"), ("stop", "backward"), ("idle", "combine"))
+_BULK_COPIES = {"bulk": "1", "plain": "0"}
+_PLAIN_RANKS = 2
 _TIMEOUT_S = "30"
 _WAITS_OF_A_CHECK = 8
 
@@ -40,17 +45,26 @@ class Outcome:
 
 
 def main() -> int:
-    """Run, print, and count what failed."""
+    """Run, print, record, and count what failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--engine", help='"cuda", or with --nodes "two_level"')
     parser.add_argument("--nodes", type=int, help="nodes to emulate, each with a GPU a rank")
     parser.add_argument("--ranks", default="1,2,3,4,8", help="sizes of groups")
+    parser.add_argument(
+        "--copies",
+        choices=("both", *_BULK_COPIES),
+        default="both",
+        help="both: bulk, then plain ones on one size of group, 2 where it is among them",
+    )
     parser.add_argument("--only", default="", help="names of checks, or parts of them, by comma")
     parser.add_argument("--no-faults", action="store_true", help="end no rank on purpose")
+    parser.add_argument("--output", type=Path, help="append a record here, as a JSON line")
+    parser.add_argument("--commit", help="what the record says instead of what git says here")
     arguments = parser.parse_args()
     # A check that fails on one rank must not hold up the others for long.
     os.environ.setdefault(env.TIMEOUT_S.name, _TIMEOUT_S)
-    members = [int(size) for size in arguments.ranks.split(",")]
+    sizes = [int(size) for size in arguments.ranks.split(",")]
+    rounds = _rounds(arguments.copies, sizes)
     wanted = [part for part in arguments.only.split(",") if part]
     engine = arguments.engine or ("cuda" if arguments.nodes is None else "two_level")
     names = [
@@ -58,17 +72,39 @@ def main() -> int:
         for check in _ALL.values()
         if check.only in ("", engine) and (not wanted or any(part in check.name for part in wanted))
     ]
-    no_faults = arguments.no_faults or bool(wanted)
-    num_failed = num_run = 0
-    for outcome in _outcomes(engine, members, names, arguments.nodes, no_faults):
+    num_run, failed, began = 0, [], time.monotonic()
+    for outcome in _outcomes(
+        engine, rounds, names, arguments.nodes, no_faults=arguments.no_faults or bool(wanted)
+    ):
         verdict = "FAIL" if outcome.failures else "pass"
         print(f"{verdict}  {outcome.seconds:6.2f} s  {outcome.label}", flush=True)
         for failure in outcome.failures:
             print(f"      {failure}", flush=True)
         num_run += 1
-        num_failed += bool(outcome.failures)
-    print(f"{num_run - num_failed} of {num_run} checks passed")
-    return int(num_failed > 0 or num_run == 0)
+        failed += [outcome.label] if outcome.failures else []
+    num_passed = num_run - len(failed)
+    print(f"{num_passed} of {num_run} checks passed")
+    if arguments.output is not None:
+        record = {
+            "checks": num_run,
+            "passed": num_passed,
+            "failed": failed,
+            "engine": engine,
+            "nodes": arguments.nodes,
+            "ranks_by_copies": rounds,
+            "only": wanted,
+            "seconds": round(time.monotonic() - began, 1),
+            **circumstances("cuda" if torch.cuda.is_available() else "cpu", arguments.commit),
+        }
+        append_jsonl(arguments.output, [record])
+    return int(bool(failed) or num_run == 0)
+
+
+def _rounds(copies: str, sizes: list[int]) -> dict[str, list[int]]:
+    """Sizes of groups, by how rows are copied."""
+    if copies != "both":
+        return {copies: sizes}
+    return {"bulk": sizes, "plain": [_PLAIN_RANKS if _PLAIN_RANKS in sizes else sizes[0]]}
 
 
 def run_check(
@@ -97,42 +133,46 @@ def run_check(
 
 
 def _outcomes(
-    engine: str, sizes: list[int], names: list[str], num_nodes: int | None, no_faults: bool
+    engine: str,
+    rounds: dict[str, list[int]],
+    names: list[str],
+    num_nodes: int | None,
+    *,
+    no_faults: bool,
 ) -> Iterator[Outcome]:
-    timeout_s = _WAITS_OF_A_CHECK * (env.TIMEOUT_S.get() or 0)
-    if num_nodes is None:
-        with RankPool(max(sizes), timeout_s=timeout_s) as pool:
-            for size in sizes:
-                yield from _checks(pool, names, size, engine, ())
-    else:
-        for size in sizes:
-            nodes, told = node_of_rank(size, num_nodes), emulated_nodes(size, num_nodes)
-            with RankPool(size, device="cuda", environments=told, timeout_s=timeout_s) as pool:
-                yield from _checks(pool, names, size, engine, nodes)
-    for fault, when in () if no_faults else _FAULTS:
-        begin = time.perf_counter()
-        failures = []
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "temporary").mkdir()
-            program = Program(
-                engine=engine,
-                fault=fault,
-                when=when,
-                folder=Path(folder),
-                between_nodes=num_nodes is not None,
-            )
-            try:
-                expect_survival(program)
-            except (AssertionError, OSError) as failure:
-                failures = [str(failure)]
-        label = f"a rank: {fault} before {when}"
-        yield Outcome(label=label, failures=failures, seconds=time.perf_counter() - begin)
+    for copies, sizes in rounds.items():
+        # Ranks are started with it, by the pool and by those that are to end.
+        os.environ[env.BULK_COPIES.name] = _BULK_COPIES[copies]
+        yield from _checks(engine, copies, sizes, names, num_nodes)
+        if copies == next(iter(rounds)) and not no_faults:
+            yield from _faults(engine, num_nodes)
 
 
 def _checks(
-    pool: RankPool, names: list[str], size: int, engine: str, nodes: tuple[int, ...]
+    engine: str, copies: str, sizes: list[int], names: list[str], num_nodes: int | None
 ) -> Iterator[Outcome]:
-    where = f"{size} ranks" + (f" on {len(set(nodes))} nodes" if nodes else "")
+    timeout_s = _WAITS_OF_A_CHECK * (env.TIMEOUT_S.get() or 0)
+    how = "" if copies == "bulk" else f", {copies} copies"
+    if num_nodes is None:
+        with RankPool(max(sizes), timeout_s=timeout_s) as pool:
+            for size in sizes:
+                yield from _check_all(pool, names, size, engine, (), f"{size} ranks{how}")
+    else:
+        for size in sizes:
+            nodes, told = node_of_rank(size, num_nodes), emulated_nodes(size, num_nodes)
+            where = f"{size} ranks on {len(set(nodes))} nodes{how}"
+            with RankPool(size, device="cuda", environments=told, timeout_s=timeout_s) as pool:
+                yield from _check_all(pool, names, size, engine, nodes, where)
+
+
+def _check_all(
+    pool: RankPool,
+    names: Sequence[str],
+    size: int,
+    engine: str,
+    nodes: tuple[int, ...],
+    where: str,
+) -> Iterator[Outcome]:
     for name in names:
         begin = time.perf_counter()
         failures = _run(pool, name, size, engine, nodes)
@@ -152,3 +192,24 @@ def _run(pool: RankPool, name: str, size: int, engine: str, nodes: tuple[int, ..
     if failures:
         pool.close()  # an error of a GPU stays with its process; the next run starts others
     return failures
+
+
+def _faults(engine: str, num_nodes: int | None) -> Iterator[Outcome]:
+    for fault, when in _FAULTS:
+        begin = time.perf_counter()
+        failures = []
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "temporary").mkdir()
+            program = Program(
+                engine=engine,
+                fault=fault,
+                when=when,
+                folder=Path(folder),
+                between_nodes=num_nodes is not None,
+            )
+            try:
+                expect_survival(program)
+            except (AssertionError, OSError) as failure:
+                failures = [str(failure)]
+        label = f"a rank: {fault} before {when}"
+        yield Outcome(label=label, failures=failures, seconds=time.perf_counter() - begin)
