@@ -9,6 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+
+import fusco
+from fusco.testing.ranks import RankPool
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 120
@@ -30,7 +35,7 @@ def run(name: str, num_ranks: int) -> str:
 
 def test_every_example_is_tested() -> None:
     there = {path.stem for path in (ROOT / "examples").glob("*.py")}
-    assert there == {"quickstart", "moe_layer", "plan_reuse", "exchange"}
+    assert there == {"quickstart", "moe_layer", "plan_reuse", "exchange", "gpu_layer"}
 
 
 def test_quickstart() -> None:
@@ -66,3 +71,45 @@ def test_plan_reuse_brings_tokens_back() -> None:
 def test_exchange_turns_rows_into_columns() -> None:
     output = run("exchange.py", 3)
     assert len(re.findall(r"by rows is \[1000, 259\] by columns now", output)) == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_layer_says_what_it_needs() -> None:
+    assert "needs a GPU a rank: 2, and torch finds 0." in run("gpu_layer.py", 2)
+
+
+@pytest.mark.gpu
+def test_gpu_layer() -> None:
+    output = run("gpu_layer.py", torch.cuda.device_count())
+    first, last = (float(loss) for loss in re.findall(r"loss ([\d.]+)", output))
+    assert last < first
+    worst = re.findall(r"worst difference ([\d.]+)", output)
+    assert len(worst) == 2 * torch.cuda.device_count()
+    assert all(float(each) < 0.05 for each in worst)
+
+
+def layer_with_and_without_grouped_products(rank: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "examples")
+        import gpu_layer
+
+        torch.manual_seed(0)
+        num_ranks, experts = dist.get_world_size(), gpu_layer.NUM_EXPERTS
+        layer = gpu_layer.MoELayer(experts // num_ranks).bfloat16()
+        x = torch.randn(16 + rank, gpu_layer.HIDDEN).bfloat16()
+        with fusco.Shuffle(
+            num_experts=experts,
+            hidden_size=gpu_layer.HIDDEN,
+            top_k=gpu_layer.TOP_K,
+            max_tokens=32,
+            expert_alignment=8,
+        ) as shuffle:
+            fused = layer(x, shuffle)
+            fused.float().square().sum().backward()
+            patch.delattr(torch, "_grouped_mm")
+            torch.testing.assert_close(layer(x, shuffle), fused, rtol=2e-2, atol=2e-2)
+        assert all(each.grad.abs().sum() > 0 for each in layer.parameters())
+
+
+def test_gpu_layer_without_grouped_products(pool: RankPool) -> None:
+    pool.run(layer_with_and_without_grouped_products)
