@@ -57,6 +57,9 @@ class Tally:
 
     def compare(self, got: Tensor, want: Tensor, what: str) -> None:
         """Note a difference; the other ranks go on, so this one must too."""
+        # Where the rows are: telling what differs takes a copy to the host.
+        if got.dtype == want.dtype and torch.equal(got, want):
+            return
         try:
             expect_same(got, want, what)
         except AssertionError as difference:
