@@ -66,8 +66,7 @@ def _launch_function() -> Any:
 def architecture(device: int) -> str:
     """What to compile for, such as "sm_90a"."""
     major, minor = torch.cuda.get_device_capability(device)
-    # The "a" targets hold for exactly one architecture, which a kernel compiled here runs on.
-    return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
+    return jit.target(10 * major + minor)
 
 
 def _checked(result: tuple[Any, ...]) -> Any:
