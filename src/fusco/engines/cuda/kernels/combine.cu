@@ -21,10 +21,8 @@ __device__ __forceinline__ void send_sums(Pipeline& shared, const CombineArgs& a
     const Sent sent = shared.sent[buffer];
     if (sent.size < 0) return;
     drain(sent.out, sums + buffer * args.piece_bytes, sent.size, sent.flag != nullptr);
-    if (lane_id() == 0) {
-      if (sent.flag) store_release(sent.flag, epoch);
-      shared.sum_empty[buffer].arrive();
-    }
+    if (lane_id() == 0 && sent.flag) store_release(sent.flag, epoch);
+    shared.sum_empty[buffer].arrive();
   }
 }
 
@@ -62,7 +60,7 @@ extern "C" __global__ void __launch_bounds__(kPipelines * kPipelineWarps * kWarp
     }
     for (int i = 0; i < kSenders * kBuffers; ++i) {
       pipeline.sum_full[i].init(kSummers);
-      pipeline.sum_empty[i].init(1);
+      pipeline.sum_empty[i].init(kWarp);
     }
 #if FUSCO_BULK
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
