@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 import weakref
 from collections.abc import MutableMapping
 from datetime import timedelta
@@ -16,6 +17,8 @@ from fusco.transports.line import LINES, Line, line_of
 _TAG = 0xF05D
 _NOBODY = -1
 _TELL_S = 1.0
+_GRACE_S = 0.25
+"""How long a rank waits to hear whom the rank that it misses has missed itself."""
 _HANG_UP = timedelta(milliseconds=1)
 
 
@@ -54,10 +57,14 @@ class Notices:
             is_late: whether that time has passed; else its connection has ended.
         """
         what = f"did not arrive within {timeout_s:g} s" if is_late else "is gone"
-        # Who is waited for may itself wait for the rank that another has told of.
-        told = self._told.flatten().tolist()
-        teller = next((peer for peer in (missed, *range(len(told))) if told[peer] != _NOBODY), None)
-        lost = missed if teller is None else told[teller]
+        if is_late:
+            self.tell(missed)
+        lost, teller = self._blame(missed)
+        # Time is up for all that wait for each other at nearly the same moment.
+        deadline = time.monotonic() + _GRACE_S
+        while self._told[lost] == _NOBODY and time.monotonic() < deadline:
+            time.sleep(_GRACE_S / 50)
+            lost, teller = self._blame(missed)
         if lost == teller:
             what = "has left after an error of its own"
         elif lost != missed:
@@ -69,6 +76,20 @@ class Notices:
             operation=operation,
             rank=lost,
         )
+
+    def _blame(self, missed: int) -> tuple[int, int | None]:
+        """Who is lost as far as is known, and which rank has told of that, if any."""
+        told = self._told.flatten().tolist()
+        lost, teller = missed, None
+        if told[missed] == _NOBODY:
+            teller = next((p for p, of in enumerate(told) if of not in (_NOBODY, self._rank)), None)
+            lost = missed if teller is None else told[teller]
+        # Who is waited for may itself wait for another, and that one too.
+        for _ in told:
+            if told[lost] in (_NOBODY, self._rank) or lost == teller:
+                break
+            lost, teller = told[lost], lost
+        return lost, teller
 
     def tell(self, lost: int) -> None:
         """Tell all others, once, as far as they can still be reached."""
