@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from itertools import pairwise
+from unittest import mock
 
 import torch
 from hypothesis import given
@@ -14,6 +15,7 @@ from fusco.layout.compact import BLOCK_ALIGNMENT, PlanLayout
 from fusco.ops import _apart
 from fusco.types import CompactPlan, Plan
 
+STREAM = 5
 small = st.integers(1, 9)
 layouts = st.builds(
     PlanLayout.of,
@@ -34,6 +36,7 @@ def make(layout: PlanLayout) -> tuple[BlockPlan, torch.Tensor]:
         layout=layout,
         block=block,
         addresses=Addresses.within(block, layout),
+        stream=STREAM,
         one=torch.zeros(1, dtype=torch.uint8),
     )
     return plan, block
@@ -64,7 +67,7 @@ def test_a_plan_is_the_same_in_a_block_and_as_tensors(layout: PlanLayout) -> Non
         assert each.tokens_per_expert.shape == (layout.num_local,)
         assert each.expert_offsets.shape == (layout.num_local + 1,)
     if layout.num_tokens and layout.num_local:
-        assert Addresses.of(again) == Addresses.of(plan)
+        assert Addresses.of(again, STREAM) == Addresses.of(plan, STREAM)
     assert plan.addresses.links == again.links.data_ptr()
 
 
@@ -76,7 +79,7 @@ def test_a_copy_has_addresses_of_its_own() -> None:
         torch.equal(*each) for each in zip(again.to_tensors(), plan.to_tensors(), strict=True)
     )
     begin, end = block.data_ptr(), block.data_ptr() + block.nbytes
-    assert not any(begin <= address < end for address in Addresses.of(again))
+    assert not any(begin <= address < end for address in Addresses.of(again, STREAM))
 
 
 def test_results_of_an_operator_share_no_memory() -> None:
@@ -86,3 +89,12 @@ def test_results_of_an_operator_share_no_memory() -> None:
     apart = _apart(flat)
     assert len({each.untyped_storage().data_ptr() for each in apart}) == len(apart)
     assert all(torch.equal(one, other) for one, other in zip(flat, apart, strict=True))
+
+
+def test_memory_is_kept_for_every_stream_that_reads_it() -> None:
+    plan, _ = make(PlanLayout.of(num_tokens=3, top_k=2, num_local=2, num_ranks=2, max_tokens=4))
+    with mock.patch.object(BlockPlan, "record_current_stream") as record:
+        Addresses.of(plan, STREAM)
+        record.assert_not_called()
+        Addresses.of(plan, STREAM + 1)
+        record.assert_called_once()

@@ -79,7 +79,7 @@ class Combiner:
         session.describe(call, NOTHING)
         args.row_values, args.pair_values = _address(row_values), _address(pair_values)
         args.row_weights = _address(row_weights)
-        _, _, args.pairs, args.links = Addresses.of(plan)
+        _, _, args.pairs, args.links = Addresses.of(plan, stream)
         args.num_tokens = num_tokens
         # Where there is little to do for each block, it takes less at a time.
         args.items_at_once = min(_ITEMS_AT_ONCE, num_tokens // (150 * session.num_sms) + 1)

@@ -162,6 +162,7 @@ class Dispatcher:
             layout=planning.layout,
             block=block,
             addresses=addresses,
+            stream=stream,
             one=session.one,
         )
         return self._wrap(room, form, num_rows, plan)
@@ -187,7 +188,7 @@ class Dispatcher:
         form = self._format_of(call, rows, _MOVING if combined is None else _WEIGHING)
         self._set_rows(rows, weights, form)
         num_rows = plan.num_rows
-        self._set_plan(Addresses.of(plan), is_planned=True)
+        self._set_plan(Addresses.of(plan, stream), is_planned=True)
         self._check_capture(call)
         while True:
             room = self._reserve(call, form, num_rows)

@@ -28,9 +28,16 @@ class Addresses(NamedTuple):
         return cls(base, base + offsets, base + pairs, base + links)
 
     @classmethod
-    def of(cls, plan: Plan) -> Addresses:
-        """Of the arrays of any plan that this engine made."""
+    def of(cls, plan: Plan, stream: int) -> Addresses:
+        """Of the arrays of any plan that this engine made, which the current stream will read.
+
+        Args:
+            plan: whose.
+            stream: the current stream's handle.
+        """
         if isinstance(plan, BlockPlan):
+            if stream != plan.stream:
+                plan.record_current_stream()
             return plan.addresses
         assert isinstance(plan, CompactPlan), "plans come from this engine"
         return cls(
@@ -50,12 +57,14 @@ class BlockPlan(Plan):
         key: of the Shuffle.
         num_rows: R.
         layout: of the block.
-        block: int32, on the stream that the plan was made on.
+        block: int32.
         addresses: of the arrays in it.
+        stream: handle of the stream that the plan was made on.
         one: uint8 `[1]`, of which `row_extent` is made.
     """
 
     addresses: Addresses
+    stream: int
     _number: int
     _key: int
     _num_rows: int
@@ -72,6 +81,7 @@ class BlockPlan(Plan):
         layout: PlanLayout,
         block: Tensor,
         addresses: Addresses,
+        stream: int,
         one: Tensor,
     ) -> None:
         # All at once, for the way past a frozen class is long.
@@ -82,8 +92,13 @@ class BlockPlan(Plan):
             _layout=layout,
             _block=block,
             addresses=addresses,
+            stream=stream,
             _one=one,
         )
+
+    def record_current_stream(self) -> None:
+        """Keep the memory until what the current stream does now is done."""
+        self._block.record_stream(torch.cuda.current_stream(self._block.device))
 
     @functools.cached_property
     def compact(self) -> CompactPlan:
