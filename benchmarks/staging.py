@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 import fusco
-from fusco import ops
+from fusco.engines.base import ENGINES
 from fusco.engines.two_level import TwoLevelEngine
 from fusco.machine import circumstances
 from fusco.testing.cluster import Cluster
@@ -59,7 +59,7 @@ def measure(rank: int, fusion: bool) -> list[Need]:
         max_tokens=max(NUM_TOKENS),
         ablation=fusco.Ablation(fusion=fusion),
     ) as shuffle:
-        engine = ops.ENGINES[shuffle._key]
+        engine = ENGINES[shuffle._key]
         assert isinstance(engine, TwoLevelEngine)
         # The ring is touched whole, and compiled loops are loaded, before anything counts.
         for num_tokens in (max(NUM_TOKENS), *NUM_TOKENS):

@@ -57,9 +57,12 @@ class Shuffle:
         timeout_s: bound of every wait in seconds; None: the group's.
         max_recv_tokens: room for so many rows on every rank, always: dispatch returns outputs of
             that size without waiting for the GPU, and can be captured in a CUDA graph. Rows behind
-            the last are not written, nor are their gradients. If a rank would receive more,
-            nothing is stored, and `synchronize` raises on every rank. None: outputs have as many
-            rows as arrive. "cuda" only.
+            the last are not written, nor are their gradients. If a rank would receive more, every
+            expert receives nothing (`expert_offsets` and `tokens_per_expert` are 0, the rows are
+            not written), sums are 0, and `synchronize` raises on every rank. Graphs of one Shuffle
+            share the memory of outputs that were dropped before the next capture: keep alive what
+            another graph's replay must not overwrite. None: outputs have as many rows as arrive.
+            "cuda" only.
         num_sms: the most multiprocessors of a GPU that an operation takes; None: all.
         ablation: mechanisms to switch off, for measurements.
 

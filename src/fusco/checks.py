@@ -117,6 +117,7 @@ class Limits:
         if not weighted:
             return
         row_weights = dispatched.row_weights
+        _check_device("combine", "row_weights", row_weights, dispatched.plan.device)
         if row_weights.dtype != torch.float32 or row_weights.shape != (num_rows,):
             raise input_error(
                 "combine",

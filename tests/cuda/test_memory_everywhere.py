@@ -44,13 +44,13 @@ def test_all_have_it() -> None:
 @pytest.mark.parametrize("step", ["allocated", "mapped"])
 def test_another_rank_has_no_room(step: str) -> None:
     bulletin = Bulletin(**{step: "full"})
-    with pytest.raises(WindowMemoryError, match=r"dispatch: rank 1 cannot add 8 bytes.*full"):
+    with pytest.raises(WindowMemoryError, match=r"dispatch: no 8 bytes more .*rank 1: full"):
         Session._allocate_everywhere(session(bulletin), "dispatch", "growth 1", 8)
 
 
 @pytest.mark.parametrize("fails", ["can_allocate", "can_map"])
 def test_this_rank_has_no_room_and_says_so(fails: str) -> None:
     bulletin = Bulletin()
-    with pytest.raises(WindowMemoryError, match="rank 0 cannot add"):
+    with pytest.raises(WindowMemoryError, match="rank 0: no room"):
         Session._allocate_everywhere(session(bulletin, **{fails: False}), "dispatch", "growth 1", 8)
     assert bulletin.said[-1] == "no room"

@@ -35,3 +35,20 @@ def test_a_wait_is_bounded(tmp_path: Path) -> None:
         one.wait(["memory/5/1"], timedelta(milliseconds=100))
     with pytest.raises(RuntimeError):
         one.wait(["memory/5/1"])
+
+
+def test_after_an_exchange_that_failed_on_one_rank(tmp_path: Path) -> None:
+    stores = [renumbered(tmp_path / "store") for _ in range(2)]
+    one, other = (dist.PrefixStore("", store) for store in stores)
+    for store in stores:
+        store.begin_round()
+    one.set("memory/0/0", "one before")
+    one.set("memory/1/0", "the other never comes so far")
+    other.set("memory/0/1", "other before")
+    for store in stores:
+        store.begin_round()
+    one.set("memory/2/0", "one")
+    other.set("memory/1/1", "other")
+    other.wait(["memory/1/0"], timedelta(seconds=5))
+    assert other.get("memory/1/0") == b"one"
+    assert one.get("memory/2/1") == b"other"

@@ -14,8 +14,9 @@ def weigh_gradients(
     """Gradients of rows and row weights from the gradient of every row's sum.
 
     Args:
-        grads: for each combined tensor `[R, ...]`, the gradient of its sum, 0 on padding.
-        rows: what was combined, `[R, ...]`.
+        grads: for each combined tensor `[R, ...]`, the gradient of its sum, 0 on padding; of any
+            strides.
+        rows: what was combined, `[R, ...]`, of any strides.
         row_weights: float32 `[R]`; None: the sum was plain.
 
     Returns:
@@ -26,11 +27,11 @@ def weigh_gradients(
     grad_weights = torch.zeros(num_rows, dtype=torch.float32, device=grads[0].device)
     if row_weights is None:
         return grads, grad_weights
-    weighted = tuple(torch.empty_like(grad) for grad in grads)
+    weighted = tuple(grad.new_empty(grad.shape) for grad in grads)
     for grad, row, out in zip(grads, rows, weighted, strict=True):
         wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
         shape = (num_rows, grad.shape[1:].numel())
-        flat_grad, flat_row, flat_out = (each.view(shape) for each in (grad, row, out))
+        flat_grad, flat_row, flat_out = (each.reshape(shape) for each in (grad, row, out))
         # Chunks bound the wide temporaries.
         step = max(1, _CHUNK_ELEMENTS // max(1, shape[1]))
         for begin in range(0, num_rows, step):

@@ -142,6 +142,11 @@ def _gradients(group: Group, engine: str) -> None:
     expect_gradients(_case(group, engine, dtype=torch.float64), group, engine)
 
 
+def _strided(group: Group, engine: str) -> None:
+    case = _case(group, engine, dtype=torch.float64)
+    expect_gradients(case, group, engine, strided=True)
+
+
 def _repeatable(group: Group, engine: str) -> None:
     case, rank = _case(group, engine, dtype=torch.bfloat16, top_k=8), dist.get_rank(group)
     inputs = draw(case)
@@ -248,6 +253,7 @@ CHECKS: tuple[Check, ...] = (
     Check(name="exchange", description="segments land where they belong", fn=_exchange),
     Check(name="repeatable", description="the same bits every time", fn=_repeatable),
     Check(name="gradients", description="of rows and weights, as of dense code", fn=_gradients),
+    Check(name="strided", description="gradients through rows out of order", fn=_strided),
     Check(
         name="bad-input",
         description="a bad id raises on every rank, and the next call works",

@@ -12,13 +12,16 @@ from fusco.testing.cases import Case, Inputs, draw, expect_close
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 
-def expect_gradients(case: Case, group: dist.ProcessGroup | None, engine: str) -> None:
+def expect_gradients(
+    case: Case, group: dist.ProcessGroup | None, engine: str, *, strided: bool = False
+) -> None:
     """Gradients of rows, expert outputs and weights equal the dense ones on this rank.
 
     Args:
         case: of rows in fp64.
         group: as many ranks as the case has.
         engine: the engine to check.
+        strided: combine rows of two dimensions, whose elements do not lie in order.
     """
     rank, inputs = dist.get_rank(group), draw(case)
     x, weights, biases = leaves(inputs)
@@ -27,7 +30,12 @@ def expect_gradients(case: Case, group: dist.ProcessGroup | None, engine: str) -
         d = shuffle.dispatch(
             x[rank], inputs.topk_idx[rank], None if weights is None else weights[rank]
         )
-        y = shuffle.combine(expert(d.tokens, biases[rank]), d)
+        outputs = expert(d.tokens, biases[rank])
+        if strided:
+            sums = shuffle.combine(outputs.unflatten(1, (8, -1)).transpose(1, 2), d)
+            y = sums.transpose(1, 2).flatten(1)
+        else:
+            y = shuffle.combine(outputs, d)
         got = torch.autograd.grad((y.cos() * y).sum(), mine)
     want = _dense_gradients(inputs.host or inputs, rank)
     for name, one, other in zip(("x", "outputs", "topk_weights"), got, want, strict=False):

@@ -12,7 +12,8 @@ class RenumberedStore(Store):
 
     torch numbers the exchanges of symmetric memory by process, over all groups. Ranks that have
     made different numbers of them, since they are in other groups too, would wait for each other
-    for ever. Here the first number that comes is 0, the next 1, and so on, on every rank.
+    for ever. Here the first number that comes is 0, the next 1, and so on, on every rank, in each
+    round: one that fails has made fewer exchanges than its peers, and begins the next with them.
 
     Args:
         store: where to.
@@ -24,6 +25,12 @@ class RenumberedStore(Store):
         self._store = store
         self._timeout = timedelta(seconds=timeout_s)
         self._numbers: dict[str, int] = {}
+        self._round = 0
+
+    def begin_round(self) -> None:
+        """All ranks begin the same rounds."""
+        self._round += 1
+        self._numbers.clear()
 
     def set(self, key: str, value: str) -> None:
         self._store.set(self._renumbered(key), value)
@@ -37,4 +44,4 @@ class RenumberedStore(Store):
     def _renumbered(self, key: str) -> str:
         name, number, rank = key.rsplit("/", 2)
         own = self._numbers.setdefault(number, len(self._numbers))
-        return f"{name}/{own}/{rank}"
+        return f"{name}/{self._round}.{own}/{rank}"

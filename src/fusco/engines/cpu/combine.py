@@ -123,7 +123,8 @@ class _Line:
         self.rows_at = self.rows.data_ptr()
         self.row_bytes = bytes_per_row(rows)
         self.like, wide = ELEMENTS[rows.dtype]
-        self.weights_at = 0 if row_weights is None else row_weights.data_ptr()
+        self.weights = None if row_weights is None else row_weights.contiguous()
+        self.weights_at = 0 if self.weights is None else self.weights.data_ptr()
         self.terms = session.terms[wide]
 
     def send(self, incoming: ArrivalArrays, own: int, base: Ints) -> None:

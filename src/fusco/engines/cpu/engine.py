@@ -122,5 +122,5 @@ class CpuEngine(Engine):
         self.meter.moved(((rows_ptr[1:] - rows_ptr[:-1]) * row_bytes).tolist())
 
     def _open(self) -> Session:
-        assert self._session is not None, "operators look up open engines only"
+        assert self._session is not None, "engines are entered while they are open"
         return self._session

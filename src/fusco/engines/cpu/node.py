@@ -170,6 +170,7 @@ def _sum(
     top_k: int,
 ) -> None:
     dense = rows.contiguous()
+    weights = None if weights is None else weights.contiguous()
     like, wide = ELEMENTS[rows.dtype]
     sum_lists(
         like,

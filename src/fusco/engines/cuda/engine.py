@@ -171,7 +171,7 @@ class CudaEngine(Engine):
         self._works = None
 
     def _open(self) -> _Works:
-        assert self._works is not None, "operators look up open engines only"
+        assert self._works is not None, "engines are entered while they are open"
         return self._works
 
 

@@ -173,7 +173,7 @@ class Failures:
         if failure.verdict == Verdict.SHORT:
             return WindowMemoryError(
                 f"{operation}: a rank receives {failure.need} rows, more than "
-                f"max_recv_tokens={self._world.max_recv_tokens}; nothing was stored; make the "
+                f"max_recv_tokens={self._world.max_recv_tokens}; nothing was received; make the "
                 f"Shuffle with max_recv_tokens={failure.need} or more, or balance the routing"
             )
         if failure.verdict == Verdict.INVALID:

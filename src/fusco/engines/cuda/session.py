@@ -251,12 +251,15 @@ class Session:
                 made = make()
             except RuntimeError as error:  # of the driver, which torch does not tell apart
                 problem = str(error) or "out of memory"
-            for rank, text in enumerate(self.bulletin.swap(f"{topic}, {step}", problem)):
-                if text:
-                    raise WindowMemoryError(
-                        f"{operation}: rank {rank} cannot add {size} bytes to its windows: {text}; "
-                        "free memory, dispatch fewer tokens, or balance the routing"
-                    )
+            texts = self.bulletin.swap(f"{topic}, {step}", problem)
+            # Those that waited for one that failed have failed too.
+            problems = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
+            if problems:
+                raise WindowMemoryError(
+                    f"{operation}: no {size} bytes more for the windows of all ranks "
+                    f"({'; '.join(problems)}); free memory, dispatch fewer tokens, or balance the "
+                    "routing"
+                )
             assert made is not None, "there was no problem"
             return made
 

@@ -54,7 +54,7 @@ class Allocator(ABC):
 
     @abstractmethod
     def connect(self, memory: Tensor) -> Allocation:
-        """Map everybody's part, after all have allocated theirs."""
+        """Map everybody's part, after all have allocated theirs; it may fail on some ranks only."""
 
 
 class TorchAllocator(Allocator):
@@ -90,6 +90,7 @@ class TorchAllocator(Allocator):
     def connect(self, memory: Tensor) -> Allocation:
         from torch._C._distributed_c10d import _SymmetricMemory
 
+        self._store.begin_round()
         handle = _SymmetricMemory.rendezvous(memory, self._name)
         assert handle is not None, "every rank of the group takes part"
         size = (memory.numel(),)

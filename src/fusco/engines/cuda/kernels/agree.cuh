@@ -74,8 +74,9 @@ template <typename Ready>
 __device__ __forceinline__ bool wait_for(const World& world, const Call& call, i32 awaited,
                                          i64 item, i64 total, Ready ready) {
   if (wait_until(world, ready)) return true;
-  atomicExch(&state_of(world).lost, 1u);
+  // First, so that whoever gives up because of it has nothing to report.
   report_failure(world, call, kLost, awaited, item, total);
+  atomicExch(&state_of(world).lost, 1u);
   return false;
 }
 
