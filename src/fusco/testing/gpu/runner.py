@@ -64,7 +64,8 @@ def main() -> int:
     # A check that fails on one rank must not hold up the others for long.
     os.environ.setdefault(env.TIMEOUT_S.name, _TIMEOUT_S)
     sizes = [int(size) for size in arguments.ranks.split(",")]
-    rounds = _rounds(arguments.copies, sizes)
+    # Between nodes operators of torch move the rows.
+    rounds = _rounds(arguments.copies if arguments.nodes is None else "bulk", sizes)
     wanted = [part for part in arguments.only.split(",") if part]
     engine = arguments.engine or ("cuda" if arguments.nodes is None else "two_level")
     names = [
