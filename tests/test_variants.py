@@ -112,6 +112,14 @@ def strided(shuffle: fusco.Shuffle, inputs: Inputs, rank: int) -> None:
         outputs=across(inputs.outputs),
     )
     expect_round_trip(shuffle, odd, rank)
+    d = shuffle.dispatch(odd.x[rank], odd.topk_idx[rank], odd.topk_weights[rank])
+    # Where combine could read them in place, too.
+    outputs = shuffle.empty_like(inputs.outputs[rank]).copy_(inputs.outputs[rank])
+    weights = shuffle.empty_like(d.row_weights.new_empty((len(d.row_weights), 2)))
+    weights.fill_(-7)[:, 0] = d.row_weights
+    for rows in (inputs.outputs[rank], outputs):
+        y = shuffle.combine(rows, replace(d, row_weights=weights[:, 0]))
+        expect_same(y, inputs.sums(rank), "combine")
 
 
 def other_shapes(shuffle: fusco.Shuffle, inputs: Inputs, rank: int) -> None:

@@ -103,11 +103,12 @@ def _found_at(
 ) -> tuple[int, int, int]:
     """Where in this rank's window rows and weights lie, and where both have ended; -1 unless peers
     can read both there."""
-    if len(rows) > 1 or not rows[0].is_contiguous() or not session.world.ablation.fusion:
+    tensors = [rows[0]] if row_weights is None else [rows[0], row_weights]
+    is_dense = all(each.is_contiguous() for each in tensors)
+    if len(rows) > 1 or not is_dense or not session.world.ablation.fusion:
         return -1, -1, -1
     if not rows[0].numel():
         return 0, 0, 0
-    tensors = [rows[0]] if row_weights is None else [rows[0], row_weights]
     at = [session.window.find(each) for each in tensors]
     if min(at) < 0:
         return -1, -1, -1

@@ -147,20 +147,22 @@ class Failures:
     def _lost(self, failure: structs.Failure) -> PeerError:
         operation = Operation(failure.operation)
         rank, awaited = self._world.topology.rank, failure.awaited
+        timeout = f"{self._world.timeout_s:g} s"
         if failure.item < 0:
             what = "its call"
         elif operation.sums:
             what = f"its sum for token {failure.item} of {failure.need}"
         else:
             what = f"row {failure.item} of the {failure.need} that it sends"
-        problem = (
-            f"rank {awaited} is lost: {what} did not arrive within {self._world.timeout_s:g} s "
-            f"(waited for by rank {rank})"
-        )
         if awaited == rank:
             problem = (
                 f"rank {rank} cannot go on: other work has kept its blocks from the GPU for "
-                f"{self._world.timeout_s:g} s or more"
+                f"{timeout} or more"
+            )
+        else:
+            problem = (
+                f"rank {awaited} is lost: {what} did not arrive within {timeout} "
+                f"(waited for by rank {rank})"
             )
         return PeerError(
             f"{operation.text}: {problem}; this Shuffle is closed for good, restart the ranks",
