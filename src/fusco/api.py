@@ -59,10 +59,10 @@ class Shuffle:
             that size without waiting for the GPU, and can be captured in a CUDA graph. Rows behind
             the last are not written, nor are their gradients. If a rank would receive more, every
             expert receives nothing (`expert_offsets` and `tokens_per_expert` are 0, the rows are
-            not written), sums are 0, and `synchronize` raises on every rank. Graphs of one Shuffle
-            share the memory of outputs that were dropped before the next capture: keep alive what
-            another graph's replay must not overwrite. None: outputs have as many rows as arrive.
-            "cuda" only.
+            not written), sums are 0, and `synchronize` raises on every rank. Captured outputs
+            belong to the memory pool of their graph, as tensors of torch do: graphs that share one
+            (`pool=`) use the same memory, others never, and it is theirs until the Shuffle is
+            closed. None: outputs have as many rows as arrive. "cuda" only.
         num_sms: the most multiprocessors of a GPU that an operation takes; None: all.
         ablation: mechanisms to switch off, for measurements.
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fusco.engines.cuda import graphs
+from fusco.engines.cuda.graphs import CapturedHeaps
 from fusco.engines.cuda.window import Allocation, Span, SymmetricHeap
 from fusco.layout.compact import BLOCK_ALIGNMENT
-from fusco.layout.heap import CHUNK_SPAN, Block
+from fusco.layout.heap import CHUNK_SPAN, Block, Heap
 
 NUM_RANKS = 2
 CHUNKS = (4096, 1024, 8192)
@@ -79,14 +82,32 @@ def test_blocks_never_overlap(steps: list[tuple[bool, int]]) -> None:
     assert sorted(largest) == sorted(CHUNKS)
 
 
-def test_the_parts_of_a_captured_block_return_for_other_captures() -> None:
-    heap = make((4096,))
-    block = heap.reserve_captured(1024)
-    heap.captured.release(Block(block.base, 896))
-    assert heap.reserve_captured(1024).base == block.base + 1024
-    heap.captured.release(Block(block.base + 896, 128))
-    assert heap.reserve_captured(1024) == block
+def test_the_parts_of_a_captured_block_return_for_graphs_of_the_same_pool() -> None:
+    heap, home = make((4096,)), Heap()
+    block = heap.reserve(1024, home)
+    home.release(Block(block.base, 896))
+    assert heap.reserve(1024, home).base == block.base + 1024
+    home.release(Block(block.base + 896, 128))
+    assert heap.reserve(1024, home) == block
     assert heap.free.reserve_largest().size == 4096 - 2048
+
+
+def test_graphs_share_a_heap_where_they_share_a_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    pools = {1: (0, 1), 2: (0, 2), 3: (0, 1), 4: None, 5: None}
+    captured = CapturedHeaps(torch.device("cpu"))
+    current = 0
+
+    def capture_on(stream: int) -> int:
+        return stream
+
+    monkeypatch.setattr(graphs, "capture_on", capture_on)
+    monkeypatch.setattr(graphs, "captured_pool", lambda device: pools[current])
+    heaps = []
+    for current in pools:
+        heaps.append(captured.of(current))
+        assert captured.of(current) is heaps[-1]
+    assert heaps[0] is heaps[2]
+    assert len(set(map(id, heaps))) == 4
 
 
 def test_a_block_is_kept_by_the_arrays_over_it() -> None:

@@ -20,7 +20,7 @@ from fusco.engines.cuda.plans import Addresses, BlockPlan
 from fusco.engines.cuda.session import MAX_PLAN_BLOCKS, Report, Session
 from fusco.errors import EngineUnavailableError, WindowMemoryError, input_error
 from fusco.layout.compact import PlanLayout, part_starts
-from fusco.layout.heap import Block
+from fusco.layout.heap import Block, Heap
 from fusco.layout.segments import bytes_per_row
 from fusco.types import Plan
 
@@ -91,6 +91,13 @@ class _Planning(NamedTuple):
     chunk_tokens: int
 
 
+class _Room(NamedTuple):
+    """A block, and the heap that it returns to."""
+
+    block: Block
+    home: Heap
+
+
 class Dispatcher:
     """Launches the two kernels of a dispatch, and wraps what they bring."""
 
@@ -137,8 +144,8 @@ class Dispatcher:
         num_rows = self._static_rows
         self._check_capture(call)
         while True:
-            room = self._reserve(call, form, None)
-            ticket = session.describe(call, room)
+            room = self._reserve(call, form, stream, None)
+            ticket = session.describe(call, room.block)
             self._plan(stream, planning.num_blocks, _PLAN_THREADS, planning.shared_bytes)
             # While the GPU plans.
             self._set_rows(rows, weights, form)
@@ -191,8 +198,8 @@ class Dispatcher:
         self._set_plan(Addresses.of(plan, stream), is_planned=True)
         self._check_capture(call)
         while True:
-            room = self._reserve(call, form, num_rows)
-            ticket = session.describe(call, room)
+            room = self._reserve(call, form, stream, num_rows)
+            ticket = session.describe(call, room.block)
             kernel(stream, session.num_sms, form.threads, form.shared_bytes)
             if self._static_rows is not None:
                 session.failures.warn()
@@ -236,31 +243,34 @@ class Dispatcher:
         args.is_planned = is_planned
         args.tokens_per_expert, args.expert_offsets, args.pairs, args.links = plan
 
-    def _reserve(self, call: Call, form: _Format, num_rows: int | None) -> Block:
-        """A block for what this rank will receive: of the size that is known, else the largest."""
+    def _reserve(self, call: Call, form: _Format, stream: int, num_rows: int | None) -> _Room:
+        """For what this rank will receive: of the size that is known, else the largest."""
         session, static_rows = self._session, self._static_rows
         heap = session.heap
         if static_rows is None:
             if num_rows is None:
-                return heap.free.reserve_largest()
-            return heap.free.reserve(part_starts(form.row_bytes, num_rows)[-1])
+                return _Room(heap.free.reserve_largest(), heap.free)
+            need = part_starts(form.row_bytes, num_rows)[-1]
+            return _Room(heap.free.reserve(need), heap.free)
         need = part_starts([session.world.row_bytes], static_rows)[-1] + MAX_PARTS * 128
         is_capturing = torch.cuda.is_current_stream_capturing()
-        room = heap.reserve_captured(need) if is_capturing else heap.free.reserve(need)
-        if room.size >= need:
-            return room
-        heap.free.release(room)
+        home = heap.captured.of(stream) if is_capturing else heap.free
+        block = heap.reserve(need, home)
+        if block.size >= need:
+            return _Room(block, home)
+        heap.free.release(block)
         if is_capturing:
             raise WindowMemoryError(
                 f"{call.operation.text}: no block of {need} bytes is free, and windows cannot grow "
-                "while a CUDA graph is captured; run the same calls once before the capture, "
-                "keeping alive what the graph keeps alive"
+                "while a CUDA graph is captured; run the same calls once before each capture, "
+                "keeping alive what the graph keeps alive, or capture into the memory pool of a "
+                "graph captured before"
             )
         session.grow(call.operation.text, need)
-        return heap.free.reserve(need)
+        return _Room(heap.free.reserve(need), home)
 
-    def _make_room(self, call: Call, room: Block, report: Report) -> None:
-        self._session.heap.free.release(room)
+    def _make_room(self, call: Call, room: _Room, report: Report) -> None:
+        room.home.release(room.block)
         if report.verdict != Verdict.SHORT:
             self._session.failures.raise_reported()
         self._session.grow(call.operation.text, report.need)
@@ -316,19 +326,17 @@ class Dispatcher:
                 "larger num_sms, or another engine"
             )
 
-    def _wrap(self, room: Block, form: _Format, num_rows: int, plan: Plan) -> Delivery:
+    def _wrap(self, room: _Room, form: _Format, num_rows: int, plan: Plan) -> Delivery:
         """The rows and their weights where they lie; the rest of the block is free again."""
         heap = self._session.heap
-        home, base = heap.free, room.base
+        block, home = room
         starts = part_starts(form.row_bytes, num_rows)
         if self._static_rows is None:
-            home.shrink(room, starts[-1])
+            home.shrink(block, starts[-1])
         else:
-            starts[-1] = room.size
-            if torch.cuda.is_current_stream_capturing():
-                home = heap.captured
+            starts[-1] = block.size
         *got, row_weights = [
-            heap.as_tensor(Block(base + start, end - start), (num_rows, *shape), dtype, home)
+            heap.as_tensor(Block(block.base + start, end - start), (num_rows, *shape), dtype, home)
             for (dtype, shape), (start, end) in zip(form.parts, pairwise(starts), strict=True)
         ]
         return Delivery(tuple(got), row_weights, plan)

@@ -35,10 +35,10 @@ class Launcher:
         Device(device).set_current()
         self._module = ObjectCode.from_cubin(jit.cubin(variant, architecture(device)))
         self._kernel = self._module.get_kernel(variant.name)
-        function = _checked(driver.cuKernelGetFunction(self._kernel.handle))
+        function = checked(driver.cuKernelGetFunction(self._kernel.handle))
         if shared_bytes:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _checked(driver.cuFuncSetAttribute(function, attribute, shared_bytes))
+            checked(driver.cuFuncSetAttribute(function, attribute, shared_bytes))
         self._function = ctypes.c_void_p(int(function))
         self._launch = _launch_function()
         self._arguments = arguments
@@ -69,8 +69,9 @@ def architecture(device: int) -> str:
     return jit.target(10 * major + minor)
 
 
-def _checked(result: tuple[Any, ...]) -> Any:
+def checked(result: tuple[Any, ...]) -> Any:
+    """What a function of cuda.bindings returns: nothing, a value, or a list of several."""
     error, *values = result
     if error:
         raise RuntimeError(f"CUDA driver: {error!r}")
-    return values[0] if values else None
+    return values[0] if len(values) == 1 else values or None

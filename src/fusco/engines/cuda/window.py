@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fusco.engines.cuda.graphs import CapturedHeaps
 from fusco.errors import WindowMemoryError
 from fusco.layout.compact import BLOCK_ALIGNMENT
 from fusco.layout.heap import CHUNK_SPAN, Block, Heap
@@ -105,12 +106,9 @@ class TorchAllocator(Allocator):
 class SymmetricHeap:
     """This rank's heap, in chunks that all ranks add together; each rank shares out its own.
 
-    Blocks that a CUDA graph uses return to `captured`, from where only other captures take them: a
-    replay writes them again.
-
     Attributes:
         free: what of the chunks is free.
-        captured: what of them no tensor of a graph uses any more.
+        captured: what of them belongs to CUDA graphs, and no tensor uses any more.
         addresses: int64 `[most chunks, P]`, where each rank's are mapped here.
     """
 
@@ -118,7 +116,7 @@ class SymmetricHeap:
         self._device = device
         self._chunks: list[Allocation] = []
         self.free = Heap(alignment=BLOCK_ALIGNMENT)
-        self.captured = Heap(alignment=BLOCK_ALIGNMENT)
+        self.captured = CapturedHeaps(device)
         # One table for good: graphs hold its address. It is read also before there is a chunk, by
         # ranks that receive nothing.
         self.addresses = torch.zeros((_MAX_CHUNKS, num_ranks), dtype=torch.int64, device=device)
@@ -140,13 +138,14 @@ class SymmetricHeap:
         self._chunks.append(allocation)
         self.free.add(number * CHUNK_SPAN, allocation.memory.numel())
 
-    def reserve_captured(self, size: int) -> Block:
-        """A block of `size` bytes that earlier captures have used, else a free one."""
-        block = self.captured.reserve(size)
-        if block.size >= size:
-            return block
-        self.captured.release(block)
-        return self.free.reserve(size)
+    def reserve(self, size: int, home: Heap) -> Block:
+        """A block of `size` bytes of the heap `home` or else of what is free; where there is none,
+        a smaller one that is free."""
+        block = home.reserve(size)
+        if block.size < size and home is not self.free:
+            home.release(block)
+            block = self.free.reserve(size)
+        return block
 
     def as_tensor(
         self, block: Block, shape: tuple[int, ...], dtype: torch.dtype, home: Heap

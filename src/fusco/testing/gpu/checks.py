@@ -13,7 +13,7 @@ from fusco.testing.cases import Case, device_of, draw, expect, expect_round_trip
 from fusco.testing.conformance import Check
 from fusco.testing.gpu.order import late_errors, other_streams, two_at_once
 from fusco.testing.gpu.plans import random_plans
-from fusco.testing.gpu.static import graphs, graphs_overflow, overflow, static_rows
+from fusco.testing.gpu.static import graphs, graphs_memory, graphs_overflow, overflow, static_rows
 from fusco.testing.gpu.trips import held_for_many_layers, random_trips, trips, tuple_of_four
 from fusco.testing.gradients import expect_gradients
 from fusco.testing.mistakes import (
@@ -208,6 +208,12 @@ GPU_CHECKS: tuple[Check, ...] = (
         name="graphs",
         description="a CUDA graph replayed with other routing",
         fn=graphs,
+        only="cuda",
+    ),
+    Check(
+        name="graphs-memory",
+        description="graphs of one Shuffle that hold results",
+        fn=graphs_memory,
         only="cuda",
     ),
     Check(name="overflow", description="more rows than max_recv_tokens", fn=overflow, only="cuda"),

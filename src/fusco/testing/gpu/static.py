@@ -63,6 +63,36 @@ def graphs(group: Group, engine: str) -> None:
         expect_same(sums, inputs.sums(rank), "combine of a replay")
 
 
+def graphs_memory(group: Group, engine: str) -> None:
+    """A replay writes what another graph holds only where they share a pool."""
+    rank = dist.get_rank(group)
+    case = _case(group, engine)
+    inputs, others = draw(case, 0), draw(case, 1)
+    size = max(_most_rows(inputs), _most_rows(others))
+    x, idx = _rows(inputs, rank).clone(), inputs.topk_idx[rank].clone()
+    outputs = _outputs(inputs, rank, size)
+    with case.shuffle(group, engine, max_recv_tokens=size) as shuffle:
+
+        def pair() -> tuple[fusco.Dispatched[Tensor], Tensor]:
+            d = shuffle.dispatch(x, idx)
+            return d, shuffle.combine(outputs, d)
+
+        first, (d, _) = _capture(pair)
+        address = d.tokens.data_ptr()
+        del d
+        second, (held, _) = _capture(pair)
+        second.replay()
+        x.copy_(_rows(others, rank))
+        idx.copy_(others.topk_idx[rank])
+        first.replay()
+        shuffle.synchronize()
+        want = inputs.rows(rank)
+        assert isinstance(want, Tensor)
+        expect_same(held.tokens[: want.shape[0]], want, "tokens after another graph's replay")
+        _, (shared, _) = _capture(pair, sharing=first)
+        expect(shared.tokens.data_ptr() == address, "a graph of the same pool takes other memory")
+
+
 def overflow(group: Group, engine: str) -> None:
     """Too many rows give every expert none, and raise on all ranks what would be enough; then what
     fits goes through, and the plan that was never made is refused."""
@@ -145,6 +175,7 @@ def _error_of(call: Callable[[], object], kind: type[Exception]) -> str:
 
 def _capture(
     pair: Callable[[], tuple[fusco.Dispatched[Tensor], Tensor]],
+    sharing: torch.cuda.CUDAGraph | None = None,
 ) -> tuple[torch.cuda.CUDAGraph, tuple[fusco.Dispatched[Tensor], Tensor]]:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -154,7 +185,7 @@ def _capture(
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=None if sharing is None else sharing.pool()):
         result = pair()
     return graph, result
 

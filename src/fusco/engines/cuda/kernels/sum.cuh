@@ -154,10 +154,8 @@ __device__ __forceinline__ void sum_items(Pipeline& shared, const CombineArgs& a
       }
       publish_to_copies();
       __syncwarp();
-      if (lane_id() == 0) {
-        shared.empty[place].arrive();
-        if (size >= 0 || i == 0) shared.sum_full[buffer].arrive();
-      }
+      if (lane_id() == 0) shared.empty[place].arrive();
+      if (size >= 0 || i == 0) shared.sum_full[buffer].arrive();
     }
     num_ends += size < 0;
   }
