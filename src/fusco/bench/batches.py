@@ -35,6 +35,7 @@ class Outputs:
     def __init__(self, config: BenchConfig, device: torch.device) -> None:
         shape = (0, config.hidden_size)
         self._memory = torch.zeros(shape, dtype=config.torch_dtype, device=device)
+        self._rows: dict[int, Tensor] = {}
 
     def of(self, tokens: Tensor, rows: Tensor | None = None) -> Tensor:
         """Rows to combine, in `rows` if they are given. They differ between a token's experts, as
@@ -49,10 +50,15 @@ class Outputs:
         """Have room for so many; what is asked for up to that is always the same memory."""
         if len(self._memory) < num_rows:
             self._memory = self._memory.new_zeros((num_rows, self._memory.shape[1]))
+            self._rows.clear()
 
     def rows(self, num_rows: int) -> Tensor:
-        """So many of the rows that are there from an earlier `of`."""
-        return self._memory[:num_rows]
+        """So many of the rows that are there from an earlier `of`; a tensor that is there too when
+        it is asked for again, inside the clock."""
+        rows = self._rows.get(num_rows)
+        if rows is None:
+            rows = self._rows[num_rows] = self._memory[:num_rows]
+        return rows
 
 
 def make_batches(

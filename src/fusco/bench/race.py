@@ -75,7 +75,7 @@ def _time(
         del d, rows  # whose memory the next dispatch may use
     whole: dict[str, Callable[[Contender, Batch], object]] = {
         "total": partial(_dispatch_and_combine, outputs),
-        "forward_backward": _train,
+        "forward_backward": forward_backward,
     }
     for op, call in whole.items():
         if op in ops:
@@ -85,11 +85,11 @@ def _time(
 
 def _dispatch_and_combine(outputs: Outputs, contender: Contender, batch: Batch) -> Tensor:
     d = contender.dispatch(*batch.arguments)
-    y: Tensor = contender.combine(outputs.rows(len(d.tokens)), d)
+    y: Tensor = contender.combine(outputs.rows(d.tokens.shape[0]), d)
     return y
 
 
-def _train(contender: Contender, batch: Batch) -> None:
+def forward_backward(contender: Contender, batch: Batch) -> None:
     """Forward and backward of the pair alone: the experts change nothing."""
     x, topk_idx, topk_weights = batch.arguments
     x, topk_weights = x.detach().requires_grad_(), topk_weights.detach().requires_grad_()
