@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from contextlib import suppress
+from copy import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -97,7 +101,27 @@ def test_who_has_raised_before_the_others_raises_again_with_them() -> None:
     with pytest.raises(InputError):
         wrong.failures.raise_own(TICKET, WRONG, all_settle=False)
     wrong.fail(Verdict.STALE, ticket=TICKET + 1)
-    assert wrong.error() is WRONG.error
+    assert str(wrong.error()) == str(WRONG.error)
+
+
+def test_errors_that_are_kept_hold_no_frames() -> None:
+    right, wrong = two_ranks()
+    error = input_error("combine", "rows", got="2", expected="3", remedy="count them")
+    wrong.failures.remember(TICKET, WRONG._replace(error=error))
+
+    def fail() -> weakref.ref[Board]:
+        local = Board()
+        with suppress(InputError):
+            wrong.failures.raise_own(TICKET, WRONG._replace(error=copy(error)), all_settle=False)
+        for rank in (right, wrong, wrong):
+            with suppress(InputError):
+                rank.failures.raise_pending()
+            rank.fail(Verdict.STALE, ticket=TICKET + 1)
+        return weakref.ref(local)
+
+    local = fail()
+    gc.collect()
+    assert local() is None
 
 
 def test_a_wrong_call_after_a_failure_leaves_it_pending() -> None:

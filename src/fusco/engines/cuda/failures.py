@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections import deque
+from copy import copy
 from typing import NoReturn
 
 import numpy as np
@@ -53,6 +54,8 @@ class Failures:
         self._bulletin = bulletin
         self._told = told
         self._pending = pending
+        # NOTE: errors that are kept are copies of those that are raised, which hold the frames that
+        # they have passed, with all tensors there, and this object.
         self._calls: deque[tuple[int, Call]] = deque(maxlen=_REMEMBERED)
         self._last: FuscoError | None = None
         self._has_warned = False
@@ -64,6 +67,8 @@ class Failures:
 
     def remember(self, ticket: int, call: Call) -> None:
         """Keep what a ticket stands for."""
+        if call.error is not None:
+            call = call._replace(error=copy(call.error))
         self._calls.append((ticket, call))
 
     def raise_lost(self) -> None:
@@ -85,7 +90,8 @@ class Failures:
         self.raise_lost()
         if not self.is_pending:
             return
-        error = self._last = self._error_of(self._read())
+        error = self._error_of(self._read())
+        self._last = copy(error)
         self._settle()
         raise error
 
@@ -123,7 +129,7 @@ class Failures:
         is_first = failure.ticket == ticket
         if is_first and failure.verdict == Verdict.UNLIKE:
             self._post(failure, call)
-            self._last = call.error
+            self._last = copy(call.error)
         if is_first:
             self._settle()
         elif all_settle:
@@ -188,7 +194,7 @@ class Failures:
             )
         if failure.verdict == Verdict.STALE:
             # What others have still to raise is what this rank has raised last.
-            return self._last or DisagreementError(
+            return copy(self._last) or DisagreementError(
                 f"{operation}: not carried out, for a rank has still to raise an earlier error"
             )
         return self._disagreement(failure)
@@ -198,7 +204,7 @@ class Failures:
         rank, num_ranks = world.topology.rank, world.topology.num_ranks
         self._post(failure, call)
         if call.error is not None:
-            return call.error
+            return copy(call.error)
         letters = [self._bulletin.read(_topic(failure), each) for each in range(num_ranks)]
         records = np.zeros((num_ranks, HEADER), dtype=np.int64)
         records[:, Field.STATUS] = [int(letter[0]) for letter in letters]

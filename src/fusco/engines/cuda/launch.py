@@ -30,12 +30,8 @@ class Launcher:
         shared_bytes: int = 0,
     ) -> None:
         from cuda.bindings import driver
-        from cuda.core import Device, ObjectCode
 
-        Device(device).set_current()
-        self._module = ObjectCode.from_cubin(jit.cubin(variant, architecture(device)))
-        self._kernel = self._module.get_kernel(variant.name)
-        function = checked(driver.cuKernelGetFunction(self._kernel.handle))
+        function, _ = _load(variant, device)
         if shared_bytes:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             checked(driver.cuFuncSetAttribute(function, attribute, shared_bytes))
@@ -53,6 +49,18 @@ class Launcher:
         )
         if error:
             raise RuntimeError(f"cuLaunchKernel: CUDA driver error {error}")
+
+
+# Once for all Shuffles, and for good: what is being captured does not survive unloading.
+@functools.cache
+def _load(variant: jit.Variant, device: int) -> tuple[Any, Any]:
+    """A kernel's function, and the module that holds it."""
+    from cuda.bindings import driver
+    from cuda.core import Device, ObjectCode
+
+    Device(device).set_current()
+    module = ObjectCode.from_cubin(jit.cubin(variant, architecture(device)))
+    return checked(driver.cuKernelGetFunction(module.get_kernel(variant.name).handle)), module
 
 
 @functools.cache

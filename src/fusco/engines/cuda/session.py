@@ -218,6 +218,7 @@ class Session:
             raise call.error  # nothing of a capture has run, so nobody waits
         stream = self.order.begin()
         ticket = self.describe(call, NOTHING)
+        self._last_call = None  # with an error, which holds frames and so this object
         self._say(stream, 1, _SAY_THREADS)
         torch.cuda.current_stream().synchronize()
         all_settle = not call.operation.sums and self.world.max_recv_tokens is None
@@ -295,12 +296,15 @@ class Session:
         _SHARING.add(self)
 
     def close(self) -> None:
-        """Give up the room on the device. Memory goes when nothing uses it any more."""
+        """Give up the room on the device, and the windows; the heap's chunks go when no tensor uses
+        them any more."""
         _SHARING.discard(self)
         # Kernels still report, each within a bound; a broken device has nothing to wait for.
         with suppress(RuntimeError):
             self._wait()
         self.failures.close()
+        # At once, even if an error that somebody keeps holds this object.
+        del self.window, self.heap
 
     def _wait(self) -> None:
         """For all operations, also those that a replayed graph has put on the current stream."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, cast
@@ -96,11 +97,25 @@ class TorchAllocator(Allocator):
         assert handle is not None, "every rank of the group takes part"
         size = (memory.numel(),)
         # The own part is the memory itself: all mappings end when nothing holds that.
-        peers = (
+        peers = tuple(
             memory if rank == handle.rank else handle.get_buffer(rank, size, torch.uint8)
             for rank in range(handle.world_size)
         )
-        return Allocation(memory=memory, address=tuple(handle.buffer_ptrs), peers=tuple(peers))
+        allocation = Allocation(memory=memory, address=tuple(handle.buffer_ptrs), peers=peers)
+        weakref.finalize(allocation, _let_go, peers).atexit = False
+        return allocation
+
+
+_kept: list[tuple[Tensor, ...]] = []
+
+
+def _let_go(memory: tuple[Tensor, ...]) -> None:
+    """Free symmetric memory, but while a graph is captured only the next time: torch ends a process
+    that does it then, and the garbage collector may come at any moment."""
+    if torch.cuda.is_current_stream_capturing():
+        _kept.append(memory)
+    else:
+        _kept.clear()
 
 
 class SymmetricHeap:

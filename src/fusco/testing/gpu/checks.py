@@ -11,7 +11,7 @@ import torch.distributed as dist
 import fusco
 from fusco.testing.cases import Case, device_of, draw, expect, expect_round_trip, sizes
 from fusco.testing.conformance import Check
-from fusco.testing.gpu.order import late_errors, other_streams, two_at_once
+from fusco.testing.gpu.order import closed, late_errors, other_streams, two_at_once
 from fusco.testing.gpu.plans import random_plans
 from fusco.testing.gpu.static import graphs, graphs_memory, graphs_overflow, overflow, static_rows
 from fusco.testing.gpu.trips import held_for_many_layers, random_trips, trips, tuple_of_four
@@ -227,6 +227,12 @@ GPU_CHECKS: tuple[Check, ...] = (
         name="late-errors",
         description="what a combine finds is raised by all ranks in the same call",
         fn=late_errors,
+        only="cuda",
+    ),
+    Check(
+        name="closed",
+        description="windows go when a Shuffle is closed",
+        fn=closed,
         only="cuda",
     ),
     Check(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -45,6 +47,32 @@ def late_errors(group: Group, engine: str) -> None:
             if last:
                 _expect_error(partial(_dispatch, shuffle, inputs, rank))
             expect_round_trip(shuffle, inputs, rank)
+
+
+def closed(group: Group, engine: str) -> None:
+    """A Shuffle that is closed has given its windows back, and needs no garbage collector for that,
+    also where an error is kept whose frames hold it. What is dropped in a capture does no harm."""
+    rank = dist.get_rank(group)
+    inputs = draw(_case(group, engine))
+    gc.disable()
+    try:
+        with inputs.case.shuffle(group, engine) as shuffle:
+            window = weakref.ref(cast(Any, shuffle)._engine._works.session.window.memory)
+            d = _dispatch(shuffle, inputs, rank)
+            outputs = inputs.outputs[rank]
+            try:
+                shuffle.combine(torch.cat((outputs, outputs.new_ones(1, *outputs.shape[1:]))), d)
+            except fusco.InputError as error:
+                kept = error
+        expect("rows" in str(kept), f"another error: {kept}")
+        expect(window() is None, "the window of a closed Shuffle is still there")
+    finally:
+        gc.enable()
+    with inputs.case.shuffle(group, engine) as shuffle:
+        held = [_dispatch(shuffle, inputs, rank)]
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        held.clear()
+        inputs.outputs[rank].sum()
 
 
 def two_at_once(group: Group, engine: str) -> None:
