@@ -2,8 +2,8 @@
 
     PYTHONPATH=src python3 benchmarks/gpu_kernels.py --output FILE
 
-By torch's profiler, of dispatch and combine, and of both with their backwards. Between two kernels
-the host was late. Needs torch with CUDA, cuda-core and numpy, and a GPU a rank.
+By torch's profiler, of dispatch and combine, and of both with their backwards. Needs torch with
+CUDA, cuda-core and numpy, and a GPU a rank.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from fusco.machine import append_jsonl, circumstances, num_cores
 from fusco.testing.ranks import RankPool
 
 KERNELS = ("plan", "dispatch", "combine")
+"""Of the engine `cuda`; what else runs, little beside them, is left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class Run:
 
     kernel: str
     begin_us: float
-    us: float
+    duration_us: float
 
 
 LOADS = (
@@ -75,11 +76,14 @@ def measure(rank: int, config: BenchConfig, load: Load) -> list[list[Run]]:
         run(config.warmup)
         with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
             run(config.iterations)
-    return iterations(
+    found = iterations(
         (event.name, event.time_range.start, event.time_range.end)
         for event in profiler.events()
         if event.device_type == torch.autograd.DeviceType.CUDA
     )
+    if not any(found):
+        raise RuntimeError("torch's profiler saw no kernel of fusco; is CUPTI there?")
+    return found
 
 
 def iterations(kernels: Iterable[tuple[str, float, float]]) -> list[list[Run]]:
@@ -95,7 +99,7 @@ def iterations(kernels: Iterable[tuple[str, float, float]]) -> list[list[Run]]:
             origin = end
             found.append([])
         elif name in KERNELS and found:
-            found[-1].append(Run(kernel=name, begin_us=begin - origin, us=end - begin))
+            found[-1].append(Run(kernel=name, begin_us=begin - origin, duration_us=end - begin))
     return found
 
 
@@ -104,9 +108,9 @@ def records(
 ) -> list[dict[str, Any]]:
     """One for each kernel of each rank: medians over the iterations that had all kernels."""
     found = []
-    for rank, its in enumerate(ranks):
-        usual = max(len(runs) for runs in its)
-        whole = [runs for runs in its if len(runs) == usual]
+    for rank, found_there in enumerate(ranks):
+        usual = max(len(runs) for runs in found_there)
+        whole = [runs for runs in found_there if len(runs) == usual]
         for number, runs in enumerate(zip(*whole, strict=True)):
             found.append(
                 {
@@ -115,8 +119,8 @@ def records(
                     "number": number,
                     "kernel": runs[0].kernel,
                     "begin_us": _median(run.begin_us for run in runs),
-                    "p50_us": _median(run.us for run in runs),
-                    "min_us": round(min(run.us for run in runs), 1),
+                    "p50_us": _median(run.duration_us for run in runs),
+                    "min_us": round(min(run.duration_us for run in runs), 1),
                     "iterations": len(runs),
                     **facts,
                 }

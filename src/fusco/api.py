@@ -61,8 +61,9 @@ class Shuffle:
             expert receives nothing (`expert_offsets` and `tokens_per_expert` are 0, the rows are
             not written), sums are 0, and `synchronize` raises on every rank. Captured outputs
             belong to the memory pool of their graph, as tensors of torch do: graphs that share one
-            (`pool=`) use the same memory, others never, and it is theirs until the Shuffle is
-            closed. None: outputs have as many rows as arrive. "cuda" only.
+            (`pool=`) use the same memory, others never. It stays the pool's until the Shuffle is
+            closed, so share one to capture again and again. None: outputs have as many rows as
+            arrive. "cuda" only.
         num_sms: the most multiprocessors of a GPU that an operation takes; None: all.
         ablation: mechanisms to switch off, for measurements.
 

@@ -30,17 +30,19 @@ def test_an_iteration_begins_at_the_barrier(module: ModuleType) -> None:
     found = module.iterations([*second, *first])
     assert found == [
         [
-            module.Run(kernel="plan", begin_us=2.0, us=3.0),
-            module.Run(kernel="dispatch", begin_us=5.5, us=4.5),
+            module.Run(kernel="plan", begin_us=2.0, duration_us=3.0),
+            module.Run(kernel="dispatch", begin_us=5.5, duration_us=4.5),
         ],
-        [module.Run(kernel="plan", begin_us=0.5, us=0.5)],
+        [module.Run(kernel="plan", begin_us=0.5, duration_us=0.5)],
     ]
 
 
 def test_records_leave_out_iterations_that_lack_a_kernel(module: ModuleType) -> None:
     def runs(*us: float) -> list[object]:
         kernels = zip(("plan", "dispatch"), us, strict=False)
-        return [module.Run(kernel=name, begin_us=10 * each, us=each) for name, each in kernels]
+        return [
+            module.Run(kernel=name, begin_us=10 * each, duration_us=each) for name, each in kernels
+        ]
 
     load = module.Load(num_tokens=128, mode="eager")
     ranks = [[runs(1, 2), runs(3), runs(3, 6), runs(2, 4)], [runs(5, 7)]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from copy import copy
 from types import SimpleNamespace
@@ -104,24 +105,44 @@ def test_who_has_raised_before_the_others_raises_again_with_them() -> None:
     assert str(wrong.error()) == str(WRONG.error)
 
 
-def test_errors_that_are_kept_hold_no_frames() -> None:
-    right, wrong = two_ranks()
-    error = input_error("combine", "rows", got="2", expected="3", remedy="count them")
-    wrong.failures.remember(TICKET, WRONG._replace(error=error))
+def test_what_a_wrong_rank_raises_at_once_is_not_kept() -> None:
+    _, wrong = two_ranks()
 
-    def fail() -> weakref.ref[Board]:
+    def publish(call: Call) -> None:
+        wrong.failures.remember(TICKET, call)
+        wrong.failures.raise_own(TICKET, call, all_settle=False)
+
+    def check() -> None:
+        assert WRONG.error is not None
+        try:
+            raise copy(WRONG.error)
+        except InputError as error:
+            publish(WRONG._replace(error=error))
+
+    assert leaves_nothing(check)
+
+
+def test_what_is_raised_later_is_not_kept() -> None:
+    for rank in reversed(two_ranks()):
+        assert leaves_nothing(rank.failures.raise_pending)
+        rank.fail(Verdict.STALE, ticket=TICKET + 1)
+        assert leaves_nothing(rank.failures.raise_pending)
+
+
+def leaves_nothing(fail: Callable[[], None]) -> bool:
+    """Whether the frames that an error has passed go when it does."""
+
+    def run() -> weakref.ref[Board]:
         local = Board()
         with suppress(InputError):
-            wrong.failures.raise_own(TICKET, WRONG._replace(error=copy(error)), all_settle=False)
-        for rank in (right, wrong, wrong):
-            with suppress(InputError):
-                rank.failures.raise_pending()
-            rank.fail(Verdict.STALE, ticket=TICKET + 1)
+            fail()
         return weakref.ref(local)
 
-    local = fail()
-    gc.collect()
-    assert local() is None
+    gc.disable()
+    try:
+        return run()() is None
+    finally:
+        gc.enable()
 
 
 def test_a_wrong_call_after_a_failure_leaves_it_pending() -> None:

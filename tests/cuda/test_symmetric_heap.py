@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusco.engines.cuda import graphs
+from fusco.engines.cuda import graphs, window
 from fusco.engines.cuda.graphs import CapturedHeaps
 from fusco.engines.cuda.window import Allocation, Span, SymmetricHeap
 from fusco.layout.compact import BLOCK_ALIGNMENT
@@ -83,7 +86,7 @@ def test_blocks_never_overlap(steps: list[tuple[bool, int]]) -> None:
 
 
 def test_the_parts_of_a_captured_block_return_for_graphs_of_the_same_pool() -> None:
-    heap, home = make((4096,)), Heap()
+    heap, home = make((4096,)), Heap(alignment=BLOCK_ALIGNMENT)
     block = heap.reserve(1024, home)
     home.release(Block(block.base, 896))
     assert heap.reserve(1024, home).base == block.base + 1024
@@ -108,6 +111,48 @@ def test_graphs_share_a_heap_where_they_share_a_pool(monkeypatch: pytest.MonkeyP
         assert captured.of(current) is heaps[-1]
     assert heaps[0] is heaps[2]
     assert len(set(map(id, heaps))) == 4
+
+
+def test_the_pool_of_a_capture_is_that_of_what_is_allocated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    address = 4096
+    segments = [{"address": 4096, "total_size": 1024, "segment_pool_id": (0, 7)}]
+    probe = SimpleNamespace(data_ptr=lambda: address)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: probe)
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    device = torch.device("cpu")
+    assert graphs.captured_pool(device) == (0, 7)
+    address += 1024
+    assert graphs.captured_pool(device) is None
+    segments.append({"address": 5120, "total_size": 1024, "segment_pool_id": (0, 0)})
+    assert graphs.captured_pool(device) is None
+
+    def refuse() -> None:
+        raise RuntimeError("cudaMallocAsync does not yet support snapshots")
+
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", refuse)
+    assert graphs.captured_pool(device) is None
+
+
+def test_memory_that_goes_in_a_capture_is_freed_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_capturing = True
+
+    def look() -> bool:
+        if is_capturing is None:
+            raise RuntimeError("the device is broken")
+        return is_capturing
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", look)
+    memory = [torch.empty(64) for _ in range(3)]
+    refs = [weakref.ref(each) for each in memory]
+    window._let_go(memory.pop(0))
+    is_capturing = None
+    window._let_go(memory.pop(0))
+    assert all(ref() is not None for ref in refs)
+    is_capturing = False
+    window._let_go(memory.pop(0))
+    assert all(ref() is None for ref in refs)
 
 
 def test_a_block_is_kept_by_the_arrays_over_it() -> None:

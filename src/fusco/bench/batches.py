@@ -53,8 +53,8 @@ class Outputs:
             self._rows.clear()
 
     def rows(self, num_rows: int) -> Tensor:
-        """So many of the rows that are there from an earlier `of`; a tensor that is there too when
-        it is asked for again, inside the clock."""
+        """So many of the rows that are there from an earlier `of`; cached, for slicing takes time
+        inside the clock."""
         rows = self._rows.get(num_rows)
         if rows is None:
             rows = self._rows[num_rows] = self._memory[:num_rows]

@@ -267,7 +267,7 @@ class Dispatcher:
                 "graph captured before"
             )
         session.grow(call.operation.text, need)
-        return _Room(heap.free.reserve(need), home)
+        return _Room(heap.free.reserve(need), heap.free)
 
     def _make_room(self, call: Call, room: _Room, report: Report) -> None:
         room.home.release(room.block)

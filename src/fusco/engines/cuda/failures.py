@@ -54,8 +54,8 @@ class Failures:
         self._bulletin = bulletin
         self._told = told
         self._pending = pending
-        # NOTE: errors that are kept are copies of those that are raised, which hold the frames that
-        # they have passed, with all tensors there, and this object.
+        # NOTE: what is raised is never what is kept, for it holds the frames that it has passed,
+        # with all tensors there, and this object.
         self._calls: deque[tuple[int, Call]] = deque(maxlen=_REMEMBERED)
         self._last: FuscoError | None = None
         self._has_warned = False
@@ -90,10 +90,9 @@ class Failures:
         self.raise_lost()
         if not self.is_pending:
             return
-        error = self._error_of(self._read())
-        self._last = copy(error)
+        self._last = self._error_of(self._read())
         self._settle()
-        raise error
+        raise copy(self._last)
 
     def raise_reported(self) -> NoReturn:
         """Raise what a kernel has reported; what it tells may be a moment behind the report."""
@@ -134,7 +133,7 @@ class Failures:
             self._settle()
         elif all_settle:
             self.raise_pending()
-        raise call.error
+        raise copy(call.error)
 
     def close(self) -> None:
         """Tell the others what they will ask for, if this rank leaves before it has raised."""
@@ -194,7 +193,7 @@ class Failures:
             )
         if failure.verdict == Verdict.STALE:
             # What others have still to raise is what this rank has raised last.
-            return copy(self._last) or DisagreementError(
+            return self._last or DisagreementError(
                 f"{operation}: not carried out, for a rank has still to raise an earlier error"
             )
         return self._disagreement(failure)
@@ -204,7 +203,7 @@ class Failures:
         rank, num_ranks = world.topology.rank, world.topology.num_ranks
         self._post(failure, call)
         if call.error is not None:
-            return copy(call.error)
+            return call.error
         letters = [self._bulletin.read(_topic(failure), each) for each in range(num_ranks)]
         records = np.zeros((num_ranks, HEADER), dtype=np.int64)
         records[:, Field.STATUS] = [int(letter[0]) for letter in letters]

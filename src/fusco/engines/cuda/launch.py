@@ -30,8 +30,10 @@ class Launcher:
         shared_bytes: int = 0,
     ) -> None:
         from cuda.bindings import driver
+        from cuda.core import Device
 
-        function, _ = _load(variant, device)
+        Device(device).set_current()
+        function, self._module = _load(variant, device)
         if shared_bytes:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             checked(driver.cuFuncSetAttribute(function, attribute, shared_bytes))
@@ -51,14 +53,13 @@ class Launcher:
             raise RuntimeError(f"cuLaunchKernel: CUDA driver error {error}")
 
 
-# Once for all Shuffles, and for good: what is being captured does not survive unloading.
 @functools.cache
 def _load(variant: jit.Variant, device: int) -> tuple[Any, Any]:
-    """A kernel's function, and the module that holds it."""
+    """A kernel's function on the current device, and the module that holds it."""
     from cuda.bindings import driver
-    from cuda.core import Device, ObjectCode
+    from cuda.core import ObjectCode
 
-    Device(device).set_current()
+    # NOTE: for good. A capture fails if a module is unloaded meanwhile.
     module = ObjectCode.from_cubin(jit.cubin(variant, architecture(device)))
     return checked(driver.cuKernelGetFunction(module.get_kernel(variant.name).handle)), module
 

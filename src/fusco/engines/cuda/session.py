@@ -185,7 +185,8 @@ class Session:
         record = self.call
         if call is not self._last_call:
             _, record.operation, record.status, record.plan, record.signature, _, _ = call.head(0)
-            self._last_call = call
+            # An error would hold frames, and so this object.
+            self._last_call = call if call.error is None else None
         record.chunk, record.base = divmod(block.base, CHUNK_SPAN)
         record.capacity = block.size
         record.ticket = ticket
@@ -218,7 +219,6 @@ class Session:
             raise call.error  # nothing of a capture has run, so nobody waits
         stream = self.order.begin()
         ticket = self.describe(call, NOTHING)
-        self._last_call = None  # with an error, which holds frames and so this object
         self._say(stream, 1, _SAY_THREADS)
         torch.cuda.current_stream().synchronize()
         all_settle = not call.operation.sums and self.world.max_recv_tokens is None
@@ -302,9 +302,9 @@ class Session:
         # Kernels still report, each within a bound; a broken device has nothing to wait for.
         with suppress(RuntimeError):
             self._wait()
-        self.failures.close()
         # At once, even if an error that somebody keeps holds this object.
         del self.window, self.heap
+        self.failures.close()
 
     def _wait(self) -> None:
         """For all operations, also those that a replayed graph has put on the current stream."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -87,6 +88,7 @@ class TorchAllocator(Allocator):
     def allocate(self, num_bytes: int) -> Tensor:
         import torch.distributed._symmetric_memory as symmetric_memory
 
+        _let_go()
         return symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=self._device)
 
     def connect(self, memory: Tensor) -> Allocation:
@@ -96,26 +98,28 @@ class TorchAllocator(Allocator):
         handle = _SymmetricMemory.rendezvous(memory, self._name)
         assert handle is not None, "every rank of the group takes part"
         size = (memory.numel(),)
-        # The own part is the memory itself: all mappings end when nothing holds that.
-        peers = tuple(
-            memory if rank == handle.rank else handle.get_buffer(rank, size, torch.uint8)
+        region = Region(memory.data_ptr(), size, "|u1")
+        weakref.finalize(region, _let_go, memory).atexit = False
+        own = torch.as_tensor(region, device=self._device)
+        # All mappings end when nothing holds the own part.
+        peers = (
+            own if rank == handle.rank else handle.get_buffer(rank, size, torch.uint8)
             for rank in range(handle.world_size)
         )
-        allocation = Allocation(memory=memory, address=tuple(handle.buffer_ptrs), peers=peers)
-        weakref.finalize(allocation, _let_go, peers).atexit = False
-        return allocation
+        return Allocation(memory=own, address=tuple(handle.buffer_ptrs), peers=tuple(peers))
 
 
-_kept: list[tuple[Tensor, ...]] = []
+_waiting: list[Tensor] = []
+"""Symmetric memory to free as soon as that does no harm."""
 
 
-def _let_go(memory: tuple[Tensor, ...]) -> None:
-    """Free symmetric memory, but while a graph is captured only the next time: torch ends a process
-    that does it then, and the garbage collector may come at any moment."""
-    if torch.cuda.is_current_stream_capturing():
-        _kept.append(memory)
-    else:
-        _kept.clear()
+def _let_go(*memory: Tensor) -> None:
+    """Free symmetric memory, and what waits. torch ends a process that does it while a graph is
+    captured, or with a device that is broken; what the current stream shows of that is heeded."""
+    _waiting.extend(memory)
+    with suppress(RuntimeError):  # of a broken device
+        if not torch.cuda.is_current_stream_capturing():
+            _waiting.clear()
 
 
 class SymmetricHeap:
@@ -176,14 +180,29 @@ class SymmetricHeap:
         return tensor if tensor.dtype == dtype else tensor.view(dtype)
 
 
-class Span:
-    """A block of a heap as memory that a tensor or an array can be made of. It returns to the heap
-    when the last of these is gone.
+class Region:
+    """Memory that a tensor or an array can be made of; these keep it.
 
     Args:
         address: where it is.
         shape: of the tensor.
         kind: the type of its elements, as the interface names it.
+    """
+
+    def __init__(self, address: int, shape: tuple[int, ...], kind: str) -> None:
+        self.__cuda_array_interface__ = self.__array_interface__ = {
+            "version": 3,
+            "typestr": kind,
+            "shape": shape,
+            "data": (address, False),
+        }
+
+
+class Span(Region):
+    """A block of a heap, to which it returns when the last tensor or array over it is gone.
+
+    Args:
+        address, shape, kind: see `Region`.
         block: what returns.
         heap: where it returns to.
         memory: whose part it is, kept until then.
@@ -198,13 +217,8 @@ class Span:
         heap: Heap,
         memory: object,
     ) -> None:
+        super().__init__(address, shape, kind)
         self._block, self._heap, self._memory = block, heap, memory
-        self.__cuda_array_interface__ = self.__array_interface__ = {
-            "version": 3,
-            "typestr": kind,
-            "shape": shape,
-            "data": (address, False),
-        }
 
     def __del__(self) -> None:
         self._heap.release(self._block)

@@ -60,6 +60,7 @@ def closed(group: Group, engine: str) -> None:
             window = weakref.ref(cast(Any, shuffle)._engine._works.session.window.memory)
             d = _dispatch(shuffle, inputs, rank)
             outputs = inputs.outputs[rank]
+            kept = None
             try:
                 shuffle.combine(torch.cat((outputs, outputs.new_ones(1, *outputs.shape[1:]))), d)
             except fusco.InputError as error:

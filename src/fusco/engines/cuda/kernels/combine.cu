@@ -59,7 +59,8 @@ extern "C" __global__ void __launch_bounds__(kPipelines * kPipelineWarps * kWarp
       pipeline.empty[i].init(kSummers);
     }
     for (int i = 0; i < kSenders * kBuffers; ++i) {
-      // By all threads that touch the sums, for tools that look for races know no __syncwarp.
+      // By every thread that touches sums: one lane after a __syncwarp would do, but racecheck does
+      // not follow that.
       pipeline.sum_full[i].init(kSummingThreads);
       pipeline.sum_empty[i].init(kWarp);
     }
