@@ -102,6 +102,16 @@ def test_no_group(pool: RankPool, host_engine: str) -> None:
         assert all("group" in text for text in errors)
 
 
+def test_an_allocator_without_symmetric_memory_has_no_cuda_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+    (found,) = [each for each in probe() if each.name == "cuda"]
+    assert not found.available
+    assert "PYTORCH_ALLOC_CONF" in found.reason
+
+
 def test_an_unknown_processor_has_no_cpu_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "abacus")
     (found,) = [each for each in probe() if each.name == "cpu"]
