@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from fusco.engines.cuda import graphs, window
 from fusco.engines.cuda.graphs import CapturedHeaps
-from fusco.engines.cuda.window import Allocation, Span, SymmetricHeap
+from fusco.engines.cuda.window import Allocation, SymmetricHeap
 from fusco.layout.compact import BLOCK_ALIGNMENT
 from fusco.layout.heap import CHUNK_SPAN, Block, Heap
+from fusco.layout.spans import Span
 
 NUM_RANKS = 2
 CHUNKS = (4096, 1024, 8192)

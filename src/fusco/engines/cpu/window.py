@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fusco.layout.heap import Block, Heap, align
+from fusco.layout.spans import Span
 
 _GROWTH = 1.25
 
@@ -93,7 +94,8 @@ class Window:
 
     def as_tensor(self, block: Block, num_bytes: int) -> Tensor:
         """uint8 `[num_bytes]` at the head of a block, which returns to the heap with the tensor."""
-        span = _Span(self.mapping, self.heap, block, num_bytes)
+        at = self.address_of(block)
+        span = Span(at, (num_bytes,), "|u1", block, self.heap, self.mapping)
         return torch.from_numpy(np.asarray(span))
 
     def find(self, tensor: Tensor) -> int:
@@ -115,21 +117,3 @@ class Window:
     def close(self) -> None:
         """Close the file; mapped memory stays for the tensors that use it."""
         os.close(self.mapping.file)
-
-
-class _Span:
-    """Bytes of a mapping, kept alive by whoever keeps an array of them."""
-
-    def __init__(self, mapping: Mapping, heap: Heap, block: Block, num_bytes: int) -> None:
-        self._mapping = mapping
-        self._heap = heap
-        self._block = block
-        self.__array_interface__ = {
-            "version": 3,
-            "typestr": "|u1",
-            "shape": (num_bytes,),
-            "data": (mapping.address + block.base, False),
-        }
-
-    def __del__(self) -> None:
-        self._heap.release(self._block)

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from fusco.engines.base import World
 from fusco.engines.cuda.streams import Order
-from fusco.engines.cuda.window import Span, TorchAllocator
+from fusco.engines.cuda.window import TorchAllocator
 from fusco.layout.blocks import Ints
 from fusco.layout.heap import CHUNK_SPAN, Block, Heap
+from fusco.layout.spans import Span
 from fusco.topology import Topology
 from fusco.transports.bulletin import Bulletin
 

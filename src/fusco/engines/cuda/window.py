@@ -17,6 +17,7 @@ from fusco.engines.cuda.graphs import CapturedHeaps
 from fusco.errors import WindowMemoryError
 from fusco.layout.compact import BLOCK_ALIGNMENT
 from fusco.layout.heap import CHUNK_SPAN, Block, Heap
+from fusco.layout.spans import Region, Span
 from fusco.topology import Topology
 from fusco.transports.bulletin import Bulletin
 from fusco.transports.renumbered import RenumberedStore
@@ -178,47 +179,3 @@ class SymmetricHeap:
         span = Span(chunk.base + start, shape, kind, block, home, chunk)
         tensor = torch.as_tensor(span, device=self._device)
         return tensor if tensor.dtype == dtype else tensor.view(dtype)
-
-
-class Region:
-    """Memory that a tensor or an array can be made of; these keep it.
-
-    Args:
-        address: where it is.
-        shape: of the tensor.
-        kind: the type of its elements, as the interface names it.
-    """
-
-    def __init__(self, address: int, shape: tuple[int, ...], kind: str) -> None:
-        self.__cuda_array_interface__ = self.__array_interface__ = {
-            "version": 3,
-            "typestr": kind,
-            "shape": shape,
-            "data": (address, False),
-        }
-
-
-class Span(Region):
-    """A block of a heap, to which it returns when the last tensor or array over it is gone.
-
-    Args:
-        address, shape, kind: see `Region`.
-        block: what returns.
-        heap: where it returns to.
-        memory: whose part it is, kept until then.
-    """
-
-    def __init__(
-        self,
-        address: int,
-        shape: tuple[int, ...],
-        kind: str,
-        block: Block,
-        heap: Heap,
-        memory: object,
-    ) -> None:
-        super().__init__(address, shape, kind)
-        self._block, self._heap, self._memory = block, heap, memory
-
-    def __del__(self) -> None:
-        self._heap.release(self._block)

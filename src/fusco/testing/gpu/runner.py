@@ -59,6 +59,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="names of checks, or parts of them, by comma")
     parser.add_argument("--no-faults", action="store_true", help="end no rank on purpose")
     parser.add_argument("--output", type=Path, help="append a record here, as a JSON line")
+    parser.add_argument("--tool", help="under which this runs, for the record")
     parser.add_argument("--commit", help="what the record says instead of what git says here")
     arguments = parser.parse_args()
     # A check that fails on one rank must not hold up the others for long.
@@ -94,6 +95,7 @@ def main() -> int:
             "nodes": arguments.nodes,
             "ranks_by_copies": rounds,
             "only": wanted,
+            "tool": arguments.tool,
             "seconds": round(time.monotonic() - began, 1),
             **circumstances("cuda" if torch.cuda.is_available() else "cpu", arguments.commit),
         }
