@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
+import fusco
 from fusco.engines.base import ENGINES
 from fusco.testing.cases import Case, draw, expect, expect_same
+from fusco.testing.compiled import expect_compiled
 from fusco.testing.ranks import RankPool, subgroup
 
 CASE = Case(num_tokens=(5, 7), hidden_size=8, top_k=2, num_experts=4)
@@ -101,32 +103,52 @@ def test_checkpointing(pool: RankPool, host_engine: str) -> None:
 
 
 def check_compile(rank: int, engine: str) -> None:
-    """Under torch.compile, the layer gives the same sums and gradients."""
     group = subgroup((0, 1))
-    if group is None:
-        return
-    inputs = draw(CASE)
-    with CASE.shuffle(group, engine) as shuffle:
-
-        def layer(rows: Tensor, idx: Tensor, weights: Tensor) -> Tensor:
-            d = shuffle.dispatch(rows, idx, weights)
-            assert isinstance(d.tokens, Tensor)
-            return shuffle.combine(d.tokens * 2, d)
-
-        traced = torch.compile(layer, backend="aot_eager")
-        results = []
-        for fn in (layer, traced):
-            leaf = inputs.x[rank].clone().requires_grad_()  # type: ignore[union-attr]
-            weights = inputs.weights_of(rank)
-            assert weights is not None
-            y = fn(leaf, inputs.topk_idx[rank], weights)
-            y.square().sum().backward()
-            assert leaf.grad is not None
-            results.append((y.detach(), leaf.grad))
-    expect(len(results) == 2, "both ran")
-    expect_same(results[1][0], results[0][0], "sums")
-    expect_same(results[1][1], results[0][1], "gradients")
+    if group is not None:
+        expect_compiled(CASE, group, engine)
+        expect_compiled(replace(CASE, num_tokens=(5, 0)), group, engine)
 
 
 def test_compile(pool: RankPool, host_engine: str) -> None:
     pool.run(check_compile, host_engine)
+
+
+def check_mistakes_of_compiled(rank: int, engine: str) -> None:
+    """What only a run shows is raised on all ranks, and the next call works."""
+    group = subgroup((0, 1))
+    if group is None:
+        return
+    inputs = draw(CASE)
+    rows, idx = inputs.x[rank], inputs.topk_idx[rank]
+    assert isinstance(rows, Tensor)
+    with CASE.shuffle(group, engine) as shuffle, CASE.shuffle(group, engine) as other:
+
+        def plans_of_another(rows: Tensor, idx: Tensor) -> Tensor:
+            d = other.dispatch(rows, idx)
+            return shuffle.combine(rows, shuffle.dispatch(rows, plan=d.plan))
+
+        def sums_of_another(rows: Tensor, idx: Tensor) -> Tensor:
+            d = other.dispatch(rows, idx)
+            return shuffle.combine(d.tokens, d)
+
+        def one_row_more(rows: Tensor, idx: Tensor) -> Tensor:
+            d = shuffle.dispatch(rows, idx)
+            return shuffle.combine(torch.cat((d.tokens, rows[:1])), d)
+
+        for layer, says in (
+            (plans_of_another, "plan of another Shuffle"),
+            (sums_of_another, "plan of another Shuffle"),
+            (one_row_more, "one for each row of d.tokens"),
+        ):
+            try:
+                torch.compile(layer, backend="aot_eager", fullgraph=True)(rows, idx)
+            except fusco.InputError as error:
+                expect(says in str(error), f"{says} is not in: {error}")
+            else:
+                raise AssertionError(f"{layer.__name__} raised nothing")
+        d = shuffle.dispatch(rows, idx)
+        expect(bool(shuffle.combine(d.tokens, d).isfinite().all()), "what is right works again")
+
+
+def test_mistakes_of_compiled(pool: RankPool, host_engine: str) -> None:
+    pool.run(check_mistakes_of_compiled, host_engine)

@@ -17,7 +17,6 @@ from fusco import eager, fakes, ops  # noqa: F401 - fakes are for tracers
 from fusco.checks import Limits
 from fusco.configuration import Configuration
 from fusco.engines import make_engine
-from fusco.engines.agreement import Call
 from fusco.engines.base import ENGINES, Engine, World
 from fusco.errors import EngineUnavailableError, InputError, closed_error
 from fusco.groups import resolve_group
@@ -25,7 +24,7 @@ from fusco.layout.records import Operation
 from fusco.meeting import meet
 from fusco.profiling import stage
 from fusco.topology import Topology
-from fusco.types import Ablation, AnyRows, Dispatched, Plan, Stats, as_tuple, like
+from fusco.types import Ablation, AnyRows, Dispatched, Plan, Rows, Stats, as_tuple, like
 
 _KEYS = itertools.count()
 Result = TypeVar("Result")
@@ -145,16 +144,7 @@ class Shuffle:
                 "max_recv_tokens, or use engine='cuda'"
             )
         self._engine: Engine = make_engine(meeting.engine, world)
-        self._limits = Limits(
-            top_k=top_k,
-            max_tokens=max_tokens,
-            row_bytes=world.row_bytes,
-            row_unit_bytes=self._engine.row_unit_bytes,
-            max_parts=self._engine.max_parts,
-            device_types=self._engine.device_types,
-            device=self._engine.device,
-            key=self._key,
-        )
+        self._limits = Limits.of(self._engine)
         self._accepted: set[tuple[Any, ...]] = set()
         ENGINES[self._key] = self._engine
 
@@ -241,15 +231,9 @@ class Shuffle:
         self._require_open()
         got: Sequence[Tensor]
         with stage("dispatch"):
-            key = None if plan is not None else _form_of(x, topk_idx, topk_weights)
-            if key is None or key not in self._accepted:
-                try:
-                    self._limits.check_dispatch(x, topk_idx, topk_weights, plan)
-                except InputError as error:
-                    planned = Operation.DISPATCH_PLANNED
-                    operation = Operation.DISPATCH if plan is None else planned
-                    self._raise_everywhere(Call(operation=operation, error=error))
-                self._accept(key)
+            # What is in a plan no compiler knows: then the operators check.
+            if plan is None or not torch.compiler.is_compiling():
+                self._check_dispatch(x, topk_idx, topk_weights, plan)
             rows = as_tuple(x)
             grads = ops.wanted_gradients(rows, topk_weights)
             if ops.is_eager((*rows, topk_idx, topk_weights)):
@@ -326,13 +310,8 @@ class Shuffle:
     ) -> AnyRows:
         self._require_open()
         with stage("combine"):
-            key = _form_of_outputs(expert_outputs, dispatched, self._key)
-            if key is None or key not in self._accepted:
-                try:
-                    self._limits.check_combine(expert_outputs, dispatched, weighted=weighted)
-                except InputError as error:
-                    self._raise_everywhere(Call(operation=Operation.COMBINE, error=error))
-                self._accept(key)
+            if not torch.compiler.is_compiling():
+                self._check_combine(expert_outputs, dispatched, weighted)
             rows = as_tuple(expert_outputs)
             row_weights = dispatched.row_weights if weighted else None
             anchor, has_graph = None, False
@@ -400,6 +379,32 @@ class Shuffle:
     ) -> None:
         self.close()
 
+    def _check_dispatch(
+        self, x: Rows, topk_idx: Tensor | None, topk_weights: Tensor | None, plan: Plan | None
+    ) -> None:
+        # A compiler checks once, and would compile anew for every form that is accepted.
+        is_other = plan is not None or torch.compiler.is_compiling()
+        form = None if is_other else _form_of(x, topk_idx, topk_weights)
+        if form is None or form not in self._accepted:
+            ops.check(
+                self._engine,
+                Operation.DISPATCH if plan is None else Operation.DISPATCH_PLANNED,
+                lambda: self._limits.check_dispatch(x, topk_idx, topk_weights, plan),
+            )
+            self._accept(form)
+
+    def _check_combine(
+        self, expert_outputs: Rows, dispatched: Dispatched[Any], weighted: bool
+    ) -> None:
+        form = _form_of_outputs(expert_outputs, dispatched, self._key)
+        if form is None or form not in self._accepted:
+            ops.check(
+                self._engine,
+                Operation.COMBINE,
+                lambda: self._limits.check_combine(expert_outputs, dispatched, weighted=weighted),
+            )
+            self._accept(form)
+
     def _accept(self, form: tuple[Any, ...] | None) -> None:
         if form is not None and len(self._accepted) < _MAX_ACCEPTED:
             self._accepted.add(form)
@@ -410,10 +415,6 @@ class Shuffle:
         with self._engine as engine:
             inputs = [each for each in tensors if each is not None]
             return engine.run_beside(operation, inputs)
-
-    def _raise_everywhere(self, call: Call) -> None:
-        with self._engine as engine:
-            engine.agree_on_error(call)
 
     def _require_open(self) -> None:
         if self._engine.is_closed:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusco.engines.base import Engine
 from fusco.errors import input_error
 from fusco.layout.segments import bytes_per_row
 from fusco.types import Dispatched, Plan, Rows, as_tuple
@@ -39,6 +40,21 @@ class Limits:
     device_types: tuple[str, ...]
     device: torch.device | None
     key: int
+
+    @classmethod
+    def of(cls, engine: Engine) -> Limits:
+        """What the engine of a Shuffle was made for."""
+        world = engine.world
+        return cls(
+            top_k=world.top_k,
+            max_tokens=world.max_tokens,
+            row_bytes=world.row_bytes,
+            row_unit_bytes=engine.row_unit_bytes,
+            max_parts=engine.max_parts,
+            device_types=engine.device_types,
+            device=engine.device,
+            key=world.key,
+        )
 
     def check_dispatch(
         self,
@@ -93,10 +109,15 @@ class Limits:
                 expected="what dispatch returned",
                 remedy="call combine(expert_outputs, d) with d = shuffle.dispatch(...)",
             )
-        self._check_plan("combine", dispatched.plan)
+        row_weights = dispatched.row_weights if weighted else None
+        self.check_sums(expert_outputs, row_weights, dispatched.plan)
+
+    def check_sums(self, expert_outputs: Rows, row_weights: Tensor | None, plan: Plan) -> None:
+        """The same, for who has the parts of what dispatch returned."""
+        self._check_plan("combine", plan)
         rows = self._check_rows("combine", "expert_outputs", expert_outputs)
-        num_rows = dispatched.plan.num_rows
-        _check_device("combine", "expert_outputs", rows[0], dispatched.plan.device)
+        num_rows = plan.num_rows
+        _check_device("combine", "expert_outputs", rows[0], plan.device)
         for each in rows:
             if each.dtype not in SUMMABLE:
                 raise input_error(
@@ -114,10 +135,9 @@ class Limits:
                     expected=f"{num_rows}, one for each row of d.tokens, padding included",
                     remedy="keep the order and number of d.tokens",
                 )
-        if not weighted:
+        if row_weights is None:
             return
-        row_weights = dispatched.row_weights
-        _check_device("combine", "row_weights", row_weights, dispatched.plan.device)
+        _check_device("combine", "row_weights", row_weights, plan.device)
         if row_weights.dtype != torch.float32 or row_weights.shape != (num_rows,):
             raise input_error(
                 "combine",

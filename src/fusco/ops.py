@@ -15,10 +15,11 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from fusco.checks import Limits
 from fusco.engines.agreement import Call
 from fusco.engines.base import ENGINES, Delivery, Engine, Returned
 from fusco.engines.ids import find_bad_id
-from fusco.errors import closed_error
+from fusco.errors import InputError, closed_error
 from fusco.layout.records import Operation
 from fusco.layout.segments import describe_format
 from fusco.types import Plan
@@ -72,6 +73,15 @@ def _not_traced(function: Callable[..., Any]) -> Callable[..., Any]:
         return untraced(*args)
 
     return call
+
+
+def check(engine: Engine, operation: Operation, arguments: Callable[[], None]) -> None:
+    """Raise on all ranks what a check of the arguments raises on this one."""
+    try:
+        arguments()
+    except InputError as error:
+        with engine:
+            engine.agree_on_error(Call(operation, error=error))
 
 
 def wanted_gradients(rows: Sequence[Tensor], weights: Tensor | None) -> str:
@@ -174,8 +184,14 @@ def dispatch_planned(
     grads: str,
 ) -> tuple[list[Tensor], Tensor]:
     """Run a plan again: rows `[T, ...]` to `[R, ...]`, row weights `[R]`."""
-    whole = Plan.from_tensors(plan)
-    got = run_dispatch(tuple(rows), whole, topk_weights, engine_of(shuffle), grads)
+    whole, engine = Plan.from_tensors(plan), engine_of(shuffle)
+    limits = Limits.of(engine)
+    check(
+        engine,
+        Operation.DISPATCH_PLANNED,
+        lambda: limits.check_dispatch(tuple(rows), None, topk_weights, whole),
+    )
+    got = run_dispatch(tuple(rows), whole, topk_weights, engine, grads)
     return list(got.rows), got.row_weights
 
 
@@ -193,8 +209,10 @@ def combine(
 ) -> list[Tensor]:
     """Sum rows `[R, ...]` to `[T, ...]`. `anchor` only ties the result to the dispatch, so that a
     rank whose experts had no rows, and hence no graph, takes part in the backward too."""
-    whole = Plan.from_tensors(plan)
-    return list(run_combine(tuple(rows), row_weights, whole, engine_of(shuffle), grads).sums)
+    whole, engine = Plan.from_tensors(plan), engine_of(shuffle)
+    limits = Limits.of(engine)
+    check(engine, Operation.COMBINE, lambda: limits.check_sums(tuple(rows), row_weights, whole))
+    return list(run_combine(tuple(rows), row_weights, whole, engine, grads).sums)
 
 
 def run_combine(

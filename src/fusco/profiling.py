@@ -16,8 +16,10 @@ _NOTHING = nullcontext()
 def stage(name: str) -> AbstractContextManager[Any]:
     """A profiler range `fusco::<name>`."""
     # NOTE: entering a range costs microseconds also while no profiler runs; torch has no public
-    # way to ask whether one does.
-    return record_function(f"fusco::{name}") if torch._C._autograd._profiler_enabled() else _NOTHING
+    # way to ask whether one does, and a compiler cannot ask at all.
+    if torch.compiler.is_compiling() or not torch._C._autograd._profiler_enabled():
+        return _NOTHING
+    return record_function(f"fusco::{name}")
 
 
 @dataclass(frozen=True, kw_only=True)

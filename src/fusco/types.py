@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -387,32 +387,35 @@ class SlicedPlan(Plan):
     def unflatten(cls, flat: Sequence[Tensor]) -> SlicedPlan:
         """The inverse of `to_tensors`."""
         rest = iter(flat)
-        parts: dict[str, type[Leg | Arrival | Partials]] = {
-            "near": Leg,
-            "far": Leg,
-            "received": Arrival,
-            "partials": Partials,
-        }
         values: dict[str, Tensor | Leg | Arrival | Partials] = {}
-        for field in fields(cls):
-            part = parts.get(field.name)
-            values[field.name] = (
-                next(rest) if part is None else part(**{f.name: next(rest) for f in fields(part)})
+        for name, part, names in _SLICED_FIELDS:
+            values[name] = (
+                next(rest) if part is None else part(**{each: next(rest) for each in names})
             )
         return cls(**values)  # type: ignore[arg-type]
 
 
-NUM_COMPACT_TENSORS = len(fields(CompactPlan))
-_LEG_FIELDS = tuple(field.name for field in fields(Leg))
-_ARRIVAL_FIELDS = tuple(field.name for field in fields(Arrival))
-_HOP = len(_LEG_FIELDS) + len(_ARRIVAL_FIELDS)
-NUM_SLICED_TENSORS = (
-    len(fields(SlicedPlan))
-    - 4
-    + 2 * len(_LEG_FIELDS)
-    + len(_ARRIVAL_FIELDS)
-    + len(fields(Partials))
+def _names(kind: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind))
+
+
+_SLICED_PARTS: dict[str, type[Leg | Arrival | Partials]] = {
+    "near": Leg,
+    "far": Leg,
+    "received": Arrival,
+    "partials": Partials,
+}
+_SLICED_FIELDS = tuple(
+    (name, part, _names(part) if part else ())
+    for name in _names(SlicedPlan)
+    for part in (_SLICED_PARTS.get(name),)
 )
+"""Names and, of what is no tensor, types and names of tensors; compilers know no `fields`."""
+NUM_COMPACT_TENSORS = len(fields(CompactPlan))
+_LEG_FIELDS = _names(Leg)
+_ARRIVAL_FIELDS = _names(Arrival)
+_HOP = len(_LEG_FIELDS) + len(_ARRIVAL_FIELDS)
+NUM_SLICED_TENSORS = sum(len(names) or 1 for _, _, names in _SLICED_FIELDS)
 NUM_PLAN_TENSORS = {1: 4 + _HOP, 2: 4 + 3 * _HOP}
 """Length of `SegmentPlan.to_tensors()` for plans of one and of two levels."""
 

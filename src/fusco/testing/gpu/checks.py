@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 import fusco
 from fusco.testing.cases import Case, device_of, draw, expect, expect_round_trip, sizes
+from fusco.testing.compiled import expect_compiled
 from fusco.testing.conformance import Check
 from fusco.testing.gpu.order import closed, late_errors, other_streams, two_at_once
 from fusco.testing.gpu.plans import random_plans
@@ -30,7 +31,9 @@ Group = dist.ProcessGroup | None
 _NUM_SEEDS = 4
 
 
-def _gradients(**changes: Any) -> Callable[[Group, str], None]:
+def _gradients(
+    expect_all: Callable[[Case, Group, str], None] = expect_gradients, **changes: Any
+) -> Callable[[Group, str], None]:
     def check(group: Group, engine: str) -> None:
         tokens = changes.get("num_tokens", (9, 0, 20, 3))
         case = Case(
@@ -41,7 +44,7 @@ def _gradients(**changes: Any) -> Callable[[Group, str], None]:
             device=device_of(engine),
             **changes | {"num_tokens": sizes(tokens, group)},
         )
-        expect_gradients(case, group, engine)
+        expect_all(case, group, engine)
 
     return check
 
@@ -197,6 +200,11 @@ GPU_CHECKS: tuple[Check, ...] = (
         name="gradients-unweighted",
         description="gradients of plain sums",
         fn=_gradients(weighted=False),
+    ),
+    Check(
+        name="compiled",
+        description="a layer that torch.compile takes as one graph",
+        fn=_gradients(expect_compiled),
     ),
     Check(
         name="static-rows",

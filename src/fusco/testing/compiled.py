@@ -1,0 +1,38 @@
+"""A layer that torch.compile takes as one graph."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fusco.testing.cases import Case, draw, expect_same
+
+
+def expect_compiled(case: Case, group: dist.ProcessGroup | None, engine: str) -> None:
+    """Two dispatches of one plan and their combines, compiled without a break, give the same sums
+    and gradients.
+
+    Args:
+        case: with weights, of one tensor of rows.
+        group: as many ranks as the case has.
+        engine: the engine to check.
+    """
+    rank, inputs = dist.get_rank(group), draw(case)
+    rows, idx, weights = inputs.x[rank], inputs.topk_idx[rank], inputs.weights_of(rank)
+    assert isinstance(rows, Tensor)
+    assert weights is not None
+    with case.shuffle(group, engine) as shuffle:
+
+        def layer(rows: Tensor, idx: Tensor, weights: Tensor) -> Tensor:
+            d = shuffle.dispatch(rows, idx, weights)
+            again = shuffle.dispatch(rows * 3, topk_weights=weights, plan=d.plan)
+            return shuffle.combine(d.tokens * 2, d) + shuffle.combine(again.tokens, again)
+
+        results = []
+        for fn in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+            leaves = rows.clone().requires_grad_(), weights.clone().requires_grad_()
+            y = fn(leaves[0], idx, leaves[1])
+            results.append((y.detach(), *torch.autograd.grad(y.square().sum(), leaves)))
+    for name, one, other in zip(("sums", "gradient of x", "of weights"), *results, strict=True):
+        expect_same(other, one, f"{name}, compiled")
