@@ -19,6 +19,8 @@ JOINED = tuple(Reach(device=f"gpu-{rank}", backend="nccl") for rank in MEMBERS)
 APART = (*JOINED[:2], Reach(device="gpu-2", apart=["gpu-9", "gpu-0"], backend="nccl"))
 TWO_APART = (JOINED[0], Reach(device="gpu-1", apart=["gpu-0"], backend="nccl"), JOINED[2])
 NO_COMPILER = (JOINED[0], replace(JOINED[1], no_kernels="needs cuda.core"), JOINED[2])
+NO_WINDOWS = (JOINED[0], replace(JOINED[1], no_windows="needs memory"), JOINED[2])
+ONE_NO_WINDOWS = (*JOINED[:2], replace(JOINED[2], no_windows="needs memory"))
 NO_GPU = (JOINED[0], Reach(problem="needs a CUDA device", backend="nccl"), JOINED[2])
 GLOO = tuple(Reach(device=f"gpu-{rank}", backend="gloo") for rank in MEMBERS)
 
@@ -63,6 +65,8 @@ CASES = {
     "apart-nccl-only": (APART, "auto", {}, ("cuda",), "cpu:gloo,cuda:nccl"),
     "no-compiler": (NO_COMPILER, "auto", {}, BOTH, "cpu"),
     "no-compiler-asked": (NO_COMPILER, "cuda", {}, BOTH, "rank 1 needs cuda.core"),
+    "no-windows": (NO_WINDOWS, "auto", {}, BOTH, "cpu"),
+    "no-windows-asked": (NO_WINDOWS, "cuda", {}, BOTH, "rank 1 needs memory"),
 }
 NODES = ("0", "0", "1")
 BETWEEN_NODES = {
@@ -70,6 +74,8 @@ BETWEEN_NODES = {
     "joined-nccl-only": (JOINED, "auto", {}, ("cuda",), "two_level"),
     "no-compiler": (NO_COMPILER, "auto", {}, BOTH, "two_level"),
     "apart": (APART, "auto", {}, BOTH, "two_level"),
+    "no-windows-in-a-node": (NO_WINDOWS, "two_level", {}, BOTH, "rank 1 needs memory"),
+    "no-windows-of-one-alone": (ONE_NO_WINDOWS, "auto", {}, BOTH, "two_level"),
     "apart-in-a-node": (TWO_APART, "two_level", {}, BOTH, "rank 1 has no access to the memory"),
     "apart-in-a-node-nccl-only": (TWO_APART, "auto", {}, ("cuda",), "rank 1 has no access"),
     "ablation": (JOINED, "auto", {"ablation": {"fusion": False}}, BOTH, "two_level"),

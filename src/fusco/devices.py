@@ -17,7 +17,8 @@ class Reach:
 
     Attributes:
         problem: why no GPU can be used on this rank; empty: one can.
-        no_kernels: why the kernels of the CUDA engine cannot run there; empty: they can.
+        no_kernels: why the kernels of the CUDA engine cannot be compiled there; empty: they can.
+        no_windows: why there is no memory that other ranks' GPUs reach; empty: there is.
         device: the rank's GPU, by its UUID; empty where there is none.
         apart: UUIDs of visible GPUs whose memory that GPU cannot reach.
         backend: what sends the group's CUDA tensors, such as "nccl"; empty: nothing.
@@ -25,6 +26,7 @@ class Reach:
 
     problem: str = ""
     no_kernels: str = ""
+    no_windows: str = ""
     device: str = ""
     apart: Sequence[str] = ()
     backend: str = ""
@@ -35,13 +37,14 @@ def find_reach(group: dist.ProcessGroup, no_kernels: str) -> Reach:
 
     Args:
         group: the ranks.
-        no_kernels: why kernels cannot run in this process, if so.
+        no_kernels: why kernels cannot be compiled in this process, if so.
     """
     backend = cuda_backend(group)
     current = torch.cuda.current_device()
     others = [index for index in range(torch.cuda.device_count()) if index != current]
     return Reach(
         no_kernels=no_kernels,
+        no_windows=why_no_windows(),
         device=_uuid(current),
         apart=[
             _uuid(index)
@@ -49,6 +52,16 @@ def find_reach(group: dist.ProcessGroup, no_kernels: str) -> Reach:
             if not torch.cuda.can_device_access_peer(current, index)
         ],
         backend=backend,
+    )
+
+
+def why_no_windows() -> str:
+    """Why this process cannot share memory of its GPU; empty: it can."""
+    if torch.cuda.get_allocator_backend() != "cudaMallocAsync":
+        return ""
+    return (
+        "needs torch's symmetric memory, which does not go with its allocator cudaMallocAsync: "
+        "take that out of PYTORCH_ALLOC_CONF or PYTORCH_CUDA_ALLOC_CONF"
     )
 
 
@@ -60,6 +73,8 @@ def why_not_joined(reaches: Mapping[int, Reach]) -> str:
     for rank, reach in reaches.items():
         if reach.problem:
             return f"rank {rank} {reach.problem}"
+        if reach.no_windows and len(reaches) > 1:
+            return f"rank {rank} {reach.no_windows}"
     for rank, reach in reaches.items():
         for peer, other in reaches.items():
             if other.device in reach.apart:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from fusco import env
 from fusco.devices import Reach, find_reach, why_not_joined
-from fusco.engines import probe, why_no_cuda_engine
+from fusco.engines import missing_cuda_package, probe
 from fusco.errors import DisagreementError, EngineUnavailableError, InputError, input_error
 from fusco.groups import cuda_backend, group_device_types, group_timeout_s, resolve_timeout_s
 from fusco.transports.bulletin import Bulletin
@@ -144,7 +144,7 @@ def _reach(group: dist.ProcessGroup, asked: str) -> Reach:
     if asked == "cuda" or (asked in ("auto", "two_level") and cuda_backend(group) == "nccl"):
         if not torch.cuda.is_available():
             return Reach(problem="needs a CUDA device, and torch finds none")
-        return find_reach(group, why_no_cuda_engine())
+        return find_reach(group, missing_cuda_package())
     return Reach(problem="was not asked to use it")
 
 
@@ -224,8 +224,8 @@ def _why_no_cuda(
     if not all(greetings[0]["settings"].get("ablation", {}).values()):
         return "no mechanism of it can be switched off"
     for rank, reach in enumerate(reaches):
-        if reach.no_kernels:
-            return f"rank {rank} {reach.no_kernels}"
+        if why := reach.no_windows or reach.no_kernels:
+            return f"rank {rank} {why}"
     return why_not_joined(dict(enumerate(reaches)))
 
 

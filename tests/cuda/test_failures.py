@@ -88,8 +88,9 @@ def two_ranks(wrong: int = 1, **changes: Any) -> tuple[Rank, Rank]:
 
 def test_a_wrong_call_is_raised_by_all_with_its_rank() -> None:
     right, wrong = two_ranks()
-    with pytest.raises(InputError, match="count them"):
+    with pytest.raises(InputError, match="count them") as caught:
         wrong.failures.raise_own(TICKET, WRONG, all_settle=False)
+    assert caught.value.__suppress_context__, "it is told once"
     error = right.error()
     assert isinstance(error, InputError)
     assert "rank 1" in str(error)

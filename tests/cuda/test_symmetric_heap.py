@@ -16,7 +16,7 @@ from fusco.engines.cuda.graphs import CapturedHeaps
 from fusco.engines.cuda.window import Allocation, SymmetricHeap
 from fusco.layout.compact import BLOCK_ALIGNMENT
 from fusco.layout.heap import CHUNK_SPAN, Block, Heap
-from fusco.layout.spans import Span
+from fusco.layout.spans import Region, Span
 
 NUM_RANKS = 2
 CHUNKS = (4096, 1024, 8192)
@@ -144,15 +144,21 @@ def test_memory_that_goes_in_a_capture_is_freed_later(monkeypatch: pytest.Monkey
             raise RuntimeError("the device is broken")
         return is_capturing
 
+    def of_cpu(region: Region, device: torch.device) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(region))
+
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", look)
-    memory = [torch.empty(64) for _ in range(3)]
+    monkeypatch.setattr(torch, "as_tensor", of_cpu)
+    memory = [torch.empty(64, dtype=torch.uint8) for _ in range(3)]
     refs = [weakref.ref(each) for each in memory]
-    window._let_go(memory.pop(0))
+    leased = [window._lease(each)[1:] for each in memory]
+    del memory
+    leased.pop()
     is_capturing = None
-    window._let_go(memory.pop(0))
+    leased.pop()
     assert all(ref() is not None for ref in refs)
     is_capturing = False
-    window._let_go(memory.pop(0))
+    leased.pop()
     assert all(ref() is None for ref in refs)
 
 
@@ -160,10 +166,13 @@ def test_a_block_is_kept_by_the_arrays_over_it() -> None:
     heap = make((4096,))
     block = heap.free.reserve(1024)
     memory = np.arange(1024, dtype=np.uint8)
+    is_kept, want = weakref.ref(memory), memory[128:].tobytes()
     array = np.asarray(Span(memory.ctypes.data, (8, 32), "<i4", block, heap.free, memory))
     part = array[1:]
-    assert part.tobytes() == memory[128:].tobytes()
-    del array
+    del array, memory
+    assert is_kept() is not None
+    assert part.tobytes() == want
     assert heap.free.reserve_largest().size == 4096 - 1024
     del part
+    assert is_kept() is None
     assert heap.free.reserve_largest() == block

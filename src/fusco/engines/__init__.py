@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fusco.devices import why_no_windows
 from fusco.engines.base import Engine, World
 from fusco.engines.cpu import futex
 from fusco.errors import EngineUnavailableError
@@ -75,7 +76,7 @@ FACTORIES: dict[str, Callable[[World], Engine]] = {
 def probe() -> tuple[EngineProbe, ...]:
     """What can run here, in order of preference."""
     reason = _why_no_cpu_engine()
-    no_cuda = why_no_cuda_engine()
+    no_cuda = _why_no_cuda_engine()
     has_gpu = torch.cuda.is_available()
     return (
         EngineProbe(
@@ -120,16 +121,10 @@ def _why_no_cpu_engine() -> str:
     return ""
 
 
-def why_no_cuda_engine() -> str:
-    """Why the engine "cuda" cannot run in this process; empty: it can."""
+def _why_no_cuda_engine() -> str:
     if not torch.cuda.is_available():
         return "needs a CUDA device, and torch finds none"
-    if torch.cuda.get_allocator_backend() == "cudaMallocAsync":
-        return (
-            "needs torch's symmetric memory, which does not go with its allocator cudaMallocAsync: "
-            "take that out of PYTORCH_ALLOC_CONF"
-        )
-    return missing_cuda_package()
+    return why_no_windows() or missing_cuda_package()
 
 
 def missing_cuda_package() -> str:

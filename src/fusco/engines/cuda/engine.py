@@ -166,9 +166,9 @@ class CudaEngine(Engine):
         )
 
     def close(self, lost: int | None = None) -> None:
-        if self._works is not None:
-            self._works.session.close()
-        self._works = None
+        works, self._works = self._works, None
+        if works is not None:
+            works.session.close()
 
     def _open(self) -> _Works:
         assert self._works is not None, "engines are entered while they are open"

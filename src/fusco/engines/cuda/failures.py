@@ -133,7 +133,7 @@ class Failures:
             self._settle()
         elif all_settle:
             self.raise_pending()
-        raise copy(call.error)
+        raise copy(call.error) from None
 
     def close(self) -> None:
         """Tell the others what they will ask for, if this rank leaves before it has raised."""

@@ -7,6 +7,7 @@ import functools
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from copy import copy
 from typing import NamedTuple, NoReturn, TypeVar
 
 import torch
@@ -216,7 +217,7 @@ class Session:
         """Publish a call whose error is set, so that all ranks raise it, and raise it here."""
         if torch.cuda.is_current_stream_capturing():
             assert call.error is not None
-            raise call.error  # nothing of a capture has run, so nobody waits
+            raise copy(call.error) from None  # nothing of a capture has run, so nobody waits
         stream = self.order.begin()
         ticket = self.describe(call, NOTHING)
         self._say(stream, 1, _SAY_THREADS)

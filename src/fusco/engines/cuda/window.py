@@ -90,7 +90,8 @@ class TorchAllocator(Allocator):
         import torch.distributed._symmetric_memory as symmetric_memory
 
         _let_go()
-        return symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        memory = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        return _lease(memory)
 
     def connect(self, memory: Tensor) -> Allocation:
         from torch._C._distributed_c10d import _SymmetricMemory
@@ -99,28 +100,32 @@ class TorchAllocator(Allocator):
         handle = _SymmetricMemory.rendezvous(memory, self._name)
         assert handle is not None, "every rank of the group takes part"
         size = (memory.numel(),)
-        region = Region(memory.data_ptr(), size, "|u1")
-        weakref.finalize(region, _let_go, memory).atexit = False
-        own = torch.as_tensor(region, device=self._device)
         # All mappings end when nothing holds the own part.
         peers = (
-            own if rank == handle.rank else handle.get_buffer(rank, size, torch.uint8)
+            memory if rank == handle.rank else handle.get_buffer(rank, size, torch.uint8)
             for rank in range(handle.world_size)
         )
-        return Allocation(memory=own, address=tuple(handle.buffer_ptrs), peers=tuple(peers))
+        return Allocation(memory=memory, address=tuple(handle.buffer_ptrs), peers=tuple(peers))
 
 
-_waiting: list[Tensor] = []
+waiting: list[Tensor] = []
 """Symmetric memory to free as soon as that does no harm."""
+
+
+def _lease(memory: Tensor) -> Tensor:
+    """The same memory as a tensor, with whose last view it is let go."""
+    region = Region(memory.data_ptr(), tuple(memory.shape), "|u1")
+    weakref.finalize(region, _let_go, memory).atexit = False
+    return torch.as_tensor(region, device=memory.device)
 
 
 def _let_go(*memory: Tensor) -> None:
     """Free symmetric memory, and what waits. torch ends a process that does it while a graph is
     captured, or with a device that is broken; what the current stream shows of that is heeded."""
-    _waiting.extend(memory)
+    waiting.extend(memory)
     with suppress(RuntimeError):  # of a broken device
         if not torch.cuda.is_current_stream_capturing():
-            _waiting.clear()
+            waiting.clear()
 
 
 class SymmetricHeap:

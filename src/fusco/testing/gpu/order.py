@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 import fusco
+from fusco.engines.cuda.window import waiting
 from fusco.testing.cases import (
     Case,
     Inputs,
@@ -67,6 +68,7 @@ def closed(group: Group, engine: str) -> None:
                 kept = error
         expect("rows" in str(kept), f"another error: {kept}")
         expect(window() is None, "the window of a closed Shuffle is still there")
+        expect(not waiting, "the memory of a closed Shuffle waits to be freed")
     finally:
         gc.enable()
     with inputs.case.shuffle(group, engine) as shuffle:

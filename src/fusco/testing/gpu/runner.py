@@ -74,10 +74,9 @@ def main() -> int:
         for check in _ALL.values()
         if check.only in ("", engine) and (not wanted or any(part in check.name for part in wanted))
     ]
+    no_faults = arguments.no_faults or bool(wanted)
     num_run, failed, began = 0, [], time.monotonic()
-    for outcome in _outcomes(
-        engine, rounds, names, arguments.nodes, no_faults=arguments.no_faults or bool(wanted)
-    ):
+    for outcome in _outcomes(engine, rounds, names, arguments.nodes, no_faults=no_faults):
         verdict = "FAIL" if outcome.failures else "pass"
         print(f"{verdict}  {outcome.seconds:6.2f} s  {outcome.label}", flush=True)
         for failure in outcome.failures:
@@ -95,6 +94,7 @@ def main() -> int:
             "nodes": arguments.nodes,
             "ranks_by_copies": rounds,
             "only": wanted,
+            "has_faults": not no_faults,
             "tool": arguments.tool,
             "seconds": round(time.monotonic() - began, 1),
             **circumstances("cuda" if torch.cuda.is_available() else "cpu", arguments.commit),
