@@ -234,7 +234,8 @@ class SegmentPlan(Plan):
             level = self.forwarding
             parts += [level.send, level.arrival, level.relay, level.relay_arrival]
         for part in parts:
-            flat += vars(part).values()
+            names = _LEG_FIELDS if isinstance(part, Leg) else _ARRIVAL_FIELDS
+            flat += [getattr(part, each) for each in names]
         return flat
 
     @classmethod
@@ -379,8 +380,9 @@ class SlicedPlan(Plan):
 
     def to_tensors(self) -> list[Tensor]:
         flat: list[Tensor] = []
-        for value in vars(self).values():
-            flat += [value] if isinstance(value, Tensor) else vars(value).values()
+        for name, part, names in _SLICED_FIELDS:
+            value = getattr(self, name)
+            flat += [value] if part is None else [getattr(value, each) for each in names]
         return flat
 
     @classmethod
@@ -410,7 +412,8 @@ _SLICED_FIELDS = tuple(
     for name in _names(SlicedPlan)
     for part in (_SLICED_PARTS.get(name),)
 )
-"""Names and, of what is no tensor, types and names of tensors; compilers know no `fields`."""
+"""Names and, of what is no tensor, types and names of tensors. Compilers know neither `fields` nor
+`vars`."""
 NUM_COMPACT_TENSORS = len(fields(CompactPlan))
 _LEG_FIELDS = _names(Leg)
 _ARRIVAL_FIELDS = _names(Arrival)
