@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import fusco
 from fusco.engines.base import ENGINES
 from fusco.testing.cases import Case, draw, expect, expect_same
-from fusco.testing.compiled import expect_compiled
+from fusco.testing.compiled import compiled, expect_compiled
 from fusco.testing.ranks import RankPool, subgroup
 
 CASE = Case(num_tokens=(5, 7), hidden_size=8, top_k=2, num_experts=4)
@@ -141,7 +141,7 @@ def check_mistakes_of_compiled(rank: int, engine: str) -> None:
             (one_row_more, "one for each row of d.tokens"),
         ):
             try:
-                torch.compile(layer, backend="aot_eager", fullgraph=True)(rows, idx)
+                compiled(layer)(rows, idx)
             except fusco.InputError as error:
                 expect(says in str(error), f"{says} is not in: {error}")
             else:

@@ -245,10 +245,10 @@ class SegmentPlan(Plan):
         head = [next(rest) for _ in range(4)]
 
         def leg() -> Leg:
-            return Leg(**dict(zip(_LEG_FIELDS, rest, strict=False)))
+            return Leg(**{each: next(rest) for each in _LEG_FIELDS})
 
         def arrival() -> Arrival:
-            return Arrival(**dict(zip(_ARRIVAL_FIELDS, rest, strict=False)))
+            return Arrival(**{each: next(rest) for each in _ARRIVAL_FIELDS})
 
         direct = (leg(), arrival())
         forwarding = None

@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import TypeVar, cast
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fusco.testing.cases import Case, draw, expect_same
+
+Layer = TypeVar("Layer", bound=Callable[..., Tensor])
+
+
+def compiled(layer: Layer) -> Layer:
+    """A layer as one graph."""
+
+    @functools.wraps(layer)
+    def run(*arguments: Tensor) -> Tensor:
+        # Later versions of torch do so by themselves.
+        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+            y: Tensor = traced(*arguments)
+            return y
+
+    traced = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    return cast(Layer, run)
 
 
 def expect_compiled(case: Case, group: dist.ProcessGroup | None, engine: str) -> None:
@@ -30,7 +50,7 @@ def expect_compiled(case: Case, group: dist.ProcessGroup | None, engine: str) ->
             return shuffle.combine(d.tokens * 2, d) + shuffle.combine(again.tokens, again)
 
         results = []
-        for fn in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        for fn in (layer, compiled(layer)):
             leaves = rows.clone().requires_grad_(), weights.clone().requires_grad_()
             y = fn(leaves[0], idx, leaves[1])
             results.append((y.detach(), *torch.autograd.grad(y.square().sum(), leaves)))
