@@ -353,7 +353,8 @@ class Shuffle:
 
         It lies where the engine's `combine` can read it best. With "cpu" that is memory of all
         ranks: each row is read once, by the rank that sums it, and copied nowhere. Do not write to
-        it while a `combine` of it runs. Not collective.
+        it while a `combine` of it runs. torch writes into it (`out=`) only where no gradient is
+        wanted, as under `torch.no_grad()`. Not collective.
         """
         self._require_open()
         return self._engine.empty_like(rows)
@@ -364,7 +365,7 @@ class Shuffle:
         return self._engine.stats()
 
     def close(self) -> None:
-        """Release the windows. Idempotent, not collective."""
+        """Release the windows; no backward runs afterwards. Idempotent, not collective."""
         ENGINES.pop(self._key, None)
         self._engine.close()
 

@@ -1,4 +1,4 @@
-"""Every environment variable that fusco reads, typed. A bad value raises."""
+"""Every environment variable that fusco reads, or numba for it, typed. A bad value raises."""
 
 from __future__ import annotations
 
@@ -96,10 +96,18 @@ BULK_COPIES = Variable(
     default=True,
     description="0: 16-byte loads and stores on every GPU, as on those before Hopper.",
 )
+NUMBA_CACHE_DIR: Variable[str | None] = Variable(
+    name="NUMBA_CACHE_DIR",
+    parse=str,
+    default=None,
+    description="Where numba keeps the compiled loops of the cpu engine; unset: beside the sources,"
+    " or ~/.cache/numba where that cannot be written.",
+)
 VARIABLES: tuple[Variable[Any], ...] = (
     ENGINE,
     TIMEOUT_S,
     NODE_ID,
     CACHE_DIR,
     BULK_COPIES,
+    NUMBA_CACHE_DIR,
 )

@@ -458,7 +458,8 @@ class Dispatched(Generic[AnyRows]):
 
     @property
     def expert_offsets(self) -> Tensor:
-        """int32 `[L + 1]`, padding counted: what grouped products take."""
+        """int32 `[L + 1]`, padding counted: rows `[e]:[e + 1]` are those of local expert e. Without
+        the first it is the ends that grouped products of torch take (`offs=`)."""
         return self.plan.expert_offsets
 
 

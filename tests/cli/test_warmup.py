@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,26 @@ def architecture_of(capability: tuple[int, int]) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         return architecture(0)
+
+
+def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(env.CACHE_DIR.name, "/proc/none")
+    result = CliRunner().invoke(app, ["warmup", "--arch", "sm_90a"])
+    assert result.exit_code == 2
+    assert "kernels cannot be kept" in result.stderr
+    assert env.CACHE_DIR.name in result.stderr
+    assert "Kernels are in" not in result.output
+
+
+def test_a_kernel_that_cannot_be_kept(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    def full(file: Path, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.warns(UserWarning, match="kernels are compiled anew"):
+        result = CliRunner().invoke(app, ["warmup", "--arch", "sm_90a"])
+    assert result.exit_code == 1
+    assert f"kernel reach cannot be kept in {folder}" in result.stderr
 
 
 @pytest.mark.parametrize("name", ["sm_1", "sm_80a", "90"])

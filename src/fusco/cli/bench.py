@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fusco.bench import BenchConfig, Measurement
 
 DEFAULT_TOP_K, DEFAULT_EXPERTS = 8, 64
+DEFAULT_RANKS_PER_HOST, DEFAULT_NIC = 2, "400mbit"
 NODE_PATTERNS = ("single-node", "imbalanced")
 
 
@@ -29,7 +30,8 @@ def bench(
         int | None,
         typer.Option(
             help="Ranks to start.",
-            show_default="4, or one a GPU; under torchrun, those it started",
+            show_default="4, or one a GPU; under torchrun, those it started; "
+            "with --hosts, those of all hosts",
         ),
     ] = None,
     num_tokens: Annotated[int, typer.Option(help="Tokens of each rank.")] = 1024,
@@ -75,15 +77,28 @@ def bench(
     hosts: Annotated[
         int | None,
         typer.Option(
+            min=1,
             help="Measure on a test cluster of so many hosts: network namespaces on this machine. "
             "Linux and root only.",
             show_default="none",
         ),
     ] = None,
-    ranks_per_host: Annotated[int, typer.Option(help="Ranks of each host.")] = 2,
+    ranks_per_host: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Ranks of each host, with --hosts.",
+            show_default=str(DEFAULT_RANKS_PER_HOST),
+        ),
+    ] = None,
     nic: Annotated[
-        str, typer.Option(metavar="RATE", help="Of every rank's link between hosts.")
-    ] = "400mbit",
+        str | None,
+        typer.Option(
+            metavar="RATE",
+            help="Of every rank's link between hosts, with --hosts.",
+            show_default=DEFAULT_NIC,
+        ),
+    ] = None,
     iterations: Annotated[int, typer.Option(help="Iterations that count.")] = 30,
     warmup: Annotated[int, typer.Option(help="Iterations before them.")] = 3,
     seed: Annotated[int, typer.Option(help="Of rows and routing.")] = 0,
@@ -139,8 +154,9 @@ def bench(
         if trace is not None:
             recorded = load_trace(trace)
             default_experts, default_top_k = recorded.num_experts, recorded.top_k
-        if hosts is not None and num_ranks is None and launched_ranks() is None:
-            num_ranks = hosts * ranks_per_host
+        _check_hosts(hosts, num_ranks, ranks_per_host, nic)
+        if hosts is not None:
+            num_ranks = hosts * (ranks_per_host or DEFAULT_RANKS_PER_HOST)
         total = choose_num_ranks("bench", num_ranks, default_num_ranks(device))
         if (
             hosts is None
@@ -162,7 +178,7 @@ def bench(
             trace=trace,
             ranks_per_node=ranks_per_node,
             num_hosts=hosts or 1,
-            nic=None if hosts is None else nic,
+            nic=None if hosts is None else nic or DEFAULT_NIC,
             iterations=iterations,
             warmup=warmup,
             seed=seed,
@@ -200,6 +216,28 @@ def _measure_and_report(config: BenchConfig, output: Path | None, compare: Path 
         console.print(f"Wrote {len(measurements)} measurements to {output}")
 
 
+def _check_hosts(
+    hosts: int | None, num_ranks: int | None, ranks_per_host: int | None, nic: str | None
+) -> None:
+    """Refuse what would be left out of account."""
+    if hosts is None:
+        for option, value in (("--ranks-per-host", ranks_per_host), ("--nic", nic)):
+            if value is not None:
+                message = f"bench: {option}: got {value} without --hosts; give both or neither"
+                raise fail(message, USER_ERROR)
+    elif num_ranks is not None:
+        message = (
+            f"bench: --num-ranks: got {num_ranks} with --hosts {hosts}; give --ranks-per-host "
+            "instead, the number of ranks follows from the two"
+        )
+        raise fail(message, USER_ERROR)
+    elif launched_ranks() is not None:
+        message = (
+            f"bench: --hosts: got {hosts} under torchrun; leave one out, it starts its own ranks"
+        )
+        raise fail(message, USER_ERROR)
+
+
 def _numbers(argument: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(",")) if text else ()
@@ -220,6 +258,11 @@ def _read_record(path: Path) -> list[Measurement]:
 
     try:
         return read_jsonl(path)
+    except FileNotFoundError:
+        message = (
+            f"bench: --compare: got {path}, which is not there; write one with --output {path}"
+        )
+        raise fail(message, USER_ERROR) from None
     except (OSError, ValueError) as error:
         raise fail(f"bench: --compare: {error}", USER_ERROR) from None
 

@@ -16,7 +16,12 @@ def demo(
     ] = Path("demo-output"),
     num_ranks: Annotated[int, typer.Option(help="Ranks to start.")] = 4,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Training steps.", show_default="two minutes' worth")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Training steps of each of two runs.",
+            show_default="100; all of the demo takes about a minute on two cores",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the model and the data.")] = 0,
 ) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fusco.cli.failures import short_failures
+from fusco import env
+from fusco.cli.failures import FAILURE, USER_ERROR, fail, short_failures
 
 
 def warmup(
@@ -20,20 +23,41 @@ def warmup(
         ),
     ] = None,
 ) -> None:
-    """Compile all GPU kernels into the cache, a line each. Needs no GPU where --arch is given."""
+    """Compile all GPU kernels into the cache, a line each. Needs no GPU where --arch is given.
+
+    The exit code is not 0 where they cannot be kept.
+    """
     with short_failures():
         architectures = _architectures(arch or [])
         from fusco.engines.cuda.jit import VARIANTS, cache_folder, cubin, cubin_path
 
         for name in architectures:
             for variant in VARIANTS:
-                was_there = cubin_path(variant, name).exists()
+                path = cubin_path(variant, name)
+                was_there = path.exists()
+                if not was_there:
+                    _check_writable(path.parent)
                 begin = time.perf_counter()
                 size = len(cubin(variant, name))
                 took = "was there" if was_there else f"{time.perf_counter() - begin:.2f} s"
                 label = f"{variant.name} {variant.element}".strip()
+                if not path.exists():
+                    raise fail(f"warmup: kernel {label} cannot be kept in {path.parent}", FAILURE)
                 typer.echo(f"{name:<8}  {label:<20}  {size >> 10:>5} KiB  {took}")
         typer.echo(f"Kernels are in {cache_folder()}")
+
+
+def _check_writable(folder: Path) -> None:
+    """Find out before a kernel is compiled for nothing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        message = (
+            f"warmup: kernels cannot be kept: {error}; set {env.CACHE_DIR.name} to a folder that "
+            "can be written"
+        )
+        raise fail(message, USER_ERROR) from None
 
 
 def _architectures(asked: list[str]) -> list[str]:
