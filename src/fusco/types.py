@@ -458,8 +458,8 @@ class Dispatched(Generic[AnyRows]):
 
     @property
     def expert_offsets(self) -> Tensor:
-        """int32 `[L + 1]`, padding counted: rows `[e]:[e + 1]` are those of local expert e. Without
-        the first it is the ends that grouped products of torch take (`offs=`)."""
+        """int32 `[L + 1]`, padding counted: local expert e has the rows from `[e]` to `[e + 1]`.
+        Grouped products of torch take the ends alone (`offs=d.expert_offsets[1:]`)."""
         return self.plan.expert_offsets
 
 

@@ -96,25 +96,25 @@ def test_hosts_have_ranks_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--num-ranks 3", "--num-experts: got 64 on 3 ranks"),
-        ("--num-ranks 0", "--num-ranks: got 0"),
+        ("--num-ranks 3", "num_experts: got 64 on 3 ranks"),
+        ("--num-ranks 0", "num_ranks: got 0"),
         ("--hosts 2 --num-ranks 3", "--num-ranks: got 3 with --hosts 2; give --ranks-per-host"),
         ("--hosts 2 --num-ranks 4", "--num-ranks: got 4 with --hosts 2; give --ranks-per-host"),
-        ("--hosts 3", "--num-experts: got 64 on 6 ranks"),
+        ("--hosts 3", "num_experts: got 64 on 6 ranks"),
         ("--hosts 0", "Invalid value for '--hosts'"),
         ("--ranks-per-host 4", "--ranks-per-host: got 4 without --hosts"),
         ("--nic 1gbit", "--nic: got 1gbit without --hosts"),
-        ("--pattern other", "--pattern: got 'other'"),
+        ("--pattern other", "pattern: got 'other'"),
         ("--pattern trace", 'expected a trace file with pattern "trace"'),
-        ("--pattern trace --trace none.npz", "--trace: got none.npz, which is not there"),
-        ("--dtype int8", "--dtype: got 'int8'"),
-        ("--ablation some", "--ablation: got 'some'"),
+        ("--pattern trace --trace none.npz", "trace: got none.npz, which is not there"),
+        ("--dtype int8", "dtype: got 'int8'"),
+        ("--ablation some", "ablation: got 'some'"),
         ("--output /proc/none/records.jsonl", "--output: "),
         ("--compare none.jsonl", "--compare: got none.jsonl, which is not there; write one with"),
-        ("--num-sms 24,many", "--num-sms: got '24,many'"),
-        ("--num-sms 24", "--num-sms: got (24,) on 'cpu', expected device 'cuda'"),
-        ("--backward", "--backward: got True on 'cpu'"),
-        ("--device tpu", "--device: got 'tpu', expected one of cpu, cuda"),
+        ("--num-sms 24,many", "num_sms: got '24,many'"),
+        ("--num-sms 24", "num_sms: got (24,) on 'cpu', expected device 'cuda'"),
+        ("--backward", "backward: got True on 'cpu'"),
+        ("--device tpu", "device: got 'tpu', expected one of cpu, cuda"),
         ("--num-tokens many", "Invalid value for '--num-tokens'"),
     ],
 )
@@ -131,14 +131,14 @@ def test_a_users_error_is_short_and_exits_with_2(arguments: str, message: str) -
 def test_without_a_gpu_the_error_says_so(arguments: str) -> None:
     result = CliRunner().invoke(app, ["bench", *arguments.split()])
     assert result.exit_code == 2
-    assert "--device: got 'cuda', expected 'cpu', as torch finds no CUDA device" in result.output
+    assert "device: got 'cuda', expected 'cpu', as torch finds no CUDA device" in result.output
     assert len(result.output.splitlines()) == 1
 
 
 def test_an_error_on_the_ranks_is_as_short() -> None:
     result = fusco_command(*SMALL, "--pattern", "imbalanced", "--ranks-per-node", "2")
     assert result.returncode == 2, result.stderr
-    assert "--top-k: got 2 with 4 experts on 1 nodes" in result.stderr
+    assert "top_k: got 2 with 4 experts on 1 nodes" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 
@@ -191,7 +191,7 @@ def test_selftest_refuses_an_engine_that_is_not_there() -> None:
     result = CliRunner().invoke(app, ["selftest", "--engine", "other"])
     assert result.exit_code == 2
     assert (
-        "selftest: --engine: got 'other', expected all, cuda, cpu, two_level, reference"
+        "selftest: engine: got 'other', expected all, cuda, cpu, two_level, reference"
         in result.output
     )
 

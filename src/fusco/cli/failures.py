@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
 from collections.abc import Iterator
 
@@ -12,8 +11,6 @@ import typer
 from fusco.cli.launch import is_speaker
 
 FAILURE, USER_ERROR = 1, 2
-_ARGUMENT = re.compile(r"^(bench|cluster|demo|selftest|warmup): (\w+): ", re.MULTILINE)
-"""How an error about an argument of a command begins: each is an option of the same name."""
 
 
 @contextlib.contextmanager
@@ -45,9 +42,5 @@ def short_failures() -> Iterator[None]:
 def fail(message: str, code: int) -> typer.Exit:
     """Print what is wrong and return what to raise. Users' errors are the same on every rank."""
     if code != USER_ERROR or is_speaker():
-        sys.stderr.write(f"Error: {_ARGUMENT.sub(_as_typed, message)}\n")
+        sys.stderr.write(f"Error: {message}\n")
     return typer.Exit(code)
-
-
-def _as_typed(found: re.Match[str]) -> str:
-    return f"{found[1]}: --{found[2].replace('_', '-')}: "
