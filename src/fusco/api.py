@@ -8,14 +8,15 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Literal, TypeVar, overload
 
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from fusco import eager, fakes, ops  # noqa: F401 - fakes are for tracers
-from fusco.checks import Limits
-from fusco.configuration import Configuration
+from fusco.checks import Limits, check_like
+from fusco.configuration import Configuration, as_placement
 from fusco.engines import make_engine
 from fusco.engines.base import ENGINES, Engine, World
 from fusco.errors import EngineUnavailableError, InputError, closed_error
@@ -39,7 +40,8 @@ class Shuffle:
         y = shuffle.combine(experts(d.tokens, d.expert_offsets), d)
 
     Every method but `stats` and `close` is collective: all ranks of the group call it, in the
-    same order. A context manager; several may live at once, also on subgroups.
+    same order. A context manager, to be left after the last backward; several may live at once,
+    also on subgroups.
 
     Args:
         num_experts: E, over all ranks.
@@ -49,9 +51,10 @@ class Shuffle:
         group: None (the default group), a ProcessGroup or a one-dimensional DeviceMesh.
         dtype: see `hidden_size`. Rows of any dtype may be moved whose bytes fit.
         engine: "cuda", "cpu", "reference", or "auto": the fastest that can run.
-        ranks_per_node: ranks that share a node, in blocks; None: found by host.
-        placement: `[E]`, the rank of each expert; None: equal contiguous blocks. A rank's local
-            experts are in ascending order of id.
+        ranks_per_node: ranks that share a node, in blocks, of which the last may be smaller; None:
+            found by host.
+        placement: `[E]`, the rank of each expert, a list, array or tensor; None: equal contiguous
+            blocks. A rank's local experts are in ascending order of id.
         expert_alignment: every expert's rows are padded with zeros to a multiple of it.
         timeout_s: bound of every wait in seconds; None: the group's.
         max_recv_tokens: room for so many rows on every rank, always: dispatch returns outputs of
@@ -84,7 +87,7 @@ class Shuffle:
         dtype: torch.dtype = torch.bfloat16,
         engine: str = "auto",
         ranks_per_node: int | None = None,
-        placement: Sequence[int] | None = None,
+        placement: Sequence[int] | Tensor | npt.NDArray[Any] | None = None,
         expert_alignment: int = 1,
         timeout_s: float | None = None,
         max_recv_tokens: int | None = None,
@@ -100,11 +103,11 @@ class Shuffle:
             max_tokens=max_tokens,
             dtype=str(dtype),
             ranks_per_node=ranks_per_node,
-            placement=tuple(placement) if isinstance(placement, Sequence) else placement,
+            placement=as_placement(placement),
             expert_alignment=expert_alignment,
             max_recv_tokens=max_recv_tokens,
             num_sms=num_sms,
-            ablation=ablation or Ablation(),
+            ablation=Ablation() if ablation is None else ablation,
         )
         error = None
         try:
@@ -117,7 +120,7 @@ class Shuffle:
             asdict(configuration) if error is None else {},
             error=error,
             engine=engine,
-            ranks_per_node=ranks_per_node,
+            ranks_per_node=configuration.ranks_per_node,
             timeout_s=timeout_s,
         )
         topology = Topology(
@@ -129,12 +132,12 @@ class Shuffle:
             group=process_group,
             topology=topology,
             key=self._key,
-            top_k=top_k,
-            max_tokens=max_tokens,
-            row_bytes=hidden_size * dtype.itemsize,
-            max_recv_tokens=max_recv_tokens,
-            num_sms=num_sms,
-            alignment=expert_alignment,
+            top_k=configuration.top_k,
+            max_tokens=configuration.max_tokens,
+            row_bytes=configuration.hidden_size * dtype.itemsize,
+            max_recv_tokens=configuration.max_recv_tokens,
+            num_sms=configuration.num_sms,
+            alignment=configuration.expert_alignment,
             timeout_s=meeting.timeout_s,
             ablation=configuration.ablation,
         )
@@ -354,8 +357,13 @@ class Shuffle:
         It lies where the engine's `combine` can read it best. With "cpu" that is memory of all
         ranks: each row is read once, by the rank that sums it, and copied nowhere. Do not write to
         it while a `combine` of it runs. Not collective.
+
+        Raises:
+            InputError: `rows` are no tensor of rows; raised on this rank.
+            ClosedError: the Shuffle was closed before.
         """
         self._require_open()
+        check_like(rows)
         return self._engine.empty_like(rows)
 
     def stats(self) -> Stats:
