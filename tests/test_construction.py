@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -25,6 +27,15 @@ CONSTRUCTION: Mapping[str, tuple[dict[str, Any], type[fusco.FuscoError], str]] =
     "experts-do-not-divide": ({"num_experts": 7}, fusco.InputError, "num_experts"),
     "no-experts": ({"num_experts": 0}, fusco.InputError, "num_experts"),
     "experts-are-a-word": ({"num_experts": "six"}, fusco.InputError, "num_experts"),
+    "experts-are-a-float": ({"num_experts": np.float64(6)}, fusco.InputError, "num_experts"),
+    "experts-are-a-switch": ({"num_experts": np.bool_(True)}, fusco.InputError, "num_experts"),
+    "no-experts-in-numpy": ({"num_experts": np.int64(0)}, fusco.InputError, "num_experts: got 0"),
+    "ablation-is-a-word": (
+        {"ablation": "fusion"},
+        fusco.InputError,
+        "fusco.Ablation(fusion=False)",
+    ),
+    "ablation-is-no": ({"ablation": False}, fusco.InputError, "ablation: got False"),
     "no-hidden": ({"hidden_size": 0}, fusco.InputError, "hidden_size"),
     "no-top-k": ({"top_k": 0}, fusco.InputError, "top_k"),
     "negative-max-tokens": ({"max_tokens": -1}, fusco.InputError, "max_tokens"),
@@ -32,6 +43,13 @@ CONSTRUCTION: Mapping[str, tuple[dict[str, Any], type[fusco.FuscoError], str]] =
     "unknown-engine": ({"engine": "warp"}, fusco.InputError, "engine"),
     "placement-is-short": ({"placement": (0, 1, 2)}, fusco.InputError, "placement"),
     "placement-is-words": ({"placement": tuple("abcdef")}, fusco.InputError, "placement"),
+    "placement-is-a-number": ({"placement": 3}, fusco.InputError, "placement: got int, expected"),
+    "placement-is-switches": ({"placement": (True,) * 6}, fusco.InputError, "rank True"),
+    "placement-is-an-array-of-floats": (
+        {"placement": np.zeros(6)},
+        fusco.InputError,
+        "placement: got rank 0.0, expected",
+    ),
     "placement-of-no-rank": ({"placement": (0, 1, 2, 3, 0, 1)}, fusco.InputError, "placement"),
     "no-ranks-on-a-node": ({"ranks_per_node": 0}, fusco.InputError, "ranks_per_node"),
     "no-alignment": ({"expert_alignment": 0}, fusco.InputError, "expert_alignment"),
@@ -82,6 +100,54 @@ def test_bad_construction(pool: RankPool, host_engine: str, name: str) -> None:
         assert raised == error.__name__, f"rank {rank}: {raised}: {text}"
         assert names in text, f"rank {rank}: {text}"
         assert not late, f"rank {rank}: not prompt"
+
+
+PLACEMENT = (0, 2, 1, 1, 0, 2)
+ACCEPTED: Mapping[str, dict[str, Any]] = {
+    "integers-of-numpy": {
+        name: np.int32(value)
+        for name, value in (
+            ("num_experts", 6),
+            ("hidden_size", 16),
+            ("top_k", 2),
+            ("max_tokens", 8),
+        )
+    },
+    "placement-is-an-array": {"placement": np.array(PLACEMENT)},
+    "placement-is-a-tensor": {"placement": torch.tensor(PLACEMENT)},
+    "placement-is-a-list-of-numpy": {"placement": list(np.array(PLACEMENT))},
+}
+
+
+def accept(rank: int, name: str, engine: str) -> None:
+    """One rank has the arguments in another form than the others."""
+    group = subgroup(MEMBERS)
+    if group is None:
+        return
+    rank, changes = dist.get_rank(group), ACCEPTED[name]
+    case = replace(CASE, placement=PLACEMENT if "placement" in changes else None)
+    with case.shuffle(group, engine, **(changes if rank == 1 else {})) as shuffle:
+        expect_round_trip(shuffle, draw(case), rank)
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_other_forms(pool: RankPool, host_engine: str, name: str) -> None:
+    pool.run(accept, name, host_engine)
+
+
+def on_few_ranks(rank: int, engine: str) -> None:
+    """A job's settings where there are fewer ranks and experts than they were made for."""
+    group = subgroup(MEMBERS)
+    if group is None:
+        return
+    case = replace(CASE, ranks_per_node=8, top_k=7, routing="repeated")
+    with case.shuffle(group, engine) as shuffle:
+        assert shuffle.topology.num_nodes == 1
+        expect_round_trip(shuffle, draw(case), dist.get_rank(group))
+
+
+def test_few_ranks_and_experts(pool: RankPool, host_engine: str) -> None:
+    pool.run(on_few_ranks, host_engine)
 
 
 def no_group(rank: int, engine: str) -> list[str]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch.distributed as dist
 
 import fusco
 from fusco.testing.ranks import RankPool, subgroup
 
 NUM_RANKS = 4
 NUM_BYTES = 5000
+TIMEOUT_S = 1.5
 
 
 def segments(offset: list[int], size: list[int]) -> fusco.Segments:
@@ -98,7 +102,19 @@ def test_large_and_typed(pool: RankPool, host_engine: str) -> None:
     pool.run(large_and_typed, host_engine)
 
 
-MISTAKES = ("outside", "overlap", "too few", "strided", "sizes differ")
+MISTAKES = (
+    "outside",
+    "overlap",
+    "too few",
+    "none",
+    "pairs",
+    "lists",
+    "narrow",
+    "nested",
+    "lengths differ",
+    "strided",
+    "sizes differ",
+)
 
 
 def mistaken(rank: int, engine: str, mistake: str) -> None:
@@ -109,10 +125,18 @@ def mistaken(rank: int, engine: str, mistake: str) -> None:
     send = [segments([4 * peer], [4]) for peer in range(NUM_RANKS)]
     receive = [segments([4 * peer], [4]) for peer in range(NUM_RANKS)]
     good = (source, send, out, receive)
-    bad = {
+    narrow = fusco.Segments(offset=torch.tensor([0], dtype=torch.int32), size=send[0].size)
+    nested = fusco.Segments(offset=send[0].offset[None], size=send[0].size[None])
+    bad: dict[str, tuple[Any, ...]] = {
         "outside": (source, [segments([62], [4]), *send[1:]], out, receive),
         "overlap": (source, send, out, [segments([2], [4]), *receive[1:]]),
         "too few": (source, send[1:], out, receive),
+        "none": (source, None, out, receive),
+        "pairs": (source, [(0, 4), *send[1:]], out, receive),
+        "lists": (source, send, out, [fusco.Segments(offset=[0], size=[4]), *receive[1:]]),
+        "narrow": (source, [narrow, *send[1:]], out, receive),
+        "nested": (source, [nested, *send[1:]], out, receive),
+        "lengths differ": (source, [segments([0, 4], [4]), *send[1:]], out, receive),
         "strided": (source[::2], send, out, receive),
         "sizes differ": (source, [segments([0], [3]), *send[1:]], out, receive),
     }[mistake]
@@ -128,3 +152,31 @@ def mistaken(rank: int, engine: str, mistake: str) -> None:
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_raise_everywhere(pool: RankPool, host_engine: str, mistake: str) -> None:
     pool.run(mistaken, host_engine, mistake)
+
+
+def late(rank: int, engine: str) -> str:
+    """The error of a rank whose peer does not come."""
+    group = dist.new_group([0, 1])  # of its own: it cannot exchange any more
+    if rank > 1:
+        return ""
+    nothing, empty = [segments([], [])] * 2, torch.empty(0, dtype=torch.uint8)
+
+    def exchange() -> None:
+        fusco.exchange(
+            empty, nothing, empty, nothing, group=group, engine=engine, timeout_s=TIMEOUT_S
+        )
+
+    exchange()
+    if rank == 1:
+        return ""
+    with pytest.raises(fusco.PeerError) as caught:
+        exchange()
+    with pytest.raises(fusco.ClosedError):
+        exchange()
+    return str(caught.value)
+
+
+def test_a_late_rank_is_named(pool: RankPool, host_engine: str) -> None:
+    text, *_ = pool.run(late, host_engine)
+    assert "exchange: rank 1 " in text
+    assert "Shuffle" not in text

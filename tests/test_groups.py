@@ -155,6 +155,8 @@ def lifetimes(rank: int, engine: str) -> list[str]:
     inputs = draw(case)
     shuffle = case.shuffle(group, engine)
     d = shuffle.dispatch(inputs.x[rank], inputs.topk_idx[rank], inputs.weights_of(rank))
+    x = inputs.x[rank].clone().requires_grad_()
+    loss = shuffle.dispatch(x, inputs.topk_idx[rank]).tokens.sum()
     shuffle.close()
     shuffle.close()
     expect_dispatched(d, inputs, rank)  # rows outlive their Shuffle
@@ -162,6 +164,7 @@ def lifetimes(rank: int, engine: str) -> list[str]:
     for call in (
         lambda: shuffle.dispatch(inputs.x[rank], inputs.topk_idx[rank]),
         lambda: shuffle.combine(inputs.outputs[rank], d),
+        loss.backward,
     ):
         try:
             call()
@@ -174,5 +177,5 @@ def lifetimes(rank: int, engine: str) -> list[str]:
 
 def test_closing(pool: RankPool, host_engine: str) -> None:
     for errors in pool.run(lifetimes, host_engine)[:2]:
-        assert len(errors) == 2
-        assert all("closed" in text for text in errors)
+        assert len(errors) == 3
+        assert all("leave it open until the last backward" in text for text in errors)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import fusco
 from fusco.testing.cases import Case, Inputs, device_of, draw, expect_same, two_nodes
 from fusco.testing.ranks import RankPool, subgroup
 
@@ -53,6 +54,32 @@ def combine(rank: int, engine: str, case: Case, in_place: tuple[int, ...]) -> No
 @pytest.mark.parametrize("in_place", [(0, 1, 2, 3), (0, 2), (3,)], ids=str)
 def test_the_same_bits(pool: RankPool, engine: str, name: str, in_place: tuple[int, ...]) -> None:
     pool.run(combine, engine, CASES[name], in_place)
+
+
+def like_nothing(rank: int, engine: str) -> list[str]:
+    """What `empty_like` of no rows raises, which only this rank is told."""
+    group = subgroup(range(4))
+    if group is None:
+        return []
+    case = replace(CASE, device=device_of(engine))
+    errors = []
+    with case.shuffle(group, engine) as shuffle:
+        for rows in (None, (torch.zeros(1, 2),), torch.zeros(())):
+            try:
+                shuffle.empty_like(rows)  # type: ignore[arg-type]
+            except fusco.InputError as error:
+                errors.append(str(error))
+    return errors
+
+
+def test_like_nothing(pool: RankPool, engine: str) -> None:
+    for errors in pool.run(like_nothing, engine)[:4]:
+        got = [text.partition(", expected")[0] for text in errors]
+        assert got == [
+            "empty_like: rows: got NoneType",
+            "empty_like: rows: got tuple",
+            "empty_like: rows: got a tensor of no dimensions",
+        ]
 
 
 def reuse(rank: int, engine: str) -> None:

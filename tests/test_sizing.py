@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,6 +32,10 @@ def test_rows_of_a_balanced_layer() -> None:
     # Partials come from seven ranks, one a token and rank at the most.
     assert sizes.window_bytes >= 8192 * 7 * ROW_BYTES
     assert sizes.total_bytes == sizes.window_bytes + sizes.heap_bytes
+
+
+def test_integers_of_numpy() -> None:
+    assert hint(**{name: np.int32(value) for name, value in LAYER.items()}) == hint()
 
 
 def test_every_dispatch_that_is_alive_has_its_own() -> None:

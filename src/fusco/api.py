@@ -8,14 +8,15 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Literal, TypeVar, overload
 
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from fusco import eager, fakes, ops  # noqa: F401 - fakes are for tracers
-from fusco.checks import Limits
-from fusco.configuration import Configuration
+from fusco.checks import Limits, check_like
+from fusco.configuration import Configuration, as_placement
 from fusco.engines import make_engine
 from fusco.engines.base import ENGINES, Engine, World
 from fusco.errors import EngineUnavailableError, InputError, closed_error
@@ -39,7 +40,8 @@ class Shuffle:
         y = shuffle.combine(experts(d.tokens, d.expert_offsets), d)
 
     Every method but `stats` and `close` is collective: all ranks of the group call it, in the
-    same order. A context manager; several may live at once, also on subgroups.
+    same order. A context manager, to be left after the last backward; several may live at once,
+    also on subgroups.
 
     Args:
         num_experts: E, over all ranks.
@@ -49,9 +51,10 @@ class Shuffle:
         group: None (the default group), a ProcessGroup or a one-dimensional DeviceMesh.
         dtype: see `hidden_size`. Rows of any dtype may be moved whose bytes fit.
         engine: "cuda", "cpu", "reference", or "auto": the fastest that can run.
-        ranks_per_node: ranks that share a node, in blocks; None: found by host.
-        placement: `[E]`, the rank of each expert; None: equal contiguous blocks. A rank's local
-            experts are in ascending order of id.
+        ranks_per_node: ranks that share a node, in blocks, of which the last may be smaller; None:
+            found by host.
+        placement: `[E]`, the rank of each expert, a list, array or tensor; None: equal contiguous
+            blocks. A rank's local experts are in ascending order of id.
         expert_alignment: every expert's rows are padded with zeros to a multiple of it.
         timeout_s: bound of every wait in seconds; None: the group's.
         max_recv_tokens: room for so many rows on every rank, always: dispatch returns outputs of
@@ -84,7 +87,7 @@ class Shuffle:
         dtype: torch.dtype = torch.bfloat16,
         engine: str = "auto",
         ranks_per_node: int | None = None,
-        placement: Sequence[int] | None = None,
+        placement: Sequence[int] | Tensor | npt.NDArray[Any] | None = None,
         expert_alignment: int = 1,
         timeout_s: float | None = None,
         max_recv_tokens: int | None = None,
@@ -100,11 +103,11 @@ class Shuffle:
             max_tokens=max_tokens,
             dtype=str(dtype),
             ranks_per_node=ranks_per_node,
-            placement=tuple(placement) if isinstance(placement, Sequence) else placement,
+            placement=as_placement(placement),
             expert_alignment=expert_alignment,
             max_recv_tokens=max_recv_tokens,
             num_sms=num_sms,
-            ablation=ablation or Ablation(),
+            ablation=Ablation() if ablation is None else ablation,
         )
         error = None
         try:
@@ -117,7 +120,7 @@ class Shuffle:
             asdict(configuration) if error is None else {},
             error=error,
             engine=engine,
-            ranks_per_node=ranks_per_node,
+            ranks_per_node=configuration.ranks_per_node,
             timeout_s=timeout_s,
         )
         topology = Topology(
@@ -129,12 +132,12 @@ class Shuffle:
             group=process_group,
             topology=topology,
             key=self._key,
-            top_k=top_k,
-            max_tokens=max_tokens,
-            row_bytes=hidden_size * dtype.itemsize,
-            max_recv_tokens=max_recv_tokens,
-            num_sms=num_sms,
-            alignment=expert_alignment,
+            top_k=configuration.top_k,
+            max_tokens=configuration.max_tokens,
+            row_bytes=configuration.hidden_size * dtype.itemsize,
+            max_recv_tokens=configuration.max_recv_tokens,
+            num_sms=configuration.num_sms,
+            alignment=configuration.expert_alignment,
             timeout_s=meeting.timeout_s,
             ablation=configuration.ablation,
         )
@@ -217,8 +220,7 @@ class Shuffle:
         """
         if not async_op:
             return self._dispatch(x, topk_idx, topk_weights, plan)
-        planned = [] if plan is None else plan.to_tensors()
-        tensors = (*as_tuple(x), topk_idx, topk_weights, *planned)
+        tensors = _tensors_in(x, topk_idx, topk_weights, plan)
         return self._beside(lambda: self._dispatch(x, topk_idx, topk_weights, plan), tensors)
 
     def _dispatch(
@@ -301,8 +303,7 @@ class Shuffle:
         """
         if not async_op:
             return self._combine(expert_outputs, dispatched, weighted)
-        planned = dispatched.plan.to_tensors()
-        tensors = (*as_tuple(expert_outputs), dispatched.row_weights, *planned)
+        tensors = _tensors_in(expert_outputs, dispatched)
         return self._beside(lambda: self._combine(expert_outputs, dispatched, weighted), tensors)
 
     def _combine(
@@ -355,8 +356,13 @@ class Shuffle:
         ranks: each row is read once, by the rank that sums it, and copied nowhere. Do not write to
         it while a `combine` of it runs. torch writes into it (`out=`) only where no gradient is
         wanted, as under `torch.no_grad()`. Not collective.
+
+        Raises:
+            InputError: `rows` are no tensor of rows; raised on this rank.
+            ClosedError: the Shuffle was closed before.
         """
         self._require_open()
+        check_like(rows)
         return self._engine.empty_like(rows)
 
     def stats(self) -> Stats:
@@ -411,10 +417,9 @@ class Shuffle:
             self._accepted.add(form)
 
     def _beside(
-        self, operation: Callable[[], Result], tensors: Sequence[Tensor | None]
+        self, operation: Callable[[], Result], inputs: Sequence[Tensor]
     ) -> tuple[Result, torch.cuda.Event]:
         with self._engine as engine:
-            inputs = [each for each in tensors if each is not None]
             return engine.run_beside(operation, inputs)
 
     def _require_open(self) -> None:
@@ -427,6 +432,21 @@ def _first_with_graph(tensors: Iterable[Tensor | None]) -> Tensor | None:
         if each is not None and each.requires_grad:
             return each
     return None
+
+
+def _tensors_in(*given: object) -> list[Tensor]:
+    """All tensors of arguments that nobody has checked yet."""
+    found: list[Tensor] = []
+    for each in given:
+        if isinstance(each, Tensor):
+            found.append(each)
+        elif isinstance(each, Plan):
+            found += each.to_tensors()
+        elif isinstance(each, Dispatched):
+            found += _tensors_in(each.row_weights, each.plan)
+        elif isinstance(each, (tuple, list)):
+            found += _tensors_in(*each)
+    return found
 
 
 def _wide(topk_idx: Tensor | None) -> Tensor:

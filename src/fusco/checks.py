@@ -1,4 +1,4 @@
-"""What `dispatch` and `combine` check of their arguments, before any rank is asked."""
+"""What the methods of a Shuffle check of their arguments, before any rank is asked."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusco.engines.base import Engine
 from fusco.errors import input_error
-from fusco.layout.segments import bytes_per_row
+from fusco.layout.segments import bytes_per_row, describe_format
 from fusco.types import Dispatched, Plan, Rows, as_tuple
 
 SUMMABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -172,12 +172,18 @@ class Limits:
             self._check_one(operation, argument, each, rows[0])
         row_bytes = sum(bytes_per_row(each) for each in rows)
         if row_bytes > self.row_bytes:
+            formats = ", ".join(describe_format(each.dtype, each.shape[1:]) for each in rows)
+            remedy = "convert them to the Shuffle's dtype"
+            if any(each.dim() > 2 for each in rows):
+                remedy = (
+                    f"rows are [num_tokens, hidden_size], as {argument}.flatten(0, 1) makes them"
+                )
             raise input_error(
                 operation,
                 argument,
-                got=f"rows of {row_bytes} bytes",
+                got=f"rows of {row_bytes} bytes, {formats}",
                 expected=f"at most {self.row_bytes} (hidden_size x dtype)",
-                remedy="make the Shuffle with a larger hidden_size or a wider dtype",
+                remedy=f"{remedy}, or make a Shuffle with a larger hidden_size or a wider dtype",
             )
         return rows
 
@@ -291,6 +297,19 @@ class Limits:
                 expected="one that this Shuffle made",
                 remedy="dispatch with topk_idx to make one here",
             )
+
+
+def check_like(rows: Tensor) -> None:
+    """Raise an InputError unless `Shuffle.empty_like` can make rows like these."""
+    if not isinstance(rows, Tensor) or rows.dim() == 0:
+        is_tensor = isinstance(rows, Tensor)
+        raise input_error(
+            "empty_like",
+            "rows",
+            got="a tensor of no dimensions" if is_tensor else type(rows).__name__,
+            expected="a tensor of rows [num_rows, ...]",
+            remedy="pass d.tokens, or one tensor of its tuple",
+        )
 
 
 def _check_device(operation: str, argument: str, tensor: Tensor, device: torch.device) -> None:

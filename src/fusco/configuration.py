@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeGuard
 
 import torch
 
@@ -13,7 +16,10 @@ from fusco.types import Ablation
 
 @dataclass(frozen=True, kw_only=True)
 class Configuration:
-    """The arguments of `Shuffle` that must be equal on all ranks; see there."""
+    """The arguments of `Shuffle` that must be equal on all ranks; see there.
+
+    Any integers become Python's own, since ranks compare them as JSON, which knows no others.
+    """
 
     num_experts: int
     hidden_size: int
@@ -27,6 +33,10 @@ class Configuration:
     num_sms: int | None = None
     ablation: Ablation = field(default_factory=Ablation)
 
+    def __post_init__(self) -> None:
+        for name in (*_COUNTS, *_OPTIONAL_COUNTS):
+            object.__setattr__(self, name, as_integer(getattr(self, name)))
+
     def check(self, num_ranks: int, dtype: object) -> None:
         """Raise an InputError for what is wrong in itself."""
         if not isinstance(dtype, torch.dtype):
@@ -37,9 +47,17 @@ class Configuration:
                 expected="a torch.dtype",
                 remedy="pass for example torch.bfloat16",
             )
-        for name in ("num_experts", "hidden_size", "top_k", "max_tokens", "expert_alignment"):
+        if not isinstance(self.ablation, Ablation):
+            raise input_error(
+                "Shuffle",
+                "ablation",
+                got=repr(self.ablation),
+                expected="a fusco.Ablation or None",
+                remedy="pass for example fusco.Ablation(fusion=False)",
+            )
+        for name in _COUNTS:
             _check_count(name, getattr(self, name))
-        for name in ("ranks_per_node", "max_recv_tokens", "num_sms"):
+        for name in _OPTIONAL_COUNTS:
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
         if self.placement is None:
@@ -57,12 +75,12 @@ class Configuration:
             raise input_error(
                 "Shuffle",
                 "placement",
-                got=f"{len(self.placement)} entries" if is_list else repr(self.placement),
+                got=f"{len(self.placement)} entries" if is_list else type(self.placement).__name__,
                 expected=f"a list of {self.num_experts} ranks, one an expert",
                 remedy="pass the rank of every expert",
             )
         for rank in self.placement:
-            if isinstance(rank, int) and 0 <= rank < num_ranks:
+            if _is_integer(rank) and 0 <= rank < num_ranks:
                 continue
             raise input_error(
                 "Shuffle",
@@ -77,8 +95,31 @@ class Configuration:
         return self.placement or contiguous_placement(self.num_experts, num_ranks)
 
 
+_COUNTS = ("num_experts", "hidden_size", "top_k", "max_tokens", "expert_alignment")
+_OPTIONAL_COUNTS = ("ranks_per_node", "max_recv_tokens", "num_sms")
+
+
+def as_placement(given: Any) -> Any:
+    """A list, array or tensor of ranks as a tuple of integers; what is none of these stays."""
+    if hasattr(given, "tolist"):
+        given = given.tolist()
+    return tuple(map(as_integer, given)) if isinstance(given, Sequence) else given
+
+
+def as_integer(value: Any) -> Any:
+    """Any integer, such as numpy's, as an `int`; what is none stays."""
+    try:
+        return value if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return value
+
+
+def _is_integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not _is_integer(value) or value < 1:
         raise input_error(
             "Shuffle",
             name,

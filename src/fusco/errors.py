@@ -44,8 +44,11 @@ class PeerError(FuscoError):
 
 
 def closed_error() -> ClosedError:
-    """What a call of a closed Shuffle raises."""
-    return ClosedError("Shuffle: it was closed, or a rank was lost; make a new one")
+    """What a call of a closed Shuffle raises, and a backward through one."""
+    return ClosedError(
+        "Shuffle: it was closed, or a rank was lost; make a new one, and leave it open until the "
+        "last backward is done"
+    )
 
 
 def input_error(

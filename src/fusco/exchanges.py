@@ -143,15 +143,21 @@ def _check_side(
             remedy="move it, or choose another engine",
         )
     num_ranks = engine.world.topology.num_ranks
-    if len(segments) != num_ranks or not all(isinstance(s, Segments) for s in segments):
+    is_sequence = isinstance(segments, Sequence)
+    if not (
+        is_sequence
+        and len(segments) == num_ranks
+        and all(isinstance(each, Segments) for each in segments)
+    ):
         raise input_error(
             "exchange",
             name,
-            got=f"{len(segments)} entries",
+            got=_kinds(segments) if is_sequence else type(segments).__name__,
             expected=f"fusco.Segments for each of the {num_ranks} ranks",
             remedy="a rank without segments gets empty ones",
         )
     for peer, each in enumerate(segments):
+        _check_descriptors(name, peer, each)
         end = each.offset + each.size
         if each.size.numel() and (
             int(each.offset.min()) < 0 or int(each.size.min()) < 0 or int(end.max()) > buffer.nbytes
@@ -164,6 +170,41 @@ def _check_side(
                 expected=f"segments inside the {buffer.nbytes} bytes of {buffer_name}",
                 remedy="offsets and sizes count bytes",
             )
+
+
+def _check_descriptors(name: str, peer: int, segments: Segments) -> None:
+    for field, value in (("offset", segments.offset), ("size", segments.size)):
+        is_tensor = isinstance(value, Tensor)
+        if (
+            is_tensor
+            and value.dim() == 1
+            and value.dtype == torch.int64
+            and value.device.type == "cpu"
+        ):
+            continue
+        got = type(value).__name__
+        if is_tensor:
+            got = f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
+        raise input_error(
+            "exchange",
+            name,
+            got=f"for rank {peer} a {field} that is {got}",
+            expected="an int64 tensor of one dimension on the CPU",
+            remedy=f"pass {field}=torch.tensor([...], dtype=torch.int64)",
+        )
+    if segments.offset.shape != segments.size.shape:
+        raise input_error(
+            "exchange",
+            name,
+            got=f"for rank {peer} {len(segments.offset)} offsets and {len(segments.size)} sizes",
+            expected="as many of each",
+            remedy="every segment has an offset and a size",
+        )
+
+
+def _kinds(segments: Sequence[object]) -> str:
+    others = sorted({type(s).__name__ for s in segments if not isinstance(s, Segments)})
+    return f"{len(segments)} entries" + (f", {' and '.join(others)} among them" if others else "")
 
 
 def forget_engines() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fusco.configuration import Configuration
+from fusco.configuration import Configuration, as_integer
 from fusco.errors import input_error
 from fusco.layout.compact import BLOCK_ALIGNMENT, WindowLayout, chunk_bytes, part_starts
 
@@ -61,12 +61,13 @@ def buffer_size_hint(
     Raises:
         InputError: an argument is wrong.
     """
+    num_ranks, num_alive = as_integer(num_ranks), as_integer(num_alive)
     for name, value in (("num_ranks", num_ranks), ("num_alive", num_alive)):
         if not isinstance(value, int) or value < 1:
             raise _bad(name, value, "an integer above 0")
     if not (math.isfinite(imbalance) and 1 <= imbalance <= num_ranks):
         raise _bad("imbalance", imbalance, f"from 1, all alike, to {num_ranks}, one has all")
-    Configuration(
+    layer = Configuration(
         num_experts=num_experts,
         hidden_size=hidden_size,
         top_k=top_k,
@@ -76,22 +77,23 @@ def buffer_size_hint(
         placement=None,
         expert_alignment=expert_alignment,
         max_recv_tokens=max_recv_tokens,
-    ).check(num_ranks, dtype)
+    )
+    layer.check(num_ranks, dtype)
     from fusco.engines.cuda.kernels.structs import MAX_PARTS
 
-    row_bytes = hidden_size * dtype.itemsize
+    row_bytes = layer.hidden_size * dtype.itemsize
     layout = WindowLayout(
         num_ranks=num_ranks,
-        num_experts=num_experts,
-        max_tokens=max_tokens,
-        top_k=top_k,
+        num_experts=layer.num_experts,
+        max_tokens=layer.max_tokens,
+        top_k=layer.top_k,
         row_bytes=row_bytes,
         max_parts=MAX_PARTS,
     )
-    num_rows = max_recv_tokens
+    num_rows = layer.max_recv_tokens
     if num_rows is None:
-        padding = (expert_alignment - 1) * (num_experts // num_ranks)
-        num_rows = math.ceil(imbalance * max_tokens * top_k) + padding
+        padding = (layer.expert_alignment - 1) * (layer.num_experts // num_ranks)
+        num_rows = math.ceil(imbalance * layer.max_tokens * layer.top_k) + padding
     # Each tensor of a tuple begins at an aligned place of its own.
     block = part_starts([row_bytes], num_rows)[-1] + MAX_PARTS * BLOCK_ALIGNMENT
     return BufferSizes(

@@ -19,11 +19,16 @@ def find_bad_id(topk_idx: Tensor, num_experts: int) -> InputError | None:
 
 
 def bad_ids(low: int, high: int, num_experts: int) -> InputError:
-    """The error for expert ids that reach from `low` to `high`."""
+    """The error for expert ids from `low` to `high`.
+
+    Only what is out of range is named: an engine that looks for nothing else knows no other bound.
+    """
+    wrong = [f"{low}"] if low < -1 else []
+    wrong += [f"{high}"] if high >= num_experts else []
     return input_error(
         "dispatch",
         "topk_idx",
-        got=f"expert ids from {low} to {high}",
+        got=f"expert ids such as {' and '.join(wrong)}",
         expected=f"-1 (no expert) to {num_experts - 1}",
         remedy="check the router, or num_experts",
     )

@@ -85,8 +85,8 @@ class Mistake:
     by: tuple[int, ...] = (1,)
 
 
-def _with_id(ready: Ready, expert: int) -> Tensor:
-    idx = ready.idx.clone()
+def _with_id(ready: Ready, expert: int, others: Tensor | None = None) -> Tensor:
+    idx = (ready.idx if others is None else others).clone()
     idx[-1, -1] = expert
     return idx
 
@@ -123,7 +123,12 @@ MISTAKES: Mapping[str, Mistake] = {
     "x-is-too-wide-everywhere": Mistake(
         call=lambda r: r.dispatch(x=_one_more(r.x, 1)), names="x", by=(0, 1, 2)
     ),
-    "x-dtype-is-too-wide": Mistake(call=lambda r: r.dispatch(x=r.x.double()), names="x"),
+    "x-dtype-is-too-wide": Mistake(
+        call=lambda r: r.dispatch(x=r.x.double()), names="128 bytes, float64[*, 16], expected"
+    ),
+    "x-is-a-batch": Mistake(
+        call=lambda r: r.dispatch(x=r.x[None]), names="as x.flatten(0, 1) makes them"
+    ),
     "x-is-narrower-here": Mistake(
         call=lambda r: r.dispatch(x=r.x[:, :-4]), names="dispatch", error=_DISAGREE
     ),
@@ -164,6 +169,26 @@ MISTAKES: Mapping[str, Mistake] = {
     ),
     "id-too-small": Mistake(
         call=lambda r: r.dispatch(topk_idx=_with_id(r, -2)), names="topk_idx", by=(0, 2)
+    ),
+    "ids-are-all-too-small": Mistake(
+        call=lambda r: r.dispatch(topk_idx=torch.full_like(r.idx, -2)),
+        names="got expert ids such as -2, expected",
+    ),
+    "ids-are-all-too-small-and-differ": Mistake(
+        call=lambda r: r.dispatch(topk_idx=_with_id(r, -4, torch.full_like(r.idx, -2))),
+        names="got expert ids such as -4, expected",
+    ),
+    "one-id-too-small-and-no-others": Mistake(
+        call=lambda r: r.dispatch(topk_idx=_with_id(r, -3, torch.full_like(r.idx, -1))),
+        names="got expert ids such as -3, expected",
+    ),
+    "one-id-too-large-and-no-others": Mistake(
+        call=lambda r: r.dispatch(topk_idx=_with_id(r, 6, torch.full_like(r.idx, -1))),
+        names="got expert ids such as 6, expected",
+    ),
+    "ids-on-both-sides": Mistake(
+        call=lambda r: r.dispatch(topk_idx=_with_id(r, 9, torch.full_like(r.idx, -2))),
+        names="got expert ids such as -2 and 9, expected",
     ),
     "id-huge": Mistake(call=lambda r: r.dispatch(topk_idx=_with_id(r, 2**40)), names="topk_idx"),
     "idx-is-elsewhere": Mistake(
@@ -225,7 +250,12 @@ MISTAKES: Mapping[str, Mistake] = {
     ),
     "outputs-dtype-is-too-wide": Mistake(
         call=lambda r: r.combine(r.outputs.double()),
-        names="expert_outputs",
+        names="128 bytes, float64[*, 16], expected",
+        elsewhere=_right_combine,
+    ),
+    "outputs-are-a-batch": Mistake(
+        call=lambda r: r.combine(r.outputs[None]),
+        names="as expert_outputs.flatten(0, 1) makes them",
         elsewhere=_right_combine,
     ),
     "outputs-are-integers": Mistake(

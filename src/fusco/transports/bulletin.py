@@ -57,8 +57,8 @@ class Bulletin:
         except RuntimeError as error:
             raise PeerError(
                 f"{topic}: rank {rank} did not answer within {self.timeout_s:g} s "
-                f"(waited for by rank {self._rank}); this Shuffle is closed for good, restart the "
-                "ranks",
+                f"(waited for by rank {self._rank}); the group cannot go on without it, restart "
+                "the ranks",
                 operation=topic,
                 rank=rank,
             ) from error

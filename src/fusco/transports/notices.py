@@ -72,7 +72,7 @@ class Notices:
         self.tell(lost)
         return PeerError(
             f"{operation}: rank {lost} {what} (waited for by rank {self._rank}); "
-            "this Shuffle is closed for good, restart the ranks",
+            "the group cannot go on without it, restart the ranks",
             operation=operation,
             rank=lost,
         )

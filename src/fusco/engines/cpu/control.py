@@ -223,7 +223,7 @@ class Control:
         here = f"rank {self._ranks[self._rank]} waited in operation {self._epoch}"
         return PeerError(
             f"{operation}: rank {rank} {what}; {here}; "
-            "this Shuffle is closed for good, restart the ranks",
+            "the group cannot go on without it, restart the ranks",
             operation=operation,
             rank=rank,
         )
