@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 import torch.distributed as dist
 
 import fusco
 from conftest import CUDA
+from fusco.api import _tensors_in
 from fusco.testing.cases import device_of, draw, expect_round_trip
 from fusco.testing.mistakes import (
     CASE,
@@ -76,3 +78,9 @@ def all_in_one(rank: int, engine: str) -> int:
 
 def test_many_mistakes_in_a_row(pool: RankPool, engine: str) -> None:
     assert [pool.run(all_in_one, engine)[member] for member in MEMBERS] == [20] * 3
+
+
+def test_tensors_are_found_in_arguments_that_nobody_has_checked() -> None:
+    one, two = torch.zeros(2), torch.zeros(3)
+    found = _tensors_in(one, None, 3, "x", (two, "y", [one]))
+    assert [id(each) for each in found] == [id(each) for each in (one, two, one)]

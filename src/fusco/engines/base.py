@@ -275,7 +275,7 @@ class Engine(ABC):
             InputError: the engine has no streams, or its kernels would not fit beside others.
         """
         raise input_error(
-            "async",
+            "async_op",
             "engine",
             got=repr(self.name),
             expected="'cuda'",

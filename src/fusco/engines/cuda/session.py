@@ -288,7 +288,7 @@ class Session:
         others = sum(each.num_sms for each in _SHARING if each is not self)
         if self.world.num_sms is None or others + self.num_sms > total:
             raise input_error(
-                "async",
+                "async_op",
                 "num_sms",
                 got=repr(self.world.num_sms),
                 expected=f"at most {total - others}, what other Shuffles leave of {total}",
