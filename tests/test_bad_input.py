@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from fusco.testing.mistakes import (
     make_mistake,
 )
 from fusco.testing.ranks import RankPool, subgroup
+from fusco.types import Plan
 
 MEMBERS = (1, 2, 3)
 
@@ -81,6 +83,9 @@ def test_many_mistakes_in_a_row(pool: RankPool, engine: str) -> None:
 
 
 def test_tensors_are_found_in_arguments_that_nobody_has_checked() -> None:
-    one, two = torch.zeros(2), torch.zeros(3)
-    found = _tensors_in(one, None, 3, "x", (two, "y", [one]))
-    assert [id(each) for each in found] == [id(each) for each in (one, two, one)]
+    one, two, three = torch.zeros(2), torch.zeros(3), torch.zeros(4)
+    plan = mock.create_autospec(Plan, instance=True)
+    plan.to_tensors.return_value = [three]
+    d = fusco.Dispatched(tokens=one, row_weights=two, plan=plan)
+    found = _tensors_in(one, None, 3, "x", (two, "y", [one]), one.to_sparse(), d)
+    assert [id(each) for each in found] == [id(each) for each in (one, two, one, two, three)]

@@ -35,6 +35,16 @@ CONSTRUCTION: Mapping[str, tuple[dict[str, Any], type[fusco.FuscoError], str]] =
         fusco.InputError,
         "fusco.Ablation(fusion=False)",
     ),
+    "ablation-of-numpy": (
+        {"ablation": fusco.Ablation(fusion=np.bool_(True))},  # type: ignore[arg-type]
+        fusco.InputError,
+        "a fusco.Ablation of True and False",
+    ),
+    "placement-without-values": (
+        {"placement": torch.zeros(6, dtype=torch.int64, device="meta")},
+        fusco.InputError,
+        "placement",
+    ),
     "ablation-is-no": ({"ablation": False}, fusco.InputError, "ablation: got False"),
     "no-hidden": ({"hidden_size": 0}, fusco.InputError, "hidden_size"),
     "no-top-k": ({"top_k": 0}, fusco.InputError, "top_k"),

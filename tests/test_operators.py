@@ -135,7 +135,17 @@ def check_mistakes_of_compiled(rank: int, engine: str) -> None:
             d = shuffle.dispatch(rows, idx)
             return shuffle.combine(torch.cat((d.tokens, rows[:1])), d)
 
+        def too_many_of_the_last(rows: Tensor, idx: Tensor) -> Tensor:
+            # Only one rank is wrong.
+            more = (CASE.num_tokens[1] + 1) * rank
+            d = shuffle.dispatch(
+                torch.cat((rows, rows.new_zeros(more, rows.shape[1]))),
+                torch.cat((idx, idx.new_zeros(more, idx.shape[1]))),
+            )
+            return shuffle.combine(d.tokens, d)
+
         for layer, says in (
+            (too_many_of_the_last, "max_tokens"),
             (plans_of_another, "plan of another Shuffle"),
             (sums_of_another, "plan of another Shuffle"),
             (one_row_more, "one for each row of d.tokens"),
@@ -146,6 +156,17 @@ def check_mistakes_of_compiled(rank: int, engine: str) -> None:
                 expect(says in str(error), f"{says} is not in: {error}")
             else:
                 raise AssertionError(f"{layer.__name__} raised nothing")
+
+        def two_routings(rows: Tensor, idx: Tensor) -> Tensor:
+            d = shuffle.dispatch(rows, idx)
+            return shuffle.dispatch(rows, idx, plan=d.plan).row_weights
+
+        try:
+            compiled(two_routings)(rows, idx)
+        except (fusco.InputError, torch._dynamo.exc.Unsupported) as error:
+            expect("a tensor beside plan=" in str(error), f"{error}")
+        else:
+            raise AssertionError("two routings were taken for one")
         d = shuffle.dispatch(rows, idx)
         expect(bool(shuffle.combine(d.tokens, d).isfinite().all()), "what is right works again")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from fusco import eager, fakes, ops  # noqa: F401 - fakes are for tracers
-from fusco.checks import Limits, check_like
+from fusco.checks import Limits, check_like, two_routings
 from fusco.configuration import Configuration, as_placement
 from fusco.engines import make_engine
 from fusco.engines.base import ENGINES, Engine, World
@@ -39,9 +39,9 @@ class Shuffle:
         d = shuffle.dispatch(x, topk_idx, topk_weights)
         y = shuffle.combine(experts(d.tokens, d.expert_offsets), d)
 
-    Every method but `stats` and `close` is collective: all ranks of the group call it, in the
-    same order. A context manager, to be left after the last backward; several may live at once,
-    also on subgroups.
+    Every method but `empty_like`, `stats` and `close` is collective: all ranks of the group call it,
+    in the same order. A context manager, to be left after the last backward; several may live at
+    once, also on subgroups.
 
     Args:
         num_experts: E, over all ranks.
@@ -233,9 +233,11 @@ class Shuffle:
         self._require_open()
         got: Sequence[Tensor]
         with stage("dispatch"):
-            # What is in a plan no compiler knows: then the operators check.
-            if plan is None or not torch.compiler.is_compiling():
+            # A compiler neither knows what is in a plan nor tells other ranks: the operators check.
+            if not torch.compiler.is_compiling():
                 self._check_dispatch(x, topk_idx, topk_weights, plan)
+            elif plan is not None and topk_idx is not None:
+                raise two_routings()
             rows = as_tuple(x)
             grads = ops.wanted_gradients(rows, topk_weights)
             if ops.is_eager((*rows, topk_idx, topk_weights)):
@@ -389,9 +391,7 @@ class Shuffle:
     def _check_dispatch(
         self, x: Rows, topk_idx: Tensor | None, topk_weights: Tensor | None, plan: Plan | None
     ) -> None:
-        # A compiler checks once, and would compile anew for every form that is accepted.
-        is_other = plan is not None or torch.compiler.is_compiling()
-        form = None if is_other else _form_of(x, topk_idx, topk_weights)
+        form = None if plan is not None else _form_of(x, topk_idx, topk_weights)
         if form is None or form not in self._accepted:
             ops.check(
                 self._engine,
@@ -439,7 +439,7 @@ def _tensors_in(*given: object) -> list[Tensor]:
     found: list[Tensor] = []
     for each in given:
         if isinstance(each, Tensor):
-            found.append(each)
+            found += [each] if each.layout == torch.strided else []
         elif isinstance(each, Plan):
             found += each.to_tensors()
         elif isinstance(each, Dispatched):

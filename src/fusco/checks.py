@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusco.engines.base import Engine
-from fusco.errors import input_error
+from fusco.errors import InputError, input_error
 from fusco.layout.segments import bytes_per_row, describe_format
 from fusco.types import Dispatched, Plan, Rows, as_tuple
 
@@ -79,13 +79,7 @@ class Limits:
         else:
             self._check_plan("dispatch", plan)
             if topk_idx is not None:
-                raise input_error(
-                    "dispatch",
-                    "topk_idx",
-                    got="a tensor beside plan=",
-                    expected="one of the two",
-                    remedy="a plan already holds its routing",
-                )
+                raise two_routings()
             if num_tokens != plan.num_tokens:
                 raise input_error(
                     "dispatch",
@@ -173,11 +167,9 @@ class Limits:
         row_bytes = sum(bytes_per_row(each) for each in rows)
         if row_bytes > self.row_bytes:
             formats = ", ".join(describe_format(each.dtype, each.shape[1:]) for each in rows)
-            remedy = "convert them to the Shuffle's dtype"
+            remedy = "if their dtype is not the Shuffle's, convert them"
             if any(each.dim() > 2 for each in rows):
-                remedy = (
-                    f"rows are [num_tokens, hidden_size], as {argument}.flatten(0, 1) makes them"
-                )
+                remedy = f"if this is a batch of sequences, pass {argument}.flatten(0, 1)"
             raise input_error(
                 operation,
                 argument,
@@ -297,6 +289,17 @@ class Limits:
                 expected="one that this Shuffle made",
                 remedy="dispatch with topk_idx to make one here",
             )
+
+
+def two_routings() -> InputError:
+    """The error for a dispatch with expert ids and a plan."""
+    return input_error(
+        "dispatch",
+        "topk_idx",
+        got="a tensor beside plan=",
+        expected="one of the two",
+        remedy="a plan already holds its routing",
+    )
 
 
 def check_like(rows: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -47,12 +48,15 @@ class Configuration:
                 expected="a torch.dtype",
                 remedy="pass for example torch.bfloat16",
             )
-        if not isinstance(self.ablation, Ablation):
+        given = self.ablation
+        if not isinstance(given, Ablation) or not all(
+            type(v) is bool for v in vars(given).values()
+        ):
             raise input_error(
                 "Shuffle",
                 "ablation",
-                got=repr(self.ablation),
-                expected="a fusco.Ablation or None",
+                got=repr(given),
+                expected="a fusco.Ablation of True and False, or None",
                 remedy="pass for example fusco.Ablation(fusion=False)",
             )
         for name in _COUNTS:
@@ -102,7 +106,8 @@ _OPTIONAL_COUNTS = ("ranks_per_node", "max_recv_tokens", "num_sms")
 def as_placement(given: Any) -> Any:
     """A list, array or tensor of ranks as a tuple of integers; what is none of these stays."""
     if hasattr(given, "tolist"):
-        given = given.tolist()
+        with suppress(RuntimeError):  # of tensors without values
+            given = given.tolist()
     return tuple(map(as_integer, given)) if isinstance(given, Sequence) else given
 
 
@@ -110,7 +115,7 @@ def as_integer(value: Any) -> Any:
     """Any integer, such as numpy's, as an `int`; what is none stays."""
     try:
         return value if isinstance(value, bool) else operator.index(value)
-    except TypeError:
+    except (TypeError, RuntimeError):
         return value
 
 

@@ -158,15 +158,16 @@ def _check_side(
         )
     for peer, each in enumerate(segments):
         _check_descriptors(name, peer, each)
-        end = each.offset + each.size
-        if each.size.numel() and (
-            int(each.offset.min()) < 0 or int(each.size.min()) < 0 or int(end.max()) > buffer.nbytes
-        ):
+        # Not by their sums, which may be more than an int64 holds.
+        is_inside = (each.offset >= 0) & (each.size >= 0)
+        is_inside &= each.size <= buffer.nbytes - each.offset
+        if not is_inside.all():
+            wrong = int(is_inside.to(torch.uint8).argmin())
             raise input_error(
                 "exchange",
                 name,
-                got=f"a segment of rank {peer} from byte {int(each.offset.min())} "
-                f"up to byte {int(end.max())}",
+                got=f"a segment of rank {peer} from byte {int(each.offset[wrong])} "
+                f"of {int(each.size[wrong])} bytes",
                 expected=f"segments inside the {buffer.nbytes} bytes of {buffer_name}",
                 remedy="offsets and sizes count bytes",
             )

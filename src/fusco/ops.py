@@ -129,7 +129,14 @@ def dispatch(
     rows: Sequence[Tensor], topk_idx: Tensor, topk_weights: Tensor | None, shuffle: int, grads: str
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """Make a plan and run it: rows `[T, ...]` to `[R, ...]`, row weights `[R]`, the plan."""
-    got = run_dispatch(tuple(rows), topk_idx, topk_weights, engine_of(shuffle), grads)
+    engine = engine_of(shuffle)
+    limits = Limits.of(engine)
+    check(
+        engine,
+        Operation.DISPATCH,
+        lambda: limits.check_dispatch(tuple(rows), topk_idx, topk_weights, None),
+    )
+    got = run_dispatch(tuple(rows), topk_idx, topk_weights, engine, grads)
     return list(got.rows), got.row_weights, _apart(got.plan.to_tensors())
 
 

@@ -223,7 +223,7 @@ def _check_hosts(
     if hosts is None:
         for option, value in (("--ranks-per-host", ranks_per_host), ("--nic", nic)):
             if value is not None:
-                message = f"bench: {option}: got {value} without --hosts; give both or neither"
+                message = f"bench: {option}: got {value} without --hosts; add it, or leave this out"
                 raise fail(message, USER_ERROR)
     elif num_ranks is not None:
         message = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TypeVar, cast
 
 import torch
@@ -21,7 +22,9 @@ def compiled(layer: Layer) -> Layer:
     @functools.wraps(layer)
     def run(*arguments: Tensor) -> Tensor:
         # Later versions of torch do so by themselves.
-        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        is_old = torch.__version__ < "2.11"
+        allow = torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+        with allow if is_old else nullcontext():
             y: Tensor = traced(*arguments)
             return y
 

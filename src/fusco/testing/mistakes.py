@@ -126,9 +126,7 @@ MISTAKES: Mapping[str, Mistake] = {
     "x-dtype-is-too-wide": Mistake(
         call=lambda r: r.dispatch(x=r.x.double()), names="128 bytes, float64[*, 16], expected"
     ),
-    "x-is-a-batch": Mistake(
-        call=lambda r: r.dispatch(x=r.x[None]), names="as x.flatten(0, 1) makes them"
-    ),
+    "x-is-a-batch": Mistake(call=lambda r: r.dispatch(x=r.x[None]), names="pass x.flatten(0, 1)"),
     "x-is-narrower-here": Mistake(
         call=lambda r: r.dispatch(x=r.x[:, :-4]), names="dispatch", error=_DISAGREE
     ),
@@ -255,7 +253,7 @@ MISTAKES: Mapping[str, Mistake] = {
     ),
     "outputs-are-a-batch": Mistake(
         call=lambda r: r.combine(r.outputs[None]),
-        names="as expert_outputs.flatten(0, 1) makes them",
+        names="pass expert_outputs.flatten(0, 1)",
         elsewhere=_right_combine,
     ),
     "outputs-are-integers": Mistake(
