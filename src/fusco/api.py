@@ -39,9 +39,9 @@ class Shuffle:
         d = shuffle.dispatch(x, topk_idx, topk_weights)
         y = shuffle.combine(experts(d.tokens, d.expert_offsets), d)
 
-    Every method but `empty_like`, `stats` and `close` is collective: all ranks of the group call it,
-    in the same order. A context manager, to be left after the last backward; several may live at
-    once, also on subgroups.
+    Every method but `empty_like`, `stats` and `close` is collective: all ranks of the group call
+    it, in the same order. A context manager, to be left after the last backward; several may live
+    at once, also on subgroups.
 
     Args:
         num_experts: E, over all ranks.
