@@ -438,8 +438,8 @@ def _tensors_in(*given: object) -> list[Tensor]:
     """All tensors of arguments that nobody has checked yet."""
     found: list[Tensor] = []
     for each in given:
-        if isinstance(each, Tensor):
-            found += [each] if each.layout == torch.strided else []
+        if isinstance(each, Tensor) and each.layout == torch.strided:
+            found.append(each)
         elif isinstance(each, Plan):
             found += each.to_tensors()
         elif isinstance(each, Dispatched):

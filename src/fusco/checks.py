@@ -304,15 +304,18 @@ def two_routings() -> InputError:
 
 def check_like(rows: Tensor) -> None:
     """Raise an InputError unless `Shuffle.empty_like` can make rows like these."""
-    if not isinstance(rows, Tensor) or rows.dim() == 0:
-        is_tensor = isinstance(rows, Tensor)
-        raise input_error(
-            "empty_like",
-            "rows",
-            got="a tensor of no dimensions" if is_tensor else type(rows).__name__,
-            expected="a tensor of rows [num_rows, ...]",
-            remedy="pass d.tokens, or one tensor of its tuple",
-        )
+    got = type(rows).__name__
+    if isinstance(rows, Tensor):
+        if rows.dim():
+            return
+        got = "a tensor of no dimensions"
+    raise input_error(
+        "empty_like",
+        "rows",
+        got=got,
+        expected="a tensor of rows [num_rows, ...]",
+        remedy="pass d.tokens, or one tensor of its tuple",
+    )
 
 
 def _check_device(operation: str, argument: str, tensor: Tensor, device: torch.device) -> None:

@@ -175,16 +175,11 @@ def _check_side(
 
 def _check_descriptors(name: str, peer: int, segments: Segments) -> None:
     for field, value in (("offset", segments.offset), ("size", segments.size)):
-        is_tensor = isinstance(value, Tensor)
-        if (
-            is_tensor
-            and value.dim() == 1
-            and value.dtype == torch.int64
-            and value.device.type == "cpu"
-        ):
-            continue
         got = type(value).__name__
-        if is_tensor:
+        if isinstance(value, Tensor):
+            is_on_cpu = value.device.type == "cpu"
+            if value.dim() == 1 and value.dtype == torch.int64 and is_on_cpu:
+                continue
             got = f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
         raise input_error(
             "exchange",

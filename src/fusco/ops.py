@@ -84,6 +84,14 @@ def check(engine: Engine, operation: Operation, arguments: Callable[[], None]) -
             engine.agree_on_error(Call(operation, error=error))
 
 
+def _checked(shuffle: int, operation: Operation, arguments: Callable[[Limits], None]) -> Engine:
+    """The engine of an open Shuffle that can do this with these arguments."""
+    engine = engine_of(shuffle)
+    limits = Limits.of(engine)
+    check(engine, operation, lambda: arguments(limits))
+    return engine
+
+
 def wanted_gradients(rows: Sequence[Tensor], weights: Tensor | None) -> str:
     """Which gradients a dispatch of these will be asked for, in words."""
     if not torch.is_grad_enabled():
@@ -129,12 +137,10 @@ def dispatch(
     rows: Sequence[Tensor], topk_idx: Tensor, topk_weights: Tensor | None, shuffle: int, grads: str
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """Make a plan and run it: rows `[T, ...]` to `[R, ...]`, row weights `[R]`, the plan."""
-    engine = engine_of(shuffle)
-    limits = Limits.of(engine)
-    check(
-        engine,
+    engine = _checked(
+        shuffle,
         Operation.DISPATCH,
-        lambda: limits.check_dispatch(tuple(rows), topk_idx, topk_weights, None),
+        lambda limits: limits.check_dispatch(tuple(rows), topk_idx, topk_weights, None),
     )
     got = run_dispatch(tuple(rows), topk_idx, topk_weights, engine, grads)
     return list(got.rows), got.row_weights, _apart(got.plan.to_tensors())
@@ -191,12 +197,11 @@ def dispatch_planned(
     grads: str,
 ) -> tuple[list[Tensor], Tensor]:
     """Run a plan again: rows `[T, ...]` to `[R, ...]`, row weights `[R]`."""
-    whole, engine = Plan.from_tensors(plan), engine_of(shuffle)
-    limits = Limits.of(engine)
-    check(
-        engine,
+    whole = Plan.from_tensors(plan)
+    engine = _checked(
+        shuffle,
         Operation.DISPATCH_PLANNED,
-        lambda: limits.check_dispatch(tuple(rows), None, topk_weights, whole),
+        lambda limits: limits.check_dispatch(tuple(rows), None, topk_weights, whole),
     )
     got = run_dispatch(tuple(rows), whole, topk_weights, engine, grads)
     return list(got.rows), got.row_weights
@@ -216,9 +221,12 @@ def combine(
 ) -> list[Tensor]:
     """Sum rows `[R, ...]` to `[T, ...]`. `anchor` only ties the result to the dispatch, so that a
     rank whose experts had no rows, and hence no graph, takes part in the backward too."""
-    whole, engine = Plan.from_tensors(plan), engine_of(shuffle)
-    limits = Limits.of(engine)
-    check(engine, Operation.COMBINE, lambda: limits.check_sums(tuple(rows), row_weights, whole))
+    whole = Plan.from_tensors(plan)
+    engine = _checked(
+        shuffle,
+        Operation.COMBINE,
+        lambda limits: limits.check_sums(tuple(rows), row_weights, whole),
+    )
     return list(run_combine(tuple(rows), row_weights, whole, engine, grads).sums)
 
 

@@ -31,20 +31,20 @@ def warmup(
         architectures = _architectures(arch or [])
         from fusco.engines.cuda.jit import VARIANTS, cache_folder, cubin, cubin_path
 
-        for name in architectures:
-            for variant in VARIANTS:
-                path = cubin_path(variant, name)
-                was_there = path.exists()
-                if not was_there:
-                    _check_writable(path.parent)
-                begin = time.perf_counter()
-                size = len(cubin(variant, name))
-                took = "was there" if was_there else f"{time.perf_counter() - begin:.2f} s"
-                label = f"{variant.name} {variant.element}".strip()
-                if not path.exists():
-                    raise fail(f"warmup: kernel {label} cannot be kept in {path.parent}", FAILURE)
-                typer.echo(f"{name:<8}  {label:<20}  {size >> 10:>5} KiB  {took}")
-        typer.echo(f"Kernels are in {cache_folder()}")
+        folder = cache_folder()
+        paths = {(a, v): cubin_path(v, a) for a in architectures for v in VARIANTS}
+        if not all(path.exists() for path in paths.values()):
+            _check_writable(folder)
+        for (name, variant), path in paths.items():
+            was_there = path.exists()
+            begin = time.perf_counter()
+            size = len(cubin(variant, name))
+            took = "was there" if was_there else f"{time.perf_counter() - begin:.2f} s"
+            label = f"{variant.name} {variant.element}".strip()
+            if not path.exists():
+                raise fail(f"warmup: kernel {label} cannot be kept in {folder}", FAILURE)
+            typer.echo(f"{name:<8}  {label:<20}  {size >> 10:>5} KiB  {took}")
+        typer.echo(f"Kernels are in {folder}")
 
 
 def _check_writable(folder: Path) -> None:
