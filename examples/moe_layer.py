@@ -4,6 +4,10 @@ torchrun --nproc-per-node 4 examples/moe_layer.py
 """
 
 import torch
+
+# Optimizers import it. After init_process_group it would keep the group, whose threads may then end
+# the process while Python ends.
+import torch._dynamo
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
