@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 from torch.library import opcheck
@@ -157,19 +159,67 @@ def check_mistakes_of_compiled(rank: int, engine: str) -> None:
             else:
                 raise AssertionError(f"{layer.__name__} raised nothing")
 
-        def two_routings(rows: Tensor, idx: Tensor) -> Tensor:
-            d = shuffle.dispatch(rows, idx)
-            return shuffle.dispatch(rows, idx, plan=d.plan).row_weights
-
-        try:
-            compiled(two_routings)(rows, idx)
-        except (fusco.InputError, torch._dynamo.exc.Unsupported) as error:
-            expect("a tensor beside plan=" in str(error), f"{error}")
-        else:
-            raise AssertionError("two routings were taken for one")
         d = shuffle.dispatch(rows, idx)
         expect(bool(shuffle.combine(d.tokens, d).isfinite().all()), "what is right works again")
 
 
 def test_mistakes_of_compiled(pool: RankPool, host_engine: str) -> None:
     pool.run(check_mistakes_of_compiled, host_engine)
+
+
+WRONG = {
+    "float-ids": "topk_idx: got torch.float32",
+    "flat-ids": "topk_idx: got torch.int64 of shape (14,)",
+    "no-ids": "topk_idx: got NoneType",
+    "no-rows": "x: got str, str",
+    "listed-weights": "topk_weights: got list",
+    "two-routings": "topk_idx: got a tensor beside plan=",
+    "no-outputs": "expert_outputs: got NoneType",
+    "no-dispatched": "dispatched: got str",
+}
+
+
+def check_mistakes_with_breaks(rank: int, engine: str) -> None:
+    """What no operator takes breaks the graph, and is raised on all ranks as without a compiler."""
+    group = subgroup((0, 1))
+    if group is None:
+        return
+    inputs = draw(CASE)
+    right: dict[str, Any] = {
+        "x": inputs.x[rank],
+        "topk_idx": inputs.topk_idx[rank],
+        "topk_weights": inputs.weights_of(rank),
+    }
+    idx = inputs.topk_idx[rank]
+    wrong: dict[str, dict[str, Any]] = {
+        "float-ids": {"topk_idx": idx.float()},
+        "flat-ids": {"topk_idx": idx.flatten()},
+        "no-ids": {"topk_idx": None},
+        "no-rows": {"x": ["a", "b"]},
+        "listed-weights": {"topk_weights": [1.0]},
+    }
+    with CASE.shuffle(group, engine) as shuffle:
+
+        def layer(how: str) -> Tensor:
+            d = shuffle.dispatch(**(right | wrong.get(how, {})))
+            if how in ("with-plan", "two-routings"):
+                again = idx if how == "two-routings" else None
+                d = shuffle.dispatch(right["x"], again, right["topk_weights"], plan=d.plan)
+            outputs: Any = None if how == "no-outputs" else d.tokens
+            dispatched: Any = "d" if how == "no-dispatched" else d
+            return shuffle.combine(outputs, dispatched)
+
+        expected = layer("")
+        for how, says in WRONG.items():
+            traced = torch.compile(layer, backend="aot_eager")
+            with pytest.raises(fusco.InputError) as caught:
+                # Only one rank is wrong.
+                traced(how if rank == 1 else "with-plan" if how == "two-routings" else "")
+            expect(says in str(caught.value), f"{says} is not in: {caught.value}")
+            for again, name in ((layer, "called"), (traced, "compiled")):
+                expect_same(again(""), expected, f"after {how}, {name}")
+            torch._dynamo.reset()
+
+
+def test_mistakes_with_breaks(pool: RankPool, host_engine: str) -> None:
+    pool.run(check_mistakes_with_breaks, host_engine)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from fusco import eager, fakes, ops  # noqa: F401 - fakes are for tracers
-from fusco.checks import Limits, check_like, two_routings
+from fusco.checks import Limits, check_like, is_combine, is_dispatch
 from fusco.configuration import Configuration, as_placement
 from fusco.engines import make_engine
 from fusco.engines.base import ENGINES, Engine, World
@@ -233,11 +233,10 @@ class Shuffle:
         self._require_open()
         got: Sequence[Tensor]
         with stage("dispatch"):
-            # A compiler neither knows what is in a plan nor tells other ranks: the operators check.
-            if not torch.compiler.is_compiling():
+            is_traced = torch.compiler.is_compiling()
+            # A compiler knows no values and cannot tell other ranks: operators check their own.
+            if not (is_traced and is_dispatch(x, topk_idx, topk_weights, plan)):
                 self._check_dispatch(x, topk_idx, topk_weights, plan)
-            elif plan is not None and topk_idx is not None:
-                raise two_routings()
             rows = as_tuple(x)
             grads = ops.wanted_gradients(rows, topk_weights)
             if ops.is_eager((*rows, topk_idx, topk_weights)):
@@ -313,7 +312,7 @@ class Shuffle:
     ) -> AnyRows:
         self._require_open()
         with stage("combine"):
-            if not torch.compiler.is_compiling():
+            if not (torch.compiler.is_compiling() and is_combine(expert_outputs, dispatched)):
                 self._check_combine(expert_outputs, dispatched, weighted)
             rows = as_tuple(expert_outputs)
             row_weights = dispatched.row_weights if weighted else None
@@ -451,7 +450,8 @@ def _tensors_in(*given: object) -> list[Tensor]:
 
 def _wide(topk_idx: Tensor | None) -> Tensor:
     assert topk_idx is not None, "checked before"
-    return topk_idx if topk_idx.dtype == torch.int64 else topk_idx.to(torch.int64)
+    # Of other types the operators tell the user.
+    return topk_idx.to(torch.int64) if topk_idx.dtype == torch.int32 else topk_idx
 
 
 def _form_of(x: Any, topk_idx: Any, topk_weights: Any) -> tuple[Any, ...] | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusco.engines.base import Engine
-from fusco.errors import InputError, input_error
+from fusco.errors import input_error
 from fusco.layout.segments import bytes_per_row, describe_format
 from fusco.types import Dispatched, Plan, Rows, as_tuple
 
@@ -79,7 +79,13 @@ class Limits:
         else:
             self._check_plan("dispatch", plan)
             if topk_idx is not None:
-                raise two_routings()
+                raise input_error(
+                    "dispatch",
+                    "topk_idx",
+                    got="a tensor beside plan=",
+                    expected="one of the two",
+                    remedy="a plan already holds its routing",
+                )
             if num_tokens != plan.num_tokens:
                 raise input_error(
                     "dispatch",
@@ -291,15 +297,23 @@ class Limits:
             )
 
 
-def two_routings() -> InputError:
-    """The error for a dispatch with expert ids and a plan."""
-    return input_error(
-        "dispatch",
-        "topk_idx",
-        got="a tensor beside plan=",
-        expected="one of the two",
-        remedy="a plan already holds its routing",
-    )
+def is_dispatch(x: Any, topk_idx: Any, topk_weights: Any, plan: Any) -> bool:
+    """Whether these are of the types that a dispatch takes, whatever their values."""
+    if plan is None:
+        is_routed = isinstance(topk_idx, Tensor)
+    else:
+        is_routed = isinstance(plan, Plan) and topk_idx is None
+    return is_routed and _are_rows(x) and isinstance(topk_weights, (Tensor, type(None)))
+
+
+def is_combine(expert_outputs: Any, dispatched: Any) -> bool:
+    """The same for a combine."""
+    return isinstance(dispatched, Dispatched) and _are_rows(expert_outputs)
+
+
+def _are_rows(given: Any) -> bool:
+    rows = given if isinstance(given, (tuple, list)) else (given,)
+    return bool(rows) and all(isinstance(each, Tensor) and each.dim() > 0 for each in rows)
 
 
 def check_like(rows: Tensor) -> None:

@@ -17,7 +17,7 @@ from fusco.types import NUM_PLAN_TENSORS, NUM_SLICED_TENSORS, Plan, SlicedPlan
 def _dispatch_fake(
     rows: Sequence[Tensor], topk_idx: Tensor, topk_weights: Tensor | None, shuffle: int, grads: str
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    plan = _fake_plan(topk_idx, engine_of(shuffle))
+    plan = _fake_plan(rows[0].shape[0], topk_idx, engine_of(shuffle))
     got, row_weights = _fake_rows(rows, plan)
     return got, row_weights, plan
 
@@ -77,9 +77,9 @@ def _fake_rows(rows: Sequence[Tensor], plan: Sequence[Tensor]) -> tuple[list[Ten
     return got, plan[1].new_empty(num_rows, dtype=torch.float32)
 
 
-def _fake_plan(topk_idx: Tensor, engine: Engine) -> list[Tensor]:
-    topology = engine.world.topology
-    num_tokens, top_k = topk_idx.shape
+def _fake_plan(num_tokens: int, topk_idx: Tensor, engine: Engine) -> list[Tensor]:
+    # Ids of another shape are an error, which all ranks raise when they run this.
+    topology, top_k = engine.world.topology, engine.world.top_k
     num_ranks = topology.num_ranks
     ctx = torch.library.get_ctx()
 

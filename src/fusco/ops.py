@@ -32,6 +32,7 @@ _Formats = tuple[tuple[torch.dtype, tuple[int, ...]], ...]
 NO_GRADIENTS = "no gradients"
 WITH_GRADIENTS = "with gradients"
 """Of a combine."""
+_REASON = "fusco takes no such arguments; without fullgraph=True the call says why, on all ranks"
 
 
 def engine_of(shuffle: int) -> Engine:
@@ -58,8 +59,8 @@ def _operator(schema: str) -> Callable[[_Function], _Function]:
     return register
 
 
-def _not_traced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep torch.compile out of an operator's body, without importing it for that."""
+def _not_traced(function: _Function) -> _Function:
+    """Keep torch.compile out of a function, without importing it for that."""
 
     untraced: Callable[..., Any] | None = None
 
@@ -69,12 +70,13 @@ def _not_traced(function: Callable[..., Any]) -> Callable[..., Any]:
         compiler = sys.modules.get("torch._dynamo")
         if compiler is None:
             return function(*args)
-        untraced = untraced or compiler.disable(function)
+        untraced = untraced or compiler.disable(function, reason=_REASON)
         return untraced(*args)
 
-    return call
+    return cast(_Function, call)
 
 
+@_not_traced
 def check(engine: Engine, operation: Operation, arguments: Callable[[], None]) -> None:
     """Raise on all ranks what a check of the arguments raises on this one."""
     try:
