@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from types import TracebackType
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, overload
 
 import numpy.typing as npt
 import torch
@@ -28,7 +28,6 @@ from fusco.topology import Topology
 from fusco.types import Ablation, AnyRows, Dispatched, Plan, Rows, Stats, as_tuple, like
 
 _KEYS = itertools.count()
-Result = TypeVar("Result")
 _MAX_ACCEPTED = 1024
 
 
@@ -64,8 +63,9 @@ class Shuffle:
             not written), sums are 0, and `synchronize` raises on every rank. Captured outputs
             belong to the memory pool of their graph, as tensors of torch do: graphs that share one
             (`pool=`) use the same memory, others never. It stays the pool's until the Shuffle is
-            closed, so share one to capture again and again. None: outputs have as many rows as
-            arrive. "cuda" only.
+            closed, so share one to capture again and again. Replays are ordered by their streams
+            alone: a stream on which others follow must wait for theirs. None: outputs have as many
+            rows as arrive. "cuda" only.
         num_sms: the most multiprocessors of a GPU that an operation takes; None: all.
         ablation: mechanisms to switch off, for measurements.
 
@@ -221,7 +221,12 @@ class Shuffle:
         if not async_op:
             return self._dispatch(x, topk_idx, topk_weights, plan)
         tensors = _tensors_in(x, topk_idx, topk_weights, plan)
-        return self._beside(lambda: self._dispatch(x, topk_idx, topk_weights, plan), tensors)
+        return ops.run_beside(
+            self._engine,
+            Operation.DISPATCH if plan is None else Operation.DISPATCH_PLANNED,
+            lambda: self._dispatch(x, topk_idx, topk_weights, plan),
+            tensors,
+        )
 
     def _dispatch(
         self,
@@ -305,7 +310,12 @@ class Shuffle:
         if not async_op:
             return self._combine(expert_outputs, dispatched, weighted)
         tensors = _tensors_in(expert_outputs, dispatched)
-        return self._beside(lambda: self._combine(expert_outputs, dispatched, weighted), tensors)
+        return ops.run_beside(
+            self._engine,
+            Operation.COMBINE,
+            lambda: self._combine(expert_outputs, dispatched, weighted),
+            tensors,
+        )
 
     def _combine(
         self, expert_outputs: AnyRows, dispatched: Dispatched[Any], weighted: bool
@@ -414,12 +424,6 @@ class Shuffle:
     def _accept(self, form: tuple[Any, ...] | None) -> None:
         if form is not None and len(self._accepted) < _MAX_ACCEPTED:
             self._accepted.add(form)
-
-    def _beside(
-        self, operation: Callable[[], Result], inputs: Sequence[Tensor]
-    ) -> tuple[Result, torch.cuda.Event]:
-        with self._engine as engine:
-            return engine.run_beside(operation, inputs)
 
     def _require_open(self) -> None:
         if self._engine.is_closed:

@@ -27,6 +27,7 @@ from fusco.types import Plan
 # torch.library.custom_op would do, but its first call imports the compiler, two seconds of work.
 LIBRARY = torch.library.Library("fusco", "DEF")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+_Result = TypeVar("_Result")
 _Formats = tuple[tuple[torch.dtype, tuple[int, ...]], ...]
 
 NO_GRADIENTS = "no gradients"
@@ -84,6 +85,19 @@ def check(engine: Engine, operation: Operation, arguments: Callable[[], None]) -
     except InputError as error:
         with engine:
             engine.agree_on_error(Call(operation, error=error))
+
+
+@_not_traced
+def run_beside(
+    engine: Engine,
+    operation: Operation,
+    run: Callable[[], _Result],
+    inputs: Sequence[Tensor],
+) -> tuple[_Result, torch.cuda.Event]:
+    """Run an operation on a side stream, where all ranks can."""
+    with engine:
+        check(engine, operation, engine.check_beside)
+        return engine.run_beside(run, inputs)
 
 
 def _checked(shuffle: int, operation: Operation, arguments: Callable[[Limits], None]) -> Engine:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from copy import copy
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +30,7 @@ from fusco.errors import (
 )
 from fusco.layout.records import Operation
 
-TICKET = 7
+TICKET, EPOCH = 7, 5
 RIGHT = Call(operation=Operation.COMBINE, plan=3)
 WRONG = Call(
     operation=Operation.COMBINE,
@@ -38,10 +40,11 @@ WRONG = Call(
 
 
 class Board:
-    """A bulletin in one process."""
+    """A bulletin in one process, and what ranks have published for their last operation."""
 
     def __init__(self) -> None:
         self.texts: dict[tuple[str, int], str] = {}
+        self.heads: dict[int, tuple[int, ...]] = {}
 
     def of(self, rank: int) -> Any:
         return SimpleNamespace(
@@ -60,13 +63,24 @@ class Rank:
         self._place = {name: at for at, name in enumerate(names)}
         self.told = np.zeros(len(names), dtype=np.int64)
         self.pending = torch.zeros(1, dtype=torch.int32)
-        self.failures = Failures(world, board.of(rank), self.told, self.pending)  # type: ignore[arg-type]
+        self.failures = Failures(
+            world,  # type: ignore[arg-type]
+            board.of(rank),
+            self.told,
+            self.pending,
+            lambda _, peer: board.heads[peer],
+        )
+        self._publish = partial(board.heads.__setitem__, rank)
+
+    def ask(self, call: Call, *, epoch: int = EPOCH) -> None:
+        self.failures.remember(TICKET, call)
+        self._publish(call.head(epoch))
 
     def fail(self, verdict: Verdict, **fields: int) -> None:
-        facts = {"operation": Operation.COMBINE, "ticket": TICKET, "awaited": -1, "epoch": 5}
+        facts = {"operation": Operation.COMBINE, "ticket": TICKET, "awaited": -1, "epoch": EPOCH}
         for name, value in (facts | fields | {"verdict": verdict}).items():
             self.told[self._place[name]] = value
-        self.pending.fill_(5)
+        self.pending.fill_(EPOCH)
 
     def error(self) -> FuscoError:
         with pytest.raises(FuscoError) as caught:
@@ -81,7 +95,7 @@ def two_ranks(wrong: int = 1, **changes: Any) -> tuple[Rank, Rank]:
     board = Board()
     ranks = Rank(0, board, **changes), Rank(1, board, **changes)
     for rank, each in enumerate(ranks):
-        each.failures.remember(TICKET, WRONG if rank == wrong else RIGHT)
+        each.ask(WRONG if rank == wrong else RIGHT)
         each.fail(Verdict.UNLIKE)
     return ranks
 
@@ -163,6 +177,33 @@ def test_calls_that_do_not_fit_together() -> None:
     first, second = two_ranks(wrong=-1)
     second.failures.close()  # leaves before it has raised, but not without a word
     assert isinstance(first.error(), DisagreementError)
+
+
+def test_who_waits_does_not_ask_those_who_go_on() -> None:
+    board = Board()
+    waiting, summing = Rank(0, board), Rank(1, board)
+    waiting.ask(Call(operation=Operation.DISPATCH, form="bfloat16"))
+    summing.ask(RIGHT)
+    waiting.fail(Verdict.UNLIKE, operation=Operation.DISPATCH)
+    summing.fail(Verdict.UNLIKE)
+    # The board would fail where it is asked for what nobody has posted.
+    error = waiting.error()
+    assert isinstance(error, DisagreementError)
+    assert "rank 0: dispatch with a new plan, bfloat16; rank 1: combine with plan 3" in str(error)
+    assert str(summing.error()).startswith("combine: the ranks' calls do not fit together")
+    waiting.fail(Verdict.STALE, operation=Operation.DISPATCH, epoch=EPOCH + 1)
+    assert str(waiting.error()) == str(error)
+
+
+def test_a_loss_takes_the_place_of_what_was_pending() -> None:
+    rank = Rank(0, Board())
+    rank.ask(RIGHT)
+    rank.fail(Verdict.STALE)
+    later = threading.Timer(0.1, lambda: rank.fail(Verdict.LOST, awaited=1, item=-1))
+    later.start()
+    with pytest.raises(PeerError, match="rank 1 is lost"):
+        rank.failures.raise_reported(Verdict.LOST)
+    later.join()
 
 
 @pytest.mark.parametrize(

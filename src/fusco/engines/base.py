@@ -259,20 +259,12 @@ class Engine(ABC):
     def synchronize(self) -> None:
         """Return when all that was asked for is done; raise what was found meanwhile."""
 
-    def run_beside(
-        self, operation: Callable[[], Result], inputs: Sequence[Tensor]
-    ) -> tuple[Result, torch.cuda.Event]:
-        """Run one of this engine's operations on a side stream.
-
-        Args:
-            operation: calls it.
-            inputs: the tensors it reads.
-
-        Returns:
-            its result, and the event after which other streams may use it.
+    def check_beside(self) -> None:
+        """Make ready for `run_beside`.
 
         Raises:
-            InputError: the engine has no streams, or its kernels would not fit beside others.
+            InputError: the engine has no streams, or its kernels would not fit beside others;
+                raised on this rank.
         """
         raise input_error(
             "async_op",
@@ -281,6 +273,20 @@ class Engine(ABC):
             expected="'cuda'",
             remedy="call dispatch and combine, which return when they are done",
         )
+
+    def run_beside(
+        self, operation: Callable[[], Result], inputs: Sequence[Tensor]
+    ) -> tuple[Result, torch.cuda.Event]:
+        """Run one of this engine's operations on a side stream, where `check_beside` raises none.
+
+        Args:
+            operation: calls it.
+            inputs: the tensors it reads.
+
+        Returns:
+            its result, and the event after which other streams may use it.
+        """
+        raise AssertionError("check_beside raises where this cannot be")
 
     @abstractmethod
     def stats(self) -> Stats:

@@ -272,7 +272,7 @@ class Dispatcher:
     def _make_room(self, call: Call, room: _Room, report: Report) -> None:
         room.home.release(room.block)
         if report.verdict != Verdict.SHORT:
-            self._session.failures.raise_reported()
+            self._session.failures.raise_reported(report.verdict)
         self._session.grow(call.operation.text, report.need)
 
     def _format_of(self, call: Call, rows: tuple[Tensor, ...], work: _Work) -> _Format:

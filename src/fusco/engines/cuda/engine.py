@@ -138,13 +138,14 @@ class CudaEngine(Engine):
             "exchange: engine 'cuda' does not serve it; use engine='reference'"
         )
 
+    def check_beside(self) -> None:
+        self._open().session.share_device()
+
     @_on_own_device
     def run_beside(
         self, operation: Callable[[], Result], inputs: Sequence[Tensor]
     ) -> tuple[Result, torch.cuda.Event]:
-        session = self._open().session
-        session.share_device()
-        return session.order.run_beside(operation, inputs)
+        return self._open().session.order.run_beside(operation, inputs)
 
     @_on_own_device
     def synchronize(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections import deque
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import NoReturn
 
@@ -24,7 +25,7 @@ from fusco.errors import (
     WindowMemoryError,
     input_error,
 )
-from fusco.layout.records import HEADER, Field, Operation
+from fusco.layout.records import HEADER, Field, Operation, Status
 from fusco.transports.bulletin import Bulletin
 
 _REMEMBERED = 64
@@ -37,7 +38,8 @@ class Failures:
     A failure that all ranks find together stays pending, and no operation does anything, until
     every rank has settled it: has raised it in a call that waits for the device. Such calls are
     the same on all ranks, so that all raise in the same call, and their next ones belong together,
-    however late a rank's host learns of a failure. With fixed outputs only `synchronize` waits, and
+    however late a rank's host learns of a failure. Where one rank waits and another does not, the
+    first raises at once, and again with the other. With fixed outputs only `synchronize` waits, and
     until then calls ask the others for nothing.
 
     Args:
@@ -45,15 +47,23 @@ class Failures:
         bulletin: where the ranks tell each other what they had asked for.
         told: int64, the `structs.Failure` that kernels write, in host memory.
         pending: int32 `[1]` on the device, whether kernels have written it.
+        head_of: the head of the record that a rank has published for an operation, in the order
+            of `Field`, by epoch and rank; or that of a later one.
     """
 
     def __init__(
-        self, world: World, bulletin: Bulletin, told: npt.NDArray[np.int64], pending: Tensor
+        self,
+        world: World,
+        bulletin: Bulletin,
+        told: npt.NDArray[np.int64],
+        pending: Tensor,
+        head_of: Callable[[int, int], Sequence[int]],
     ) -> None:
         self._world = world
         self._bulletin = bulletin
         self._told = told
         self._pending = pending
+        self._head_of = head_of
         # NOTE: what is raised is never what is kept, for it holds the frames that it has passed,
         # with all tensors there, and this object.
         self._calls: deque[tuple[int, Call]] = deque(maxlen=_REMEMBERED)
@@ -94,11 +104,13 @@ class Failures:
         self._settle()
         raise copy(self._last)
 
-    def raise_reported(self) -> NoReturn:
+    def raise_reported(self, verdict: int) -> NoReturn:
         """Raise what a kernel has reported; what it tells may be a moment behind the report."""
         deadline = time.monotonic() + self._world.timeout_s
-        while not self.is_pending and time.monotonic() < deadline:
-            pass
+        # A loss takes the place of what was pending.
+        while not (self._told[0] == _LOST if verdict == _LOST else self.is_pending):
+            if time.monotonic() > deadline:
+                break
         self.raise_pending()
         raise AssertionError("a kernel reported a failure that it did not tell")
 
@@ -204,10 +216,20 @@ class Failures:
         self._post(failure, call)
         if call.error is not None:
             return call.error
-        letters = [self._bulletin.read(_topic(failure), each) for each in range(num_ranks)]
+        letters = [self._letter_of(failure, each) for each in range(num_ranks)]
         records = np.zeros((num_ranks, HEADER), dtype=np.int64)
         records[:, Field.STATUS] = [int(letter[0]) for letter in letters]
         return disagreement(call, records, [letter[1:] for letter in letters], rank)
+
+    def _letter_of(self, failure: structs.Failure, rank: int) -> str:
+        """What a rank had asked for: its status and words."""
+        epoch, operation, status, plan, *_ = self._head_of(failure.epoch, rank)
+        if not Operation(failure.operation).sums and epoch == failure.epoch:
+            call = Call(Operation(operation), plan)
+            # Its host goes on, and may wait for this rank before it has anything to tell.
+            if status == Status.READY and call.operation.sums:
+                return _letter(call)
+        return self._bulletin.read(_topic(failure), rank)
 
     def _call_of(self, failure: structs.Failure) -> Call:
         world = self._world
@@ -220,8 +242,11 @@ class Failures:
         return call
 
     def _post(self, failure: structs.Failure, call: Call) -> None:
-        status = call.head(0)[Field.STATUS]
-        self._bulletin.post(_topic(failure), f"{int(status)}{call.text}")
+        self._bulletin.post(_topic(failure), _letter(call))
+
+
+def _letter(call: Call) -> str:
+    return f"{int(call.head(0)[Field.STATUS])}{call.text}"
 
 
 def _topic(failure: structs.Failure) -> str:

@@ -24,6 +24,7 @@ from fusco.engines.cuda.window import Allocation, SymmetricHeap, TorchAllocator
 from fusco.errors import PeerError, WindowMemoryError, input_error
 from fusco.layout.compact import WindowLayout, chunk_bytes
 from fusco.layout.heap import CHUNK_SPAN, NOTHING, Block
+from fusco.layout.records import HEADER
 from fusco.transports.bulletin import Bulletin
 
 Made = TypeVar("Made")
@@ -99,7 +100,7 @@ class Session:
         self._num_growths = 0
         self._last_call: Call | None = None
         pending = self._tables["state"].view(torch.int32)[_PENDING : _PENDING + 1]
-        self.failures = Failures(world, self.bulletin, self._failure, pending)
+        self.failures = Failures(world, self.bulletin, self._failure, pending, self._head_of)
         # No rank's kernels may write before every window is clear.
         self.bulletin.meet("clear windows")
 
@@ -193,6 +194,13 @@ class Session:
         record.ticket = ticket
         self.failures.remember(ticket, call)
         return ticket
+
+    def _head_of(self, epoch: int, rank: int) -> list[int]:
+        """What `rank` has published in this rank's window; see `Failures`."""
+        index = (epoch & 1) * self.num_ranks + rank
+        at = self.constants.records_at + index * self.constants.record_bytes
+        head: list[int] = self.window.memory[at : at + 8 * HEADER].view(torch.int64).tolist()
+        return head
 
     def await_report(self, ticket: int) -> Report:
         """What a dispatch reports."""

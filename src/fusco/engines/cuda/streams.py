@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from fusco.engines.cuda.graphs import capture_on
 from fusco.types import Dispatched, as_tuple
 
 Result = TypeVar("Result")
@@ -18,7 +19,8 @@ class Order:
 
     Kernels of one stream need nothing for that, so it is only on a change of streams that the new
     one waits for the old: for the last operation, and for what has used its results since, whose
-    memory may be written again.
+    memory may be written again. The operations of a CUDA graph are ordered likewise, among
+    themselves: when they run, its replays say.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -26,18 +28,29 @@ class Order:
         self._index = device.index
         self._last: int | None = None
         self._last_stream: torch.cuda.Stream | None = None
+        self._captured: tuple[int, torch.cuda.Stream] | None = None  # last, and into which graph
         self._side: torch.cuda.Stream | None = None
 
     def begin(self) -> int:
         """The handle of the stream for the operation that begins now."""
         # NOTE: the public current_stream() takes ten times as long.
         handle: int = torch._C._cuda_getCurrentRawStream(self._index)
-        if handle != self._last:
+        if torch.cuda.is_current_stream_capturing():
+            self._begin_captured(capture_on(handle))
+        elif handle != self._last:
             stream = torch.cuda.current_stream(self._device)
-            if self._last_stream is not None and not torch.cuda.is_current_stream_capturing():
+            if self._last_stream is not None:
                 stream.wait_stream(self._last_stream)
             self._last, self._last_stream = handle, stream
         return handle
+
+    def _begin_captured(self, capture: int) -> None:
+        stream = torch.cuda.current_stream(self._device)
+        if self._captured is not None:
+            last_capture, last_stream = self._captured
+            if last_capture == capture and last_stream != stream:
+                stream.wait_stream(last_stream)
+        self._captured = capture, stream
 
     def run_beside(
         self, operation: Callable[[], Result], inputs: Iterable[Tensor]

@@ -12,9 +12,23 @@ import fusco
 from fusco.testing.cases import Case, device_of, draw, expect, expect_round_trip, sizes
 from fusco.testing.compiled import expect_compiled
 from fusco.testing.conformance import Check
-from fusco.testing.gpu.order import closed, late_errors, other_streams, two_at_once
+from fusco.testing.gpu.order import (
+    claims,
+    closed,
+    late_errors,
+    one_combine_too_many,
+    other_streams,
+    two_at_once,
+)
 from fusco.testing.gpu.plans import random_plans
-from fusco.testing.gpu.static import graphs, graphs_memory, graphs_overflow, overflow, static_rows
+from fusco.testing.gpu.static import (
+    graphs,
+    graphs_beside,
+    graphs_memory,
+    graphs_overflow,
+    overflow,
+    static_rows,
+)
 from fusco.testing.gpu.trips import held_for_many_layers, random_trips, trips, tuple_of_four
 from fusco.testing.gradients import expect_gradients
 from fusco.testing.mistakes import (
@@ -219,6 +233,12 @@ GPU_CHECKS: tuple[Check, ...] = (
         only="cuda",
     ),
     Check(
+        name="graphs-beside",
+        description="a CUDA graph of calls on two streams",
+        fn=graphs_beside,
+        only="cuda",
+    ),
+    Check(
         name="graphs-memory",
         description="graphs of one Shuffle that hold results",
         fn=graphs_memory,
@@ -235,6 +255,18 @@ GPU_CHECKS: tuple[Check, ...] = (
         name="late-errors",
         description="what a combine finds is raised by all ranks in the same call",
         fn=late_errors,
+        only="cuda",
+    ),
+    Check(
+        name="one-combine-too-many",
+        description="ranks whose calls are of other kinds raise without waiting for each other",
+        fn=one_combine_too_many,
+        only="cuda",
+    ),
+    Check(
+        name="claims",
+        description="room for side streams that one rank does not have",
+        fn=claims,
         only="cuda",
     ),
     Check(

@@ -27,6 +27,7 @@ from fusco.testing.cases import (
 
 Group = dist.ProcessGroup | None
 _FEW_SMS = 8
+_LONG_S = 30.0
 _ROUNDS = 4
 
 
@@ -48,6 +49,43 @@ def late_errors(group: Group, engine: str) -> None:
             if last:
                 _expect_error(partial(_dispatch, shuffle, inputs, rank))
             expect_round_trip(shuffle, inputs, rank)
+
+
+def one_combine_too_many(group: Group, engine: str) -> None:
+    """A rank that combines where the others dispatch: they raise at once, it does in its next
+    dispatch, and they do again, since these belong together; then all is well."""
+    rank, last = dist.get_rank(group), dist.get_world_size(group) - 1
+    inputs = draw(_case(group, engine))
+    with inputs.case.shuffle(group, engine, timeout_s=_LONG_S) as shuffle:
+        dispatch = partial(_dispatch, shuffle, inputs, rank)
+        d = dispatch()
+        if rank == last:
+            shuffle.combine(inputs.outputs[rank], d)
+        else:
+            _expect_error(dispatch, fusco.DisagreementError, "combine with plan")
+        if last:
+            _expect_error(dispatch, fusco.DisagreementError, "dispatch with a new plan")
+        expect_round_trip(shuffle, inputs, rank)
+
+
+def claims(group: Group, engine: str) -> None:
+    """Where one rank has no room for a call beside others, all raise."""
+    rank, last = dist.get_rank(group), dist.get_world_size(group) - 1
+    inputs = draw(_case(group, engine))
+    num_sms = torch.cuda.get_device_properties().multi_processor_count * 2 // 3
+    make = partial(inputs.case.shuffle, group, engine, timeout_s=_LONG_S, num_sms=num_sms)
+    with make() as one, make() as other:
+        _, event = _dispatch(one, inputs, rank, async_op=True)
+        event.wait()
+        if rank != last:
+            one.close()
+        dispatch = partial(_dispatch, other, inputs, rank, async_op=True)
+        _expect_error(dispatch, says="num_sms")
+        one.close()
+        d, event = dispatch()
+        event.wait()
+        expect_dispatched(d, inputs, rank)
+        expect_same(other.combine(inputs.outputs[rank], d), inputs.sums(rank), "combine")
 
 
 def closed(group: Group, engine: str) -> None:
@@ -89,12 +127,7 @@ def two_at_once(group: Group, engine: str) -> None:
         case.shuffle(group, engine, num_sms=_FEW_SMS) as other,
     ):
         for _ in range(_ROUNDS):
-            begun = [
-                each.dispatch(
-                    inputs.x[rank], inputs.topk_idx[rank], inputs.weights_of(rank), async_op=True
-                )
-                for each in (one, other)
-            ]
+            begun = [_dispatch(each, inputs, rank, async_op=True) for each in (one, other)]
             for shuffle, (d, event) in zip((one, other), begun, strict=True):
                 event.wait()
                 y, event = shuffle.combine(inputs.outputs[rank], d, async_op=True)
@@ -143,14 +176,18 @@ def _case(group: Group, engine: str) -> Case:
     )
 
 
-def _dispatch(shuffle: fusco.Shuffle, inputs: Inputs, rank: int) -> fusco.Dispatched[Any]:
-    return shuffle.dispatch(inputs.x[rank], inputs.topk_idx[rank], inputs.weights_of(rank))
+def _dispatch(shuffle: fusco.Shuffle, inputs: Inputs, rank: int, **how: Any) -> Any:
+    return shuffle.dispatch(inputs.x[rank], inputs.topk_idx[rank], inputs.weights_of(rank), **how)
 
 
-def _expect_error(call: Callable[[], object]) -> None:
+def _expect_error(
+    call: Callable[[], object],
+    kind: type[fusco.FuscoError] = fusco.InputError,
+    says: str = "rows",
+) -> None:
     try:
         call()
-    except fusco.InputError as error:
-        expect("rows" in str(error), f"another error: {error}")
+    except kind as error:
+        expect(says in str(error), f"another error: {error}")
         return
     raise AssertionError("no error was raised")

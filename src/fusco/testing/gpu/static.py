@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,10 @@ from torch import Tensor
 import fusco
 from fusco.testing.cases import Case, Inputs, device_of, draw, expect, expect_same, sizes
 
+Result = TypeVar("Result")
+
 Group = dist.ProcessGroup | None
+_FEW_SMS = 8
 
 
 def static_rows(group: Group, engine: str) -> None:
@@ -61,6 +65,31 @@ def graphs(group: Group, engine: str) -> None:
         expect_same(counts, inputs.layout.tokens_per_expert[rank], "tokens_per_expert")
         expect_same(tokens[: want.shape[0]], want, "tokens of a replay")
         expect_same(sums, inputs.sums(rank), "combine of a replay")
+
+
+def graphs_beside(group: Group, engine: str) -> None:
+    """Operations that a graph holds on two streams come in the order of their calls."""
+    rank = dist.get_rank(group)
+    case = _case(group, engine)
+    first, second = draw(case, 0), draw(case, 1)
+    size = max(_most_rows(first), _most_rows(second))
+    with case.shuffle(group, engine, max_recv_tokens=size, num_sms=_FEW_SMS) as shuffle:
+
+        def both() -> list[tuple[fusco.Dispatched[Tensor], Tensor]]:
+            d = _dispatch(shuffle, first, rank)
+            beside, event = shuffle.dispatch(
+                _rows(second, rank), second.topk_idx[rank], second.weights_of(rank), async_op=True
+            )
+            y = shuffle.combine(_outputs(first, rank, size), d)
+            event.wait()
+            return [(d, y), (beside, shuffle.combine(_outputs(second, rank, size), beside))]
+
+        graph, results = _capture(both)
+        for _ in range(20):
+            graph.replay()
+        shuffle.synchronize()
+        for inputs, (d, y) in zip((first, second), results, strict=True):
+            _expect(d, y, inputs, rank, size)
 
 
 def graphs_memory(group: Group, engine: str) -> None:
@@ -174,19 +203,18 @@ def _error_of(call: Callable[[], object], kind: type[Exception]) -> str:
 
 
 def _capture(
-    pair: Callable[[], tuple[fusco.Dispatched[Tensor], Tensor]],
-    sharing: torch.cuda.CUDAGraph | None = None,
-) -> tuple[torch.cuda.CUDAGraph, tuple[fusco.Dispatched[Tensor], Tensor]]:
+    calls: Callable[[], Result], sharing: torch.cuda.CUDAGraph | None = None
+) -> tuple[torch.cuda.CUDAGraph, Result]:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):
-            pair()
+            calls()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=None if sharing is None else sharing.pool()):
-        result = pair()
+        result = calls()
     return graph, result
 
 

@@ -34,12 +34,18 @@ __device__ __forceinline__ const i32* counts_in(const i64* record) {
   return reinterpret_cast<const i32*>(record + kRecordHead);
 }
 
-// Tells the host of the first failure, which it has to raise before this rank can go on.
+// Tells the host of the first failure, which it has to raise before this rank can go on; of a loss,
+// which is for good, whatever else it has to raise.
 __device__ __forceinline__ void report_failure(const World& world, const Call& call, i32 verdict,
                                                i32 awaited, i64 item, i64 need) {
   State& state = state_of(world);
   const u32 epoch = state.epoch + 1;
-  if (atomicCAS(&state.pending, 0u, epoch) != 0) return;
+  if (verdict == kLost) {
+    if (atomicExch(&state.lost, 1u)) return;
+    atomicExch(&state.pending, epoch);
+  } else if (atomicCAS(&state.pending, 0u, epoch) != 0) {
+    return;
+  }
   volatile Failure* failure = reinterpret_cast<volatile Failure*>(world.failure);
   failure->epoch = epoch;
   failure->operation = call.operation;
@@ -74,9 +80,7 @@ template <typename Ready>
 __device__ __forceinline__ bool wait_for(const World& world, const Call& call, i32 awaited,
                                          i64 item, i64 total, Ready ready) {
   if (wait_until(world, ready)) return true;
-  // First, so that whoever gives up because of it has nothing to report.
   report_failure(world, call, kLost, awaited, item, total);
-  atomicExch(&state_of(world).lost, 1u);
   return false;
 }
 

@@ -51,8 +51,9 @@ __device__ __forceinline__ void count(const World& world, const PlanArgs& args, 
       i64 at = static_cast<i64>(chunk.begin) * top_k + first * top_k + lane_id();
       i64 expert = topk_idx[at];
       if (expert < -1 || expert >= world.num_experts) {
-        atomicMin(&state.lowest_id, static_cast<i32>(max(expert, -0x7fffffffLL)));
-        atomicMax(&state.highest_id, static_cast<i32>(min(expert, 0x7fffffffLL)));
+        const i32 told = static_cast<i32>(max(min(expert, 0x7fffffffLL), -0x7fffffffLL));
+        atomicMin(&state.lowest_id, told);
+        atomicMax(&state.highest_id, told);
         expert = -1;
       }
       if (expert >= 0)
@@ -235,7 +236,7 @@ __device__ __forceinline__ void receive_nothing(const World& world, const PlanAr
   }
 }
 
-extern "C" __global__ void __launch_bounds__(512)
+extern "C" __global__ void __launch_bounds__(512, 1)
     plan(const __grid_constant__ World world, const __grid_constant__ Call call,
          const __grid_constant__ PlanArgs args) {
   extern __shared__ u32 shared[];
@@ -286,11 +287,8 @@ extern "C" __global__ void __launch_bounds__(512)
     // The leader waits once for its peers; twice that, so that its own report is the one.
     const bool is_led =
         wait_until(world, [&] { return load_acquire_gpu(&state.planned) == epoch; }, 2);
-    if (!is_led) {
-      // Pairs without slots must not be moved.
-      atomicExch(&state.lost, 1u);
-      report_failure(world, call, kLost, world.rank, -1, 0);
-    }
+    // Pairs without slots must not be moved.
+    if (!is_led) report_failure(world, call, kLost, world.rank, -1, 0);
     goes_on = is_led && state.verdict == kGo;
   }
   __syncthreads();
