@@ -211,7 +211,7 @@ class Dispatcher:
         return self._wrap(room, form, num_rows, plan)
 
     def _check_capture(self, call: Call) -> None:
-        if self._static_rows is None and torch.cuda.is_current_stream_capturing():
+        if self._static_rows is None and self._session.order.is_capturing:
             raise input_error(
                 call.operation.text,
                 "max_recv_tokens",
@@ -253,7 +253,7 @@ class Dispatcher:
             need = part_starts(form.row_bytes, num_rows)[-1]
             return _Room(heap.free.reserve(need), heap.free)
         need = part_starts([session.world.row_bytes], static_rows)[-1] + MAX_PARTS * 128
-        is_capturing = torch.cuda.is_current_stream_capturing()
+        is_capturing = session.order.is_capturing
         home = heap.captured.of(stream) if is_capturing else heap.free
         block = heap.reserve(need, home)
         if block.size >= need:

@@ -21,11 +21,15 @@ class Order:
     one waits for the old: for the last operation, and for what has used its results since, whose
     memory may be written again. The operations of a CUDA graph are ordered likewise, among
     themselves: when they run, its replays say.
+
+    Attributes:
+        is_capturing: whether the operation that began last is captured into a CUDA graph.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._index = device.index
+        self.is_capturing = False
         self._last: int | None = None
         self._last_stream: torch.cuda.Stream | None = None
         self._captured: tuple[int, torch.cuda.Stream] | None = None  # last, and into which graph
@@ -35,7 +39,8 @@ class Order:
         """The handle of the stream for the operation that begins now."""
         # NOTE: the public current_stream() takes ten times as long.
         handle: int = torch._C._cuda_getCurrentRawStream(self._index)
-        if torch.cuda.is_current_stream_capturing():
+        self.is_capturing = torch.cuda.is_current_stream_capturing()
+        if self.is_capturing:
             self._begin_captured(capture_on(handle))
         elif handle != self._last:
             stream = torch.cuda.current_stream(self._device)
