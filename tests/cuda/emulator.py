@@ -16,7 +16,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusco.engines.base import Delivery
+from fusco import api
 from fusco.engines.cuda import engine, graphs, session, streams, window
 from fusco.engines.cuda.engine import CudaEngine
 from fusco.engines.cuda.kernels import structs
@@ -55,50 +56,52 @@ def emulated(folder: Path, *, in_step: bool) -> Iterator[None]:
             brings; else only `Tensor.cpu` waits for them.
     """
     stream = _Stream(in_step=in_step)
-    proxy = _torch_without_cuda()
-    changes: list[Any] = [
-        mock.patch("fusco.api.meet", _meet),
-        mock.patch("fusco.api.make_engine", lambda _, world: CudaEngine(world)),
-        mock.patch.object(Tensor, "cpu", lambda tensor: (stream.synchronize(), tensor)[1]),
-        mock.patch.object(CudaEngine, "device_types", ("cpu",)),
-        *(
-            mock.patch.object(CudaEngine, name, stream.keeping(getattr(CudaEngine, name)))
-            for name in ("dispatch", "combine", "combine_backward")
-        ),
-        mock.patch.object(engine, "_dense", stream.holding(engine._dense)),
-        mock.patch.object(session, "torch", proxy),
-        mock.patch.object(window, "torch", proxy),
-        mock.patch.object(session, "TorchAllocator", _Allocator),
-        mock.patch.object(Session, "launcher", lambda *given: _Launcher(folder, stream, *given)),
-        mock.patch.object(torch.cuda, "current_device", lambda: 0),
-        mock.patch.object(torch.cuda, "current_stream", lambda *_: stream),
-        mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: bool(stream.graph)),
-        mock.patch.object(torch.cuda, "CUDAGraph", lambda: _Graph(stream)),
-        mock.patch.object(torch.cuda, "graph", stream.capture),
-        *(
-            mock.patch.object(module, "capture_on", lambda _: id(stream.graph))
-            for module in (graphs, streams)
-        ),
-        mock.patch.object(graphs, "captured_pool", lambda _: stream.graph and stream.graph.pool()),
-        mock.patch.object(torch.cuda, "Stream", lambda *_: stream),
-        mock.patch.object(torch.cuda, "stream", lambda _: nullcontext()),
-        mock.patch.object(torch.cuda, "synchronize", stream.synchronize),
-        mock.patch.object(torch.cuda, "set_device", lambda _: None),
-        mock.patch.object(torch.cuda, "device_count", lambda: 1),
-        mock.patch.object(torch.cuda, "Event", lambda: _Event(stream)),
-        mock.patch.object(torch.cuda, "empty_cache", lambda: None),
-        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda _: 1, create=True),
-        mock.patch.object(torch.cuda, "get_device_properties", lambda *_: _PROPERTIES),
-    ]
     interval = sys.getswitchinterval()
     with ExitStack() as stack:
         # The host spins while it waits, and a kernel needs the interpreter.
         sys.setswitchinterval(1e-5)
         stack.callback(sys.setswitchinterval, interval)
-        for change in changes:
-            stack.enter_context(change)
+        for place, name, stand_in in _stand_ins(folder, stream):
+            stack.enter_context(mock.patch.object(place, name, stand_in, create=True))
         yield
         stream.synchronize()
+
+
+def _stand_ins(folder: Path, stream: _Stream) -> Iterator[tuple[Any, str, Any]]:
+    """Of what, by which name, and what takes its place."""
+    yield api, "meet", _meet
+    yield api, "make_engine", lambda _, world: CudaEngine(world)
+    yield CudaEngine, "device_types", ("cpu",)
+    for name in ("dispatch", "combine", "combine_backward"):
+        yield CudaEngine, name, stream.keeping(getattr(CudaEngine, name))
+    yield engine, "_dense", stream.holding(engine._dense)
+    yield Session, "launcher", lambda *given: _Launcher(folder, stream, *given)
+    yield session, "TorchAllocator", _Allocator
+    proxy = _torch_without_cuda()
+    for module in (session, window):
+        yield module, "torch", proxy
+    for module in (graphs, streams):
+        yield module, "capture_on", lambda _: id(stream.graph)
+    yield graphs, "captured_pool", lambda _: stream.graph and stream.graph.pool()
+    yield Tensor, "cpu", lambda tensor: (stream.synchronize(), tensor)[1]
+    yield torch._C, "_cuda_getCurrentRawStream", lambda _: 1
+    fakes = {
+        "CUDAGraph": lambda: _Graph(stream),
+        "Event": lambda: _Event(stream),
+        "Stream": lambda *_: stream,
+        "current_device": lambda: 0,
+        "current_stream": lambda *_: stream,
+        "device_count": lambda: 1,
+        "empty_cache": lambda: None,
+        "get_device_properties": lambda *_: _PROPERTIES,
+        "graph": stream.capture,
+        "is_current_stream_capturing": lambda: stream.graph is not None,
+        "set_device": lambda _: None,
+        "stream": lambda _: nullcontext(),
+        "synchronize": stream.synchronize,
+    }
+    for name, fake in fakes.items():
+        yield torch.cuda, name, fake
 
 
 def _meet(*given: Any, **named: Any) -> Meeting:
@@ -174,9 +177,7 @@ class _Stream:
             try:
                 result = method(*given)
             finally:
-                # Rows lie in the heap, to which they return as soon as nobody has them.
-                kept = result.plan if isinstance(result, Delivery) else result
-                used, self._held = (*self._held, *given, kept), []
+                used, self._held = list(_outside_of_heaps((*self._held, *given, result))), []
                 self.add(partial(_forget, used))
             if self._in_step and self.graph is None:
                 self.synchronize()
@@ -197,6 +198,17 @@ class _Stream:
         done = threading.Event()
         self.add(done.set)
         assert done.wait(120), "a kernel does not end"
+
+
+def _outside_of_heaps(things: Iterable[object]) -> Iterator[object]:
+    """All but rows in a heap, to which they return as soon as nobody has them."""
+    for each in things:
+        if isinstance(each, (tuple, list)):
+            yield from _outside_of_heaps(each)
+        elif not isinstance(each, Tensor) or not any(
+            0 <= each.data_ptr() - memory.data_ptr() < memory.numel() for memory in _heaps
+        ):
+            yield each
 
 
 def _forget(used: object) -> None:
@@ -235,6 +247,9 @@ class _Graph:
         self._stream.synchronize()
 
 
+_heaps: weakref.WeakSet[Tensor] = weakref.WeakSet()
+
+
 class _Allocator:
     """Memory that no other rank writes."""
 
@@ -244,7 +259,9 @@ class _Allocator:
 
     def allocate(self, num_bytes: int) -> Tensor:
         # As where nobody has written yet: anything.
-        return torch.full((num_bytes,), 0x5A, dtype=torch.uint8)
+        memory = torch.full((num_bytes,), 0x5A, dtype=torch.uint8)
+        _heaps.add(memory)
+        return memory
 
     def connect(self, memory: Tensor) -> window.Allocation:
         return window.Allocation(memory=memory, address=(memory.data_ptr(),) * self._num_ranks)
