@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fusco
 from fusco.engines.base import ENGINES
-from fusco.testing.cases import Case, draw, expect, expect_same
+from fusco.testing.cases import Case, draw, expect, expect_close, expect_same
 from fusco.testing.compiled import compiled, expect_compiled
 from fusco.testing.ranks import RankPool, subgroup
 
@@ -223,3 +224,42 @@ def check_mistakes_with_breaks(rank: int, engine: str) -> None:
 
 def test_mistakes_with_breaks(pool: RankPool, host_engine: str) -> None:
     pool.run(check_mistakes_with_breaks, host_engine)
+
+
+def check_inductor(rank: int, num_tokens: tuple[int, int]) -> None:
+    """Two dispatches of one plan that do not depend on each other, and a sum that adds nothing
+    where there are no tokens: ranks keep to one order, and leave nothing out."""
+    group = subgroup((0, 1))
+    if group is None:
+        return
+    case = replace(CASE, num_tokens=num_tokens)
+    inputs = draw(case)
+    rows, idx, weights = inputs.x[rank], inputs.topk_idx[rank], inputs.weights_of(rank)
+    assert isinstance(rows, Tensor)
+    factors = torch.eye(case.hidden_size).mul(0.5).requires_grad_()
+    with case.shuffle(group, "cpu") as shuffle:
+
+        def layer(rows: Tensor, idx: Tensor, weights: Tensor | None) -> Tensor:
+            one = shuffle.dispatch(rows, idx, weights)
+            other = shuffle.dispatch(torch.tanh(rows @ factors), None, weights, plan=one.plan)
+            first = shuffle.combine(torch.tanh(one.tokens @ factors), one)
+            second = shuffle.combine(torch.relu(other.tokens), other)
+            return rows + first + second @ factors
+
+        results = []
+        traced = torch.compile(layer, fullgraph=True, dynamic=True)
+        for fn in (layer, traced):
+            leaf = rows.clone().requires_grad_()
+            y = fn(leaf, idx, weights)
+            results.append((y, *torch.autograd.grad(y.square().sum(), (leaf, factors))))
+        with torch.no_grad():
+            results.append((traced(rows, idx, weights),))
+    for got in results[1:]:
+        for one, want in zip(got, results[0], strict=False):
+            expect_close(one, want, 1e-4, f"of {num_tokens} tokens, compiled")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
+@pytest.mark.parametrize("num_tokens", [(1, 30), (0, 7)])
+def test_inductor(pool: RankPool, num_tokens: tuple[int, int]) -> None:
+    pool.run(check_inductor, num_tokens)

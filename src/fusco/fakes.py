@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from fusco.types import NUM_PLAN_TENSORS, NUM_SLICED_TENSORS, Plan, SlicedPlan
 def _dispatch_fake(
     rows: Sequence[Tensor], topk_idx: Tensor, topk_weights: Tensor | None, shuffle: int, grads: str
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    _keep_order()
     plan = _fake_plan(rows[0].shape[0], topk_idx, engine_of(shuffle))
     got, row_weights = _fake_rows(rows, plan)
     return got, row_weights, plan
@@ -30,6 +33,7 @@ def _planned_fake(
     shuffle: int,
     grads: str,
 ) -> tuple[list[Tensor], Tensor]:
+    _keep_order()
     return _fake_rows(rows, plan)
 
 
@@ -69,6 +73,14 @@ def _combine_backward_fake(
     shuffle: int,
 ) -> tuple[list[Tensor], Tensor]:
     return _fake_rows(grads, plan)
+
+
+def _keep_order() -> None:
+    """Have inductor leave operators in the order of their calls: it would change that by sizes,
+    which differ from rank to rank. It looks after it has traced them, and offers no other way."""
+    config: Any = sys.modules.get("torch._inductor.config")
+    if config is not None:
+        config.reorder_for_peak_memory = False
 
 
 def _fake_rows(rows: Sequence[Tensor], plan: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.fx.node import has_side_effect
 
 from fusco.checks import Limits
 from fusco.engines.agreement import Call
@@ -55,7 +56,10 @@ def _operator(schema: str) -> Callable[[_Function], _Function]:
     def register(function: _Function) -> _Function:
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(name, _not_traced(function), "CompositeExplicitAutograd")
-        return cast(_Function, getattr(torch.ops.fusco, name))
+        operator = getattr(torch.ops.fusco, name)
+        # Others wait for this rank, also where it has no use for what it gets.
+        has_side_effect(operator.default)
+        return cast(_Function, operator)
 
     return register
 
