@@ -140,6 +140,7 @@ class Shuffle:
             alignment=configuration.expert_alignment,
             timeout_s=meeting.timeout_s,
             ablation=configuration.ablation,
+            channel=meeting.channel,
         )
         if max_recv_tokens is not None and meeting.engine != "cuda":
             raise EngineUnavailableError(

@@ -90,6 +90,7 @@ def _engine(group: dist.ProcessGroup, name: str, timeout_s: float | None) -> Eng
             alignment=1,
             timeout_s=meeting.timeout_s,
             ablation=Ablation(),
+            channel=meeting.channel,
         )
         _ENGINES[key] = make_engine(meeting.engine, world)
     if _ENGINES[key].is_closed:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -30,11 +31,13 @@ class Meeting:
         node_of_rank: the node of each rank, numbered in the order of their first rank.
         engine: the engine to use.
         timeout_s: bound of every wait, seconds.
+        channel: a number that no earlier meeting of the group has come to.
     """
 
     node_of_rank: tuple[int, ...]
     engine: str
     timeout_s: float
+    channel: int
 
 
 def meet(
@@ -79,6 +82,7 @@ def meet(
         group,
         {
             "error": str(error or ""),
+            "channel": _channels.get(group, 1),
             "settings": {**settings, "engine": asked},
             "host": host_id(),
             "node": node,
@@ -87,6 +91,9 @@ def meet(
         },
         bound_s,
     )
+    # Also where a rank has tried more often, without the others.
+    channel = max(greeting["channel"] for greeting in greetings)
+    _channels[group] = channel + 1
     if error is not None:
         raise error
     _compare(operation, greetings)
@@ -99,7 +106,12 @@ def meet(
         node_of_rank=_number(labels),
         engine=_choose(operation, group, greetings, labels, without),
         timeout_s=bound_s,
+        channel=channel,
     )
+
+
+_channels: MutableMapping[dist.ProcessGroup, int] = WeakKeyDictionary()
+"""The next of each group."""
 
 
 def check_engine(operation: str, engine: str) -> None:

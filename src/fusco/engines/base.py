@@ -42,6 +42,7 @@ class World:
         alignment: every expert's rows are padded to a multiple of it.
         timeout_s: bound of every wait, seconds.
         ablation: mechanisms that are switched off.
+        channel: tells its messages from those of others that the group's ranks make engines for.
     """
 
     group: dist.ProcessGroup
@@ -55,6 +56,7 @@ class World:
     alignment: int
     timeout_s: float
     ablation: Ablation
+    channel: int = 0
 
     @property
     def payload(self) -> int:

@@ -14,6 +14,8 @@ from fusco.errors import EngineUnavailableError
 from fusco.groups import group_device_types, group_timeout_s
 from fusco.transports.bulletin import Bulletin
 
+_NUM_CHANNELS = 1 << 15  # gloo takes tags below 2**31
+
 
 class Line(Protocol):
     """What torch's groups and its gloo backend have in common."""
@@ -49,6 +51,16 @@ def line_of(group: dist.ProcessGroup, timeout_s: float | None = None) -> Line:
     if group not in LINES:
         LINES[group] = _connect(group, timeout_s or group_timeout_s(group))
     return LINES[group]
+
+
+def tag_of(kind: int, channel: int) -> int:
+    """What tells messages apart.
+
+    Args:
+        kind: of the messages, below 2**16.
+        channel: a number of the Shuffle that sends them; 0 where none does.
+    """
+    return channel % _NUM_CHANNELS << 16 | kind
 
 
 def _connect(group: dist.ProcessGroup, timeout_s: float) -> Line:

@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch import Tensor
 
-from fusco.transports.line import line_of
+from fusco.transports.line import line_of, tag_of
 from fusco.transports.notices import notices_of
 
 _TAG = 0xF05C
@@ -25,12 +25,18 @@ class Mailbox:
         group: the ranks.
         timeout_s: bound of the wait for a whole swap, seconds.
         wait_s: `[P]`, where to add up the seconds spent waiting for each rank.
+        channel: see `tag_of`.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, timeout_s: float, wait_s: list[float] | None = None
+        self,
+        group: dist.ProcessGroup,
+        timeout_s: float,
+        wait_s: list[float] | None = None,
+        channel: int = 0,
     ) -> None:
         self.group = group
+        self._channel = channel
         self.line = line_of(group, timeout_s)
         self.timeout_s = timeout_s
         self.wait_s = [0.0] * group.size() if wait_s is None else wait_s
@@ -58,6 +64,10 @@ class Mailbox:
             if sends[peer].numel():
                 swap.send(sends[peer], peer, _TAG)
         return swap
+
+    def tag(self, kind: int) -> int:
+        """Of messages of a kind, below 2**16."""
+        return tag_of(kind, self._channel)
 
     def share(self, mine: Tensor, among: Sequence[int], *, operation: str) -> Tensor:
         """What each of the ranks `among`, this one too, shares: `[len(among), n]`, in that order.
@@ -88,7 +98,7 @@ class Swap:
     def receive(self, tensor: Tensor, peer: int, tag: int) -> None:
         """Begin to fill a tensor from a rank."""
         try:
-            work = self._mailbox.line.recv([tensor], peer, tag)
+            work = self._mailbox.line.recv([tensor], peer, self._mailbox.tag(tag))
         except RuntimeError as error:
             raise self._error(peer, is_late=False) from error
         self._works.append((peer, work, tensor))
@@ -96,7 +106,7 @@ class Swap:
     def send(self, tensor: Tensor, peer: int, tag: int) -> None:
         """Begin to send a tensor to a rank."""
         try:
-            work = self._mailbox.line.send([tensor], peer, tag)
+            work = self._mailbox.line.send([tensor], peer, self._mailbox.tag(tag))
         except RuntimeError as error:
             raise self._error(peer, is_late=False) from error
         self._works.append((peer, work, tensor))

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusco.groups import cuda_backend
-from fusco.transports.line import line_of
+from fusco.transports.line import line_of, tag_of
 from fusco.transports.notices import Notices, notices_of
 
 _TAG = 0xF05E
@@ -61,15 +61,16 @@ class Wire(ABC):
 class MessageWire(Wire):
     """Messages of CPU tensors, each on its own."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, channel: int) -> None:
         self._line = line_of(group)
+        self._tag = tag_of(_TAG, channel)
 
     def receive(self, slot: Tensor, peer: int, step: int) -> Moving:
-        work = self._line.recv([slot], peer, _TAG)
+        work = self._line.recv([slot], peer, self._tag)
         return Moving(peer=peer, step=step, works=[work])
 
     def send(self, slot: Tensor, peer: int, step: int) -> Moving:
-        work = self._line.send([slot], peer, _TAG)
+        work = self._line.send([slot], peer, self._tag)
         return Moving(peer=peer, step=step, works=[work])
 
     def wait(self, moving: Moving, timeout_s: float) -> None:
@@ -188,14 +189,17 @@ def slice_bytes(device: torch.device, num_nodes: int) -> int:
     return max(_STEP_BYTES // max(num_nodes - 1, 1), _MESSAGE_BYTES)
 
 
-def open_wire(group: dist.ProcessGroup, device: torch.device, peers: Sequence[int]) -> Wire:
-    """The wire for tensors on a device, to and from these ranks; collective.
+def open_wire(
+    group: dist.ProcessGroup, device: torch.device, peers: Sequence[int], channel: int = 0
+) -> Wire:
+    """The wire for tensors on a device, to and from these ranks; collective. For `channel` see
+    `tag_of`.
 
     Raises:
         RuntimeError: the group sends no such tensors between hosts.
     """
     if device.type == "cpu":
-        return MessageWire(group)
+        return MessageWire(group, channel)
     backend = cuda_backend(group)
     if backend != "nccl":
         raise RuntimeError(f"the group sends CUDA tensors by {backend or 'nothing'}, not by nccl")

@@ -80,7 +80,7 @@ class Session:
         self.world = world
         self._ranks = tuple(range(world.topology.num_ranks)) if ranks is None else ranks
         self.rank = self._ranks.index(world.topology.rank)
-        mailbox = Mailbox(world.group, max(world.timeout_s, _COMPILE_S), wait_s)
+        mailbox = Mailbox(world.group, max(world.timeout_s, _COMPILE_S), wait_s, world.channel)
         self._warm_up(mailbox)
         self.window = Window(_INITIAL_WINDOW_BYTES)
         self.control = Control(self._ranks, self.rank, world.record_len, world.timeout_s, wait_s)

@@ -44,7 +44,7 @@ class CudaNode(Node):
         make_memory: Callable[[World, tuple[int, ...]], NodeMemory] = CudaMemory,
     ) -> None:
         self.ranks = ranks
-        self._mailbox = Mailbox(world.group, world.timeout_s, wait_s)
+        self._mailbox = Mailbox(world.group, world.timeout_s, wait_s, world.channel)
         self._memory = make_memory(world, ranks)
         self._place = ranks.index(world.topology.rank)
         self._heap = NodeHeap(self._memory, self._place)

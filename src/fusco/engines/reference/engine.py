@@ -30,7 +30,7 @@ class ReferenceEngine(Engine):
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
-        self.mailbox = Mailbox(world.group, world.timeout_s, self.meter.wait_s)
+        self.mailbox = Mailbox(world.group, world.timeout_s, self.meter.wait_s, world.channel)
         self._epoch = 0
         self._is_closed = False
 

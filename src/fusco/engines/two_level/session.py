@@ -73,7 +73,7 @@ class Session:
     ) -> None:
         topology = world.topology
         self.world = world
-        self.mailbox = Mailbox(world.group, world.timeout_s, wait_s)
+        self.mailbox = Mailbox(world.group, world.timeout_s, wait_s, world.channel)
         mates = (rank for rank, node in enumerate(topology.node_of_rank) if node == topology.node)
         self.node = make_node(world, wait_s, tuple(mates))
         self.planner = make_planner(world)
@@ -107,7 +107,7 @@ class Session:
             return None
         away = [rank for rank, node in enumerate(topology.node_of_rank) if node != topology.node]
         try:
-            return open_wire(self.world.group, self.node.device, away)
+            return open_wire(self.world.group, self.node.device, away, self.world.channel)
         except RuntimeError as error:
             raise EngineUnavailableError(
                 f"Shuffle: engine 'two_level' cannot join the nodes: {error}; make the group with "
