@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from emulator import emulated
 
+import fusco
+from fusco.testing.cases import Case, draw
 from fusco.testing.conformance import CHECKS
 from fusco.testing.gpu.checks import GPU_CHECKS
 from fusco.testing.gpu.runner import run_check
@@ -30,3 +34,33 @@ def check(rank: int, name: str, num_ranks: int, folder: Path) -> str | None:
 @pytest.mark.parametrize("name", NAMES)
 def test_emulated(pool: RankPool, name: str, num_ranks: int, tmp_path: Path) -> None:
     assert not [each for each in pool.run(check, name, num_ranks, tmp_path) if each]
+
+
+def lose_the_last(rank: int, folder: Path, *, has_failed: bool) -> str:
+    """What a rank is told when another stops, maybe after calls that did not fit together."""
+    group = subgroup(range(3))
+    if group is None:
+        return ""
+    case = Case(num_tokens=(3, 4, 2), hidden_size=8, num_experts=6)
+    inputs = draw(case)
+    with (
+        emulated(folder, in_step=False),
+        case.shuffle(group, "reference", timeout_s=1.0) as shuffle,
+    ):
+        d = shuffle.dispatch(inputs.x[rank], inputs.topk_idx[rank])
+        if has_failed:
+            dtype = torch.float16 if rank == 2 else torch.float32
+            shuffle.combine(inputs.outputs[rank].to(dtype), d)
+        if rank == 2:
+            return ""
+        with pytest.raises(fusco.PeerError) as caught:
+            shuffle.dispatch(inputs.x[rank], inputs.topk_idx[rank])
+        with pytest.raises(fusco.ClosedError):
+            shuffle.dispatch(inputs.x[rank], inputs.topk_idx[rank])
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("has_failed", [False, True])
+def test_a_loss_is_for_good(pool: RankPool, has_failed: bool, tmp_path: Path) -> None:
+    told = pool.run(partial(lose_the_last, has_failed=has_failed), tmp_path)
+    assert all("rank 2 is lost" in each for each in told[:2]), told
