@@ -313,7 +313,11 @@ def is_combine(expert_outputs: Any, dispatched: Any) -> bool:
 
 def _are_rows(given: Any) -> bool:
     rows = given if isinstance(given, (tuple, list)) else (given,)
-    return bool(rows) and all(isinstance(each, Tensor) and each.dim() > 0 for each in rows)
+    # As one expression, the compiler of torch 2.11 does not take it.
+    for each in rows:  # noqa: SIM110
+        if not isinstance(each, Tensor) or each.dim() == 0:
+            return False
+    return len(rows) > 0
 
 
 def check_like(rows: Tensor) -> None:
