@@ -314,7 +314,7 @@ def is_combine(expert_outputs: Any, dispatched: Any) -> bool:
 def _are_rows(given: Any) -> bool:
     rows = given if isinstance(given, (tuple, list)) else (given,)
     # As one expression, the compiler of torch 2.11 does not take it.
-    for each in rows:  # noqa: SIM110
+    for each in rows:
         if not isinstance(each, Tensor) or each.dim() == 0:
             return False
     return len(rows) > 0
