@@ -16,8 +16,8 @@ from fusco.testing.cases import Case, draw, expect_same
 Layer = TypeVar("Layer", bound=Callable[..., Tensor])
 
 
-def compiled(layer: Layer) -> Layer:
-    """A layer as one graph."""
+def compiled(layer: Layer, backend: str = "aot_eager", *, dynamic: bool | None = None) -> Layer:
+    """A layer as one graph; for the rest see `torch.compile`."""
 
     @functools.wraps(layer)
     def run(*arguments: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def compiled(layer: Layer) -> Layer:
             y: Tensor = traced(*arguments)
             return y
 
-    traced = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    traced = torch.compile(layer, backend=backend, fullgraph=True, dynamic=dynamic)
     return cast(Layer, run)
 
 
