@@ -111,11 +111,18 @@ class ReferenceEngine(Engine):
         return self.meter.stats(window_bytes=0)
 
     @property
+    def epoch(self) -> int:
+        return self._epoch
+
+    @property
     def is_closed(self) -> bool:
         return self._is_closed
 
     def close(self, lost: int | None = None) -> None:
         self._is_closed = True
+        if lost == self.world.topology.rank:
+            self.mailbox.notices.tell(lost)
+            self.mailbox.notices.hang_up()
 
     def _agree(self, call: Call, payload: Tensor | None) -> Tensor:
         """Everybody's records, int64 `[P, HEADER + payload]` on the CPU."""
