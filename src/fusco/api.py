@@ -465,7 +465,8 @@ def _form_of(x: Any, topk_idx: Any, topk_weights: Any) -> tuple[Any, ...] | None
     ids, weights = topk_idx, topk_weights
     return (
         *(x.shape, x.dtype, x.device, x.layout),
-        *(ids.shape, ids.dtype, ids.device, weights.shape, weights.dtype, weights.device),
+        *(ids.shape, ids.dtype, ids.device, ids.layout),
+        *(weights.shape, weights.dtype, weights.device, weights.layout),
     )
 
 
@@ -481,4 +482,7 @@ def _form_of_outputs(outputs: Any, dispatched: Any, shuffle: int) -> tuple[Any, 
     num_rows, shape = (plan.num_rows,), outputs.shape
     if shape[:1] != num_rows or weights.shape != num_rows:
         return None
-    return shape[1:], outputs.dtype, outputs.device, outputs.layout, plan.device
+    return (
+        *(shape[1:], outputs.dtype, outputs.device, outputs.layout),
+        *(plan.device, weights.device, weights.layout),
+    )

@@ -138,11 +138,11 @@ class Limits:
         if row_weights is None:
             return
         _check_device("combine", "row_weights", row_weights, plan.device)
-        if row_weights.dtype != torch.float32 or row_weights.shape != (num_rows,):
+        if not _is_dense_float32(row_weights, (num_rows,)):
             raise input_error(
                 "combine",
                 "row_weights",
-                got=f"{row_weights.dtype} of shape {tuple(row_weights.shape)}",
+                got=_describe(row_weights),
                 expected=f"float32 of shape ({num_rows},)",
                 remedy="use the row_weights that dispatch returned, or weighted=False",
             )
@@ -248,11 +248,12 @@ class Limits:
                 expected=f"an int64 tensor of shape {shape}",
                 remedy="pass the expert ids of each token, or plan=",
             )
-        if topk_idx.shape != shape or topk_idx.dtype not in (torch.int64, torch.int32):
+        is_integer = topk_idx.dtype in (torch.int64, torch.int32)
+        if topk_idx.shape != shape or not is_integer or topk_idx.layout != torch.strided:
             raise input_error(
                 "dispatch",
                 "topk_idx",
-                got=f"{topk_idx.dtype} of shape {tuple(topk_idx.shape)}",
+                got=_describe(topk_idx),
                 expected=f"int64 or int32 of shape {shape}",
                 remedy="one row a token of x, one column each of top_k; -1 for no expert",
             )
@@ -268,11 +269,11 @@ class Limits:
                 expected=f"a float32 tensor of shape {shape}, or None",
                 remedy="pass one weight for each expert id",
             )
-        if topk_weights.shape != shape or topk_weights.dtype != torch.float32:
+        if not _is_dense_float32(topk_weights, shape):
             raise input_error(
                 "dispatch",
                 "topk_weights",
-                got=f"{topk_weights.dtype} of shape {tuple(topk_weights.shape)}",
+                got=_describe(topk_weights),
                 expected=f"float32 of shape {shape}",
                 remedy="pass topk_weights.float(), one weight for each expert id",
             )
@@ -341,6 +342,16 @@ def _check_device(operation: str, argument: str, tensor: Tensor, device: torch.d
             expected=f"{device}, where x is",
             remedy="move it there",
         )
+
+
+def _is_dense_float32(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    is_dense = tensor.layout == torch.strided
+    return is_dense and tensor.dtype == torch.float32 and tensor.shape == shape
+
+
+def _describe(tensor: Tensor) -> str:
+    layout = "" if tensor.layout == torch.strided else f", layout {tensor.layout}"
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)}{layout}"
 
 
 def _kinds(rows: Iterable[object]) -> str:

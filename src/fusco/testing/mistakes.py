@@ -95,6 +95,12 @@ def _one_more(t: Tensor, dim: int) -> Tensor:
     return torch.cat((t, t.narrow(dim, 0, 1)), dim)
 
 
+def _combine_with(ready: Ready, row_weights: Tensor) -> object:
+    """With others than the right ones, when the Shuffle has accepted those."""
+    _right_combine(ready)
+    return ready.combine(ready.outputs, replace(ready.d, row_weights=row_weights))
+
+
 def _too_many(ready: Ready) -> object:
     rows = (max(CASE.num_tokens) + 1, 1)
     return ready.dispatch(
@@ -192,6 +198,9 @@ MISTAKES: Mapping[str, Mistake] = {
     "idx-is-elsewhere": Mistake(
         call=lambda r: r.dispatch(topk_idx=r.idx.to("meta")), names="topk_idx"
     ),
+    "idx-is-sparse": Mistake(
+        call=lambda r: r.dispatch(topk_idx=r.idx.to_sparse()), names="topk_idx: got torch.int64"
+    ),
     "no-routing": Mistake(call=lambda r: r.dispatch(topk_idx=None), names="topk_idx"),
     # weights
     "weights-are-integers": Mistake(
@@ -202,6 +211,9 @@ MISTAKES: Mapping[str, Mistake] = {
     ),
     "weights-are-elsewhere": Mistake(
         call=lambda r: r.dispatch(topk_weights=r.weights.to("meta")), names="topk_weights"
+    ),
+    "weights-are-sparse": Mistake(
+        call=lambda r: r.dispatch(topk_weights=r.weights.to_sparse()), names="torch.sparse_coo"
     ),
     "weights-are-a-list": Mistake(
         call=lambda r: r.dispatch(topk_weights=r.weights.tolist()), names="topk_weights"
@@ -296,6 +308,16 @@ MISTAKES: Mapping[str, Mistake] = {
         call=lambda r: r.combine(r.outputs.to("meta")),
         names="expert_outputs",
         elsewhere=_right_combine,
+    ),
+    "row-weights-are-sparse": Mistake(
+        call=lambda r: _combine_with(r, r.d.row_weights.to_sparse()),
+        names="row_weights: got",
+        elsewhere=lambda r: _combine_with(r, r.d.row_weights),
+    ),
+    "row-weights-are-elsewhere": Mistake(
+        call=lambda r: _combine_with(r, r.d.row_weights.to("meta")),
+        names="row_weights: got",
+        elsewhere=lambda r: _combine_with(r, r.d.row_weights),
     ),
     "combine-of-a-plan": Mistake(
         call=lambda r: r.combine(r.outputs, r.d.plan),
