@@ -464,7 +464,7 @@ def _form_of(x: Any, topk_idx: Any, topk_weights: Any) -> tuple[Any, ...] | None
         return None
     ids, weights = topk_idx, topk_weights
     return (
-        *(x.shape, x.dtype, x.device, x.layout),
+        *(x.shape, x.dtype, x.device, x.layout, x.requires_grad and torch.is_grad_enabled()),
         *(ids.shape, ids.dtype, ids.device, ids.layout),
         *(weights.shape, weights.dtype, weights.device, weights.layout),
     )

@@ -15,6 +15,7 @@ from fusco.layout.segments import bytes_per_row, describe_format
 from fusco.types import Dispatched, Plan, Rows, as_tuple
 
 SUMMABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SUMMABLE_NAMES = "float16, bfloat16, float32 or float64"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,16 @@ class Limits:
                 expected=f"at most max_tokens={self.max_tokens}",
                 remedy="dispatch in parts, or make the Shuffle with a larger max_tokens",
             )
+        for each in rows:
+            if _wants_no_sum(each):
+                raise input_error(
+                    "dispatch",
+                    "x",
+                    got=f"{each.dtype} that requires a gradient",
+                    expected=f"{_SUMMABLE_NAMES}, or no gradient",
+                    remedy="gradients are summed, so pass x.detach(), or of complex rows "
+                    "torch.view_as_real(x)",
+                )
         if plan is None:
             self._check_topk_idx(topk_idx, num_tokens, device)
         else:
@@ -124,7 +135,7 @@ class Limits:
                     "combine",
                     "expert_outputs",
                     got=str(each.dtype),
-                    expected="float16, bfloat16, float32 or float64",
+                    expected=_SUMMABLE_NAMES,
                     remedy="rows are summed, so convert them first",
                 )
             if each.shape[0] != num_rows:
@@ -304,7 +315,8 @@ def is_dispatch(x: Any, topk_idx: Any, topk_weights: Any, plan: Any) -> bool:
         is_routed = isinstance(topk_idx, Tensor)
     else:
         is_routed = isinstance(plan, Plan) and topk_idx is None
-    return is_routed and _are_rows(x) and isinstance(topk_weights, (Tensor, type(None)))
+    is_weighted = isinstance(topk_weights, (Tensor, type(None)))
+    return is_routed and is_weighted and _are_rows(x) and not any(map(_wants_no_sum, as_tuple(x)))
 
 
 def is_combine(expert_outputs: Any, dispatched: Any) -> bool:
@@ -315,6 +327,11 @@ def is_combine(expert_outputs: Any, dispatched: Any) -> bool:
 def _are_rows(given: Any) -> bool:
     rows = given if isinstance(given, (tuple, list)) else (given,)
     return bool(rows) and all(isinstance(each, Tensor) and each.dim() > 0 for each in rows)
+
+
+def _wants_no_sum(rows: Tensor) -> bool:
+    """Whether rows ask for a gradient of a dtype that cannot be summed."""
+    return rows.dtype not in SUMMABLE and rows.requires_grad and torch.is_grad_enabled()
 
 
 def check_like(rows: Tensor) -> None:
