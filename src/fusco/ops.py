@@ -181,6 +181,7 @@ def run_dispatch(
     grads: str,
 ) -> Delivery:
     """What the operators `dispatch` and, with a plan, `dispatch_planned` do."""
+    rows = _resolved(rows)
     form = _form(rows, topk_weights, grads)
     with engine:
         if isinstance(routing, Plan):
@@ -194,6 +195,14 @@ def run_dispatch(
                 if error is not None:
                     engine.agree_on_error(call._replace(error=error))
         return engine.dispatch(call, rows, topk_weights, routing)
+
+
+def _resolved(rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The same with their values in memory, of which torch has some conjugated or negated later."""
+    for each in rows:
+        if each.is_conj() or each.is_neg():
+            return tuple([each.resolve_conj().resolve_neg() for each in rows])
+    return rows
 
 
 @functools.lru_cache(maxsize=256)
@@ -250,6 +259,7 @@ def run_combine(
     rows: tuple[Tensor, ...], row_weights: Tensor | None, plan: Plan, engine: Engine, grads: str
 ) -> Returned:
     """What the operator `combine` does."""
+    rows = _resolved(rows)
     form = _form(rows, row_weights, grads)
     call = Call(Operation.COMBINE, plan.number, form)
     with engine:
@@ -277,6 +287,7 @@ def run_dispatch_backward(
     grads: tuple[Tensor, ...], grad_row_weights: Tensor | None, plan: Plan, engine: Engine
 ) -> Returned:
     """What the operator `dispatch_backward` does."""
+    grads = _resolved(grads)
     form = _form(grads, grad_row_weights)
     call = Call(Operation.DISPATCH_BACKWARD, plan.number, form)
     with engine:
@@ -309,6 +320,7 @@ def run_combine_backward(
     engine: Engine,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """What the operator `combine_backward` does."""
+    grads = _resolved(grads)
     call = Call(Operation.COMBINE_BACKWARD, plan.number, _form(grads, None))
     with engine:
         return engine.combine_backward(call, grads, rows, row_weights, plan)

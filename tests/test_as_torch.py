@@ -1,0 +1,64 @@
+"""Tensors and modules do what those of torch do: lazy conjugates, writing in place, copies."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fusco.testing.cases import Case, Inputs, device_of, draw, expect_same
+from fusco.testing.ranks import RankPool, subgroup
+
+CASE = Case(num_tokens=(5, 0, 3), hidden_size=16, top_k=2, num_experts=6)
+
+
+def rows_of(inputs: Inputs, rank: int) -> Tensor:
+    x = inputs.x[rank]
+    assert isinstance(x, Tensor)
+    return x
+
+
+def move_lazy(rank: int, engine: str) -> None:
+    """Rows that torch has conjugated or negated by nothing but a mark."""
+    case, group = replace(CASE, device=device_of(engine)), subgroup((0, 1, 2))
+    if group is None:
+        return
+    inputs = draw(case)
+    x, outputs = rows_of(inputs, rank), inputs.outputs[rank]
+    complex_rows = torch.complex(x[:, :8], x[:, 8:])
+    with case.shuffle(group, engine) as shuffle:
+        # Marked as they are, and by operators, which a Parameter goes through.
+        for mark in (lambda rows: rows, torch.nn.Parameter):
+            d = shuffle.dispatch(mark(x), inputs.topk_idx[rank], inputs.weights_of(rank))
+            conjugated = shuffle.dispatch(complex_rows.conj(), plan=d.plan).tokens
+            expect_same(conjugated, torch.complex(d.tokens[:, :8], -d.tokens[:, 8:]), "conjugated")
+            negated = shuffle.dispatch(mark(torch._neg_view(x)), plan=d.plan).tokens
+            expect_same(negated, -d.tokens, "negated")
+            y = shuffle.combine(mark(torch._neg_view(outputs)), d)
+            expect_same(-y, inputs.sums(rank), "combine")
+
+
+def test_lazily_conjugated_rows(pool: RankPool, engine: str) -> None:
+    pool.run(move_lazy, engine)
+
+
+def backward_of_lazy(rank: int, engine: str) -> None:
+    """Gradients that arrive so, of a combine and through it of a dispatch."""
+    case, group = replace(CASE, device=device_of(engine)), subgroup((0, 1, 2))
+    if group is None:
+        return
+    inputs = draw(case)
+    leaf = rows_of(inputs, rank).clone().requires_grad_()
+    with case.shuffle(group, engine) as shuffle:
+        d = shuffle.dispatch(leaf, inputs.topk_idx[rank], inputs.weights_of(rank))
+        for result in (shuffle.combine(d.tokens, d), d.tokens):
+            plain = torch.ones_like(result)
+            (want,) = torch.autograd.grad(result, leaf, plain, retain_graph=True)
+            lazy = torch._neg_view(plain)
+            (got,) = torch.autograd.grad(result, leaf, lazy, retain_graph=True)
+            expect_same(got, -want, "gradient")
+
+
+def test_lazily_negated_gradients(pool: RankPool, engine: str) -> None:
+    pool.run(backward_of_lazy, engine)
