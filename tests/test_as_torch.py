@@ -62,3 +62,42 @@ def backward_of_lazy(rank: int, engine: str) -> None:
 
 def test_lazily_negated_gradients(pool: RankPool, engine: str) -> None:
     pool.run(backward_of_lazy, engine)
+
+
+def write_in_place(rank: int, engine: str) -> None:
+    """Results are written to where gradients are wanted, of functions and of operators."""
+    case, group = replace(CASE, device=device_of(engine)), subgroup((0, 1, 2))
+    if group is None:
+        return
+    inputs = draw(case)
+    x, weights = rows_of(inputs, rank), inputs.weights_of(rank)
+    assert weights is not None
+    gradients = []
+    with case.shuffle(group, engine) as shuffle:
+        for kind in (torch.Tensor, torch.nn.Parameter):
+            for in_place in (False, True):
+                leaf = kind(x.clone()).requires_grad_()
+                d = shuffle.dispatch(leaf, inputs.topk_idx[rank], weights.clone().requires_grad_())
+                again = shuffle.dispatch(leaf, topk_weights=weights, plan=d.plan)
+                if in_place:
+                    d.tokens.mul_(2)
+                    d.row_weights.mul_(3)
+                    again.tokens.add_(1)
+                else:
+                    tokens, row_weights = d.tokens * 2, d.row_weights * 3
+                    d = replace(d, tokens=tokens, row_weights=row_weights)
+                    again = replace(again, tokens=again.tokens + 1)
+                y = shuffle.combine(d.tokens, d)
+                z = shuffle.combine(again.tokens, again)
+                if in_place:
+                    y += z
+                else:
+                    y = y + z
+                y.square().sum().backward()
+                gradients.append(leaf.grad)
+    for each in gradients[1:]:
+        expect_same(each, gradients[0], "gradient of x")
+
+
+def test_results_are_written_in_place(pool: RankPool, engine: str) -> None:
+    pool.run(write_in_place, engine)

@@ -159,7 +159,13 @@ def dispatch(
         lambda limits: limits.check_dispatch(tuple(rows), topk_idx, topk_weights, None),
     )
     got = run_dispatch(tuple(rows), topk_idx, topk_weights, engine, grads)
-    return list(got.rows), got.row_weights, _apart(got.plan.to_tensors())
+    *got_rows, row_weights = as_results((*got.rows, got.row_weights))
+    return got_rows, row_weights, _apart(got.plan.to_tensors())
+
+
+def as_results(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The same as no views, which autograd would let nobody write to."""
+    return [each.detach() for each in tensors]
 
 
 def _apart(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -229,7 +235,8 @@ def dispatch_planned(
         lambda limits: limits.check_dispatch(tuple(rows), None, topk_weights, whole),
     )
     got = run_dispatch(tuple(rows), whole, topk_weights, engine, grads)
-    return list(got.rows), got.row_weights
+    *got_rows, row_weights = as_results((*got.rows, got.row_weights))
+    return got_rows, row_weights
 
 
 @_operator(
@@ -252,7 +259,7 @@ def combine(
         Operation.COMBINE,
         lambda limits: limits.check_sums(tuple(rows), row_weights, whole),
     )
-    return list(run_combine(tuple(rows), row_weights, whole, engine, grads).sums)
+    return as_results(run_combine(tuple(rows), row_weights, whole, engine, grads).sums)
 
 
 def run_combine(
