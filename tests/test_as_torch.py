@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fusco.testing.cases import Case, Inputs, device_of, draw, expect_same
+import fusco
+from fusco.testing.cases import (
+    Case,
+    Inputs,
+    device_of,
+    draw,
+    expect_round_trip,
+    expect_same,
+)
 from fusco.testing.ranks import RankPool, subgroup
 
 CASE = Case(num_tokens=(5, 0, 3), hidden_size=16, top_k=2, num_experts=6)
@@ -101,3 +110,27 @@ def write_in_place(rank: int, engine: str) -> None:
 
 def test_results_are_written_in_place(pool: RankPool, engine: str) -> None:
     pool.run(write_in_place, engine)
+
+
+class Layer(torch.nn.Module):
+    """Holds a Shuffle, as layers do."""
+
+    def __init__(self, shuffle: fusco.Shuffle) -> None:
+        super().__init__()
+        self.shuffle = shuffle
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+
+def copy_layer(rank: int, engine: str) -> None:
+    """A copy of a module, as of one whose weights are averaged, has the Shuffle of the original."""
+    case, group = replace(CASE, device=device_of(engine)), subgroup((0, 1, 2))
+    if group is None:
+        return
+    with case.shuffle(group, engine) as shuffle:
+        layer = copy.deepcopy(Layer(shuffle))
+        assert layer.shuffle is shuffle
+        expect_round_trip(layer.shuffle, draw(case), rank)
+
+
+def test_a_module_with_a_shuffle_is_copied(pool: RankPool, engine: str) -> None:
+    pool.run(copy_layer, engine)

@@ -397,6 +397,11 @@ class Shuffle:
     ) -> None:
         self.close()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shuffle:
+        """This Shuffle itself: a copy of a module that holds it, such as one of averaged weights,
+        moves its tokens with the same one."""
+        return self
+
     def _check_dispatch(
         self, x: Rows, topk_idx: Tensor | None, topk_weights: Tensor | None, plan: Plan | None
     ) -> None:
