@@ -6,6 +6,7 @@ import copy
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import fusco
@@ -14,6 +15,8 @@ from fusco.testing.cases import (
     Inputs,
     device_of,
     draw,
+    expect_close,
+    expect_dispatched,
     expect_round_trip,
     expect_same,
 )
@@ -134,3 +137,39 @@ def copy_layer(rank: int, engine: str) -> None:
 
 def test_a_module_with_a_shuffle_is_copied(pool: RankPool, engine: str) -> None:
     pool.run(copy_layer, engine)
+
+
+def under_another_device(rank: int, engine: str) -> None:
+    """A Shuffle is made, and serves, while new tensors are on another device, without values."""
+    # Never used before, so that all that is made once a group is made here.
+    group = dist.new_group([0, 1, 2])
+    if rank > 2:
+        return
+    case = replace(CASE, device=device_of(engine))
+    inputs, leaf = draw(case), rows_of(draw(case), rank).clone().requires_grad_()
+    size = fusco.Segments(offset=torch.tensor([0]), size=torch.tensor([2]))
+    into = [replace(size, offset=torch.tensor([2 * peer])) for peer in range(3)]
+    source = torch.full((2,), rank, dtype=torch.uint8, device=case.device)
+    with torch.device("meta"):
+        shuffle = case.shuffle(group, engine)
+    with shuffle:
+        expect_round_trip(shuffle, inputs, rank)
+        if engine == "two_level":
+            return
+        with torch.device("meta"):
+            d = shuffle.dispatch(leaf, inputs.topk_idx[rank], inputs.weights_of(rank))
+            again = shuffle.dispatch(leaf, topk_weights=inputs.weights_of(rank), plan=d.plan)
+            y = shuffle.combine(again.tokens, again)
+            (got,) = torch.autograd.grad(y, leaf, leaf.detach())
+            if engine != "cuda":
+                out = source.new_empty(6)
+                fusco.exchange(source, [size] * 3, out, into, group=group, engine=engine)
+                assert out.tolist() == [0, 0, 1, 1, 2, 2]
+    expect_dispatched(d, inputs, rank)
+    weights = inputs.weights_of(rank)
+    assert weights is not None
+    expect_close(got, leaf * weights.sum(1, keepdim=True), 1e-5, "gradient of x")
+
+
+def test_another_default_device(pool: RankPool, engine: str) -> None:
+    pool.run(under_another_device, engine)

@@ -131,8 +131,8 @@ class ReferenceEngine(Engine):
 
     def _publish(self, call: Call, payload: Tensor | None) -> Tensor:
         self._epoch += 1
-        record = torch.zeros(self.world.record_len, dtype=torch.int64)
-        record[:HEADER] = torch.tensor(call.head(self._epoch))
+        record = torch.zeros(self.world.record_len, dtype=torch.int64, device="cpu")
+        record[:HEADER] = torch.tensor(call.head(self._epoch), device="cpu")
         if payload is not None:
             record[HEADER : HEADER + payload.shape[0]] = payload
         return share_records(self.mailbox, call, record)
