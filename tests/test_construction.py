@@ -64,6 +64,7 @@ CONSTRUCTION: Mapping[str, tuple[dict[str, Any], type[fusco.FuscoError], str]] =
     "no-ranks-on-a-node": ({"ranks_per_node": 0}, fusco.InputError, "ranks_per_node"),
     "no-alignment": ({"expert_alignment": 0}, fusco.InputError, "expert_alignment"),
     "no-time": ({"timeout_s": 0.0}, fusco.InputError, "timeout_s"),
+    "endless-time": ({"timeout_s": float("inf")}, fusco.InputError, "timeout_s: got inf"),
     "other-experts-here": ({"num_experts": 12}, DISAGREE, "num_experts"),
     "other-hidden-here": ({"hidden_size": 17}, DISAGREE, "hidden_size"),
     "other-top-k-here": ({"top_k": 3}, DISAGREE, "top_k"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fusco
 from fusco.testing import dense
 from fusco.testing.cases import Case, Inputs, device_of, draw, expect, expect_close
 from fusco.testing.gradients import expect_gradients, expert, leaves
@@ -252,3 +253,36 @@ def of_a_tuple(rank: int, engine: str) -> None:
 
 def test_gradients_of_a_tuple(pool: RankPool, engine: str) -> None:
     pool.run(of_a_tuple, engine)
+
+
+def of_complex_rows(rank: int, engine: str) -> list[str]:
+    """The errors of one rank's complex rows that want a gradient, compiled too."""
+    group = subgroup((0, 1))
+    if group is None:
+        return []
+    inputs = draw(replace(CASE, num_tokens=(5, 8), dtype=torch.float32))
+    x = inputs.x[rank]
+    assert isinstance(x, Tensor)
+    rows = torch.complex(x[:, ::2], x[:, 1::2])
+    errors = []
+    with inputs.case.shuffle(group, engine) as shuffle:
+
+        def layer(rows: Tensor) -> Tensor:
+            d = shuffle.dispatch(rows, inputs.topk_idx[rank], inputs.weights_of(rank))
+            assert isinstance(d.tokens, Tensor)
+            return d.tokens.abs()
+
+        for each in (layer, torch.compile(layer, backend="aot_eager")):
+            with torch.no_grad():
+                each(rows)
+            try:
+                each(rows.detach().requires_grad_(rank == 1))
+            except fusco.InputError as error:
+                errors.append(str(error))
+    return errors
+
+
+def test_complex_rows_have_no_gradients(pool: RankPool, host_engine: str) -> None:
+    for errors in pool.run(of_complex_rows, host_engine)[:2]:
+        assert len(errors) == 2
+        assert all("complex64 that requires a gradient" in text for text in errors)

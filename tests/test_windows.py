@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import gc
 import os
 from dataclasses import replace
+from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 
+import fusco
+from fusco.engines.cpu.window import Mapping
 from fusco.testing.cases import Case, device_of, draw, expect_dispatched, expect_round_trip
 from fusco.testing.ranks import RankPool, subgroup
 
@@ -142,3 +148,28 @@ def peers_forget(rank: int, engine: str) -> None:
 
 def test_received_rows_may_be_written_to(pool: RankPool, engine: str) -> None:
     pool.run(peers_forget, engine)
+
+
+def grow_without_room(rank: int) -> str:
+    """Rank 1 can have more memory, but not map it."""
+    case = replace(CASE, num_tokens=(2000, 2000, 2000))
+    inputs, group = draw(case), subgroup((0, 1, 2))
+    if group is None:
+        return ""
+    arguments = inputs.x[rank], inputs.topk_idx[rank], inputs.weights_of(rank)
+    with case.shuffle(group, "cpu") as shuffle:
+        full = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        no_room = mock.patch.object(Mapping, "remapped", side_effect=full)
+        with (
+            no_room if rank == 1 else contextlib.nullcontext(),
+            pytest.raises(fusco.WindowMemoryError) as found,
+        ):
+            shuffle.dispatch(*arguments)
+        expect_round_trip(shuffle, inputs, rank)
+    return str(found.value)
+
+
+def test_no_room_to_grow_is_an_error_of_all(pool: RankPool) -> None:
+    texts = pool.run(grow_without_room)[:3]
+    assert "Cannot allocate memory" in texts[1]
+    assert all("rank 1: no memory left" in texts[rank] for rank in (0, 2))

@@ -398,6 +398,11 @@ class Shuffle:
     ) -> None:
         self.close()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shuffle:
+        """This Shuffle itself: a copy of a module that holds it, such as one of averaged weights,
+        moves its tokens with the same one."""
+        return self
+
     def _check_dispatch(
         self, x: Rows, topk_idx: Tensor | None, topk_weights: Tensor | None, plan: Plan | None
     ) -> None:
@@ -465,8 +470,9 @@ def _form_of(x: Any, topk_idx: Any, topk_weights: Any) -> tuple[Any, ...] | None
         return None
     ids, weights = topk_idx, topk_weights
     return (
-        *(x.shape, x.dtype, x.device, x.layout),
-        *(ids.shape, ids.dtype, ids.device, weights.shape, weights.dtype, weights.device),
+        *(x.shape, x.dtype, x.device, x.layout, x.requires_grad and torch.is_grad_enabled()),
+        *(ids.shape, ids.dtype, ids.device, ids.layout),
+        *(weights.shape, weights.dtype, weights.device, weights.layout),
     )
 
 
@@ -482,4 +488,7 @@ def _form_of_outputs(outputs: Any, dispatched: Any, shuffle: int) -> tuple[Any, 
     num_rows, shape = (plan.num_rows,), outputs.shape
     if shape[:1] != num_rows or weights.shape != num_rows:
         return None
-    return shape[1:], outputs.dtype, outputs.device, outputs.layout, plan.device
+    return (
+        *(shape[1:], outputs.dtype, outputs.device, outputs.layout),
+        *(plan.device, weights.device, weights.layout),
+    )

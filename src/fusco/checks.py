@@ -15,6 +15,7 @@ from fusco.layout.segments import bytes_per_row, describe_format
 from fusco.types import Dispatched, Plan, Rows, as_tuple
 
 SUMMABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SUMMABLE_NAMES = "float16, bfloat16, float32 or float64"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,16 @@ class Limits:
                 expected=f"at most max_tokens={self.max_tokens}",
                 remedy="dispatch in parts, or make the Shuffle with a larger max_tokens",
             )
+        for each in rows:
+            if _wants_no_sum(each):
+                raise input_error(
+                    "dispatch",
+                    "x",
+                    got=f"{each.dtype} that requires a gradient",
+                    expected=f"{_SUMMABLE_NAMES}, or no gradient",
+                    remedy="gradients are summed, so pass x.detach(), or of complex rows "
+                    "torch.view_as_real(x)",
+                )
         if plan is None:
             self._check_topk_idx(topk_idx, num_tokens, device)
         else:
@@ -124,7 +135,7 @@ class Limits:
                     "combine",
                     "expert_outputs",
                     got=str(each.dtype),
-                    expected="float16, bfloat16, float32 or float64",
+                    expected=_SUMMABLE_NAMES,
                     remedy="rows are summed, so convert them first",
                 )
             if each.shape[0] != num_rows:
@@ -138,11 +149,11 @@ class Limits:
         if row_weights is None:
             return
         _check_device("combine", "row_weights", row_weights, plan.device)
-        if row_weights.dtype != torch.float32 or row_weights.shape != (num_rows,):
+        if not _is_dense_float32(row_weights, (num_rows,)):
             raise input_error(
                 "combine",
                 "row_weights",
-                got=f"{row_weights.dtype} of shape {tuple(row_weights.shape)}",
+                got=_describe(row_weights),
                 expected=f"float32 of shape ({num_rows},)",
                 remedy="use the row_weights that dispatch returned, or weighted=False",
             )
@@ -248,11 +259,12 @@ class Limits:
                 expected=f"an int64 tensor of shape {shape}",
                 remedy="pass the expert ids of each token, or plan=",
             )
-        if topk_idx.shape != shape or topk_idx.dtype not in (torch.int64, torch.int32):
+        is_integer = topk_idx.dtype in (torch.int64, torch.int32)
+        if topk_idx.shape != shape or not is_integer or topk_idx.layout != torch.strided:
             raise input_error(
                 "dispatch",
                 "topk_idx",
-                got=f"{topk_idx.dtype} of shape {tuple(topk_idx.shape)}",
+                got=_describe(topk_idx),
                 expected=f"int64 or int32 of shape {shape}",
                 remedy="one row a token of x, one column each of top_k; -1 for no expert",
             )
@@ -268,11 +280,11 @@ class Limits:
                 expected=f"a float32 tensor of shape {shape}, or None",
                 remedy="pass one weight for each expert id",
             )
-        if topk_weights.shape != shape or topk_weights.dtype != torch.float32:
+        if not _is_dense_float32(topk_weights, shape):
             raise input_error(
                 "dispatch",
                 "topk_weights",
-                got=f"{topk_weights.dtype} of shape {tuple(topk_weights.shape)}",
+                got=_describe(topk_weights),
                 expected=f"float32 of shape {shape}",
                 remedy="pass topk_weights.float(), one weight for each expert id",
             )
@@ -303,7 +315,8 @@ def is_dispatch(x: Any, topk_idx: Any, topk_weights: Any, plan: Any) -> bool:
         is_routed = isinstance(topk_idx, Tensor)
     else:
         is_routed = isinstance(plan, Plan) and topk_idx is None
-    return is_routed and _are_rows(x) and isinstance(topk_weights, (Tensor, type(None)))
+    is_weighted = isinstance(topk_weights, (Tensor, type(None)))
+    return is_routed and is_weighted and _are_rows(x) and not any(map(_wants_no_sum, as_tuple(x)))
 
 
 def is_combine(expert_outputs: Any, dispatched: Any) -> bool:
@@ -318,6 +331,11 @@ def _are_rows(given: Any) -> bool:
         if not isinstance(each, Tensor) or each.dim() == 0:
             return False
     return len(rows) > 0
+
+
+def _wants_no_sum(rows: Tensor) -> bool:
+    """Whether rows ask for a gradient of a dtype that cannot be summed."""
+    return rows.dtype not in SUMMABLE and rows.requires_grad and torch.is_grad_enabled()
 
 
 def check_like(rows: Tensor) -> None:
@@ -345,6 +363,16 @@ def _check_device(operation: str, argument: str, tensor: Tensor, device: torch.d
             expected=f"{device}, where x is",
             remedy="move it there",
         )
+
+
+def _is_dense_float32(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    is_dense = tensor.layout == torch.strided
+    return is_dense and tensor.dtype == torch.float32 and tensor.shape == shape
+
+
+def _describe(tensor: Tensor) -> str:
+    layout = "" if tensor.layout == torch.strided else f", layout {tensor.layout}"
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)}{layout}"
 
 
 def _kinds(rows: Iterable[object]) -> str:

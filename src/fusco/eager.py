@@ -67,7 +67,7 @@ class _Dispatch(torch.autograd.Function):
         ctx.plan, ctx.engine = delivery.plan, engine
         *_, ctx.needs_weights = ctx.needs_input_grad[:_NUM_OTHERS]
         ctx.needs = ctx.needs_input_grad[_NUM_OTHERS:]
-        return (*delivery.rows, delivery.row_weights)
+        return tuple(ops.as_results((*delivery.rows, delivery.row_weights)))
 
     @staticmethod
     @once_differentiable
@@ -92,7 +92,8 @@ class _Combine(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.plan, ctx.engine, ctx.is_weighted = plan, engine, row_weights is not None
         ctx.save_for_backward(*rows, *(() if row_weights is None else (row_weights,)))
-        return ops.run_combine(rows, row_weights, plan, engine, ops.WITH_GRADIENTS).sums
+        returned = ops.run_combine(rows, row_weights, plan, engine, ops.WITH_GRADIENTS)
+        return tuple(ops.as_results(returned.sums))
 
     @staticmethod
     @once_differentiable

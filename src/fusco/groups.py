@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -74,18 +76,18 @@ def resolve_timeout_s(operation: str, timeout_s: float | None, default_s: float)
     """The bound of every wait: the argument, the environment's, or the group's.
 
     Raises:
-        InputError: it is not a positive number.
+        InputError: it is not a positive number, or infinite.
     """
     if timeout_s is None:
         timeout_s = env.TIMEOUT_S.get()
     if timeout_s is None:
         return default_s
-    if not isinstance(timeout_s, (int, float)) or not timeout_s > 0:
+    if not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < math.inf:
         raise input_error(
             operation,
             "timeout_s",
             got=repr(timeout_s),
-            expected="a number of seconds above 0, or None",
+            expected="a finite number of seconds above 0, or None",
             remedy="None takes the group's timeout",
         )
     return float(timeout_s)

@@ -276,10 +276,10 @@ def _swap_greetings(
         return [json.loads(text) for text in bulletin.swap(operation, json.dumps(mine))]
     mailbox = Mailbox(group, timeout_s)
     text = json.dumps(mine).encode()
-    sizes = torch.empty(group.size(), 1, dtype=torch.int64)
-    size = torch.tensor([len(text)])
+    sizes = torch.empty(group.size(), 1, dtype=torch.int64, device="cpu")
+    size = torch.tensor([len(text)], device="cpu")
     mailbox.swap([size] * group.size(), list(sizes.unbind()), operation=operation)
     letter = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    letters = [torch.empty(n, dtype=torch.uint8) for n in sizes[:, 0].tolist()]
+    letters = [torch.empty(n, dtype=torch.uint8, device="cpu") for n in sizes[:, 0].tolist()]
     mailbox.swap([letter] * group.size(), letters, operation=operation)
     return [json.loads(each.numpy().tobytes()) for each in letters]

@@ -163,7 +163,13 @@ def dispatch(
         lambda limits: limits.check_dispatch(tuple(rows), topk_idx, topk_weights, None),
     )
     got = run_dispatch(tuple(rows), topk_idx, topk_weights, engine, grads)
-    return list(got.rows), got.row_weights, _apart(got.plan.to_tensors())
+    *got_rows, row_weights = as_results((*got.rows, got.row_weights))
+    return got_rows, row_weights, _apart(got.plan.to_tensors())
+
+
+def as_results(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The same as no views, which autograd would let nobody write to."""
+    return [each.detach() for each in tensors]
 
 
 def _apart(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -185,6 +191,7 @@ def run_dispatch(
     grads: str,
 ) -> Delivery:
     """What the operators `dispatch` and, with a plan, `dispatch_planned` do."""
+    rows = _resolved(rows)
     form = _form(rows, topk_weights, grads)
     with engine:
         if isinstance(routing, Plan):
@@ -198,6 +205,14 @@ def run_dispatch(
                 if error is not None:
                     engine.agree_on_error(call._replace(error=error))
         return engine.dispatch(call, rows, topk_weights, routing)
+
+
+def _resolved(rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The same with their values in memory, of which torch has some conjugated or negated later."""
+    for each in rows:
+        if each.is_conj() or each.is_neg():
+            return tuple([each.resolve_conj().resolve_neg() for each in rows])
+    return rows
 
 
 @functools.lru_cache(maxsize=256)
@@ -224,7 +239,8 @@ def dispatch_planned(
         lambda limits: limits.check_dispatch(tuple(rows), None, topk_weights, whole),
     )
     got = run_dispatch(tuple(rows), whole, topk_weights, engine, grads)
-    return list(got.rows), got.row_weights
+    *got_rows, row_weights = as_results((*got.rows, got.row_weights))
+    return got_rows, row_weights
 
 
 @_operator(
@@ -247,13 +263,14 @@ def combine(
         Operation.COMBINE,
         lambda limits: limits.check_sums(tuple(rows), row_weights, whole),
     )
-    return list(run_combine(tuple(rows), row_weights, whole, engine, grads).sums)
+    return as_results(run_combine(tuple(rows), row_weights, whole, engine, grads).sums)
 
 
 def run_combine(
     rows: tuple[Tensor, ...], row_weights: Tensor | None, plan: Plan, engine: Engine, grads: str
 ) -> Returned:
     """What the operator `combine` does."""
+    rows = _resolved(rows)
     form = _form(rows, row_weights, grads)
     call = Call(Operation.COMBINE, plan.number, form)
     with engine:
@@ -281,6 +298,7 @@ def run_dispatch_backward(
     grads: tuple[Tensor, ...], grad_row_weights: Tensor | None, plan: Plan, engine: Engine
 ) -> Returned:
     """What the operator `dispatch_backward` does."""
+    grads = _resolved(grads)
     form = _form(grads, grad_row_weights)
     call = Call(Operation.DISPATCH_BACKWARD, plan.number, form)
     with engine:
@@ -313,6 +331,7 @@ def run_combine_backward(
     engine: Engine,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """What the operator `combine_backward` does."""
+    grads = _resolved(grads)
     call = Call(Operation.COMBINE_BACKWARD, plan.number, _form(grads, None))
     with engine:
         return engine.combine_backward(call, grads, rows, row_weights, plan)

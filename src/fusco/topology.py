@@ -103,8 +103,8 @@ class TopologyTensors:
 
     @classmethod
     def of(cls, topology: Topology, device: torch.device) -> TopologyTensors:
-        rank_of_expert = torch.tensor(topology.rank_of_expert, dtype=torch.int64)
-        node_of_rank = torch.tensor(topology.node_of_rank, dtype=torch.int64)
+        rank_of_expert = torch.tensor(topology.rank_of_expert, dtype=torch.int64, device="cpu")
+        node_of_rank = torch.tensor(topology.node_of_rank, dtype=torch.int64, device="cpu")
         rank_of_order = torch.argsort(node_of_rank, stable=True)
         order_of_rank = torch.argsort(rank_of_order)
         device_major = torch.argsort(rank_of_expert, stable=True)

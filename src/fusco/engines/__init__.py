@@ -151,4 +151,6 @@ def make_engine(name: str, world: World) -> Engine:
     for engine in probe():
         if engine.name == name and not engine.available:
             raise EngineUnavailableError(f"Shuffle: engine {name!r} {engine.reason}")
-    return FACTORIES[name](world)
+    # The caller's default may be another, such as "meta" while a model is only described.
+    with torch.device("cpu"):
+        return FACTORIES[name](world)

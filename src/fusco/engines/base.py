@@ -15,7 +15,7 @@ from torch import Tensor
 from fusco.engines.agreement import Call
 from fusco.engines.gradients import weigh_gradients
 from fusco.engines.meter import Meter
-from fusco.errors import PeerError, closed_error, input_error
+from fusco.errors import FuscoError, PeerError, closed_error, input_error
 from fusco.layout.records import HEADER
 from fusco.topology import Topology
 from fusco.types import Ablation, Plan, SegmentPlan, Segments, Stats
@@ -137,6 +137,7 @@ class Engine(ABC):
         self.world = world
         self.meter = Meter(world.topology.num_ranks)
         self._num_plans = 0
+        self._epoch_before = 0
 
     def __enter__(self) -> Engine:
         """An operation begins; a rank that is lost in it closes the engine for good.
@@ -146,11 +147,16 @@ class Engine(ABC):
         """
         if self.is_closed:
             raise closed_error()
+        self._epoch_before = self.epoch
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, PeerError):
             self.close(lost=error.rank)
+        elif error is not None and not isinstance(error, FuscoError) and self._is_counted_on:
+            # Out of memory perhaps, or interrupted. To those that wait its next call would look
+            # like the rest of this one.
+            self.close(lost=self.world.topology.rank)
         # One that fails where its ranks count on it has closed itself.
         if error is not None and self.is_closed:
             ENGINES.pop(self.world.key, None)
@@ -164,6 +170,12 @@ class Engine(ABC):
     def device(self) -> torch.device | None:
         """The only device whose tensors it takes, if there is one."""
         return None
+
+    @property
+    def epoch(self) -> int:
+        """How often this rank has begun to agree with the others; stays 0 where the engine closes
+        itself after an error that only this rank knows."""
+        return 0
 
     @property
     @abstractmethod
@@ -311,3 +323,8 @@ class Engine(ABC):
         """The identity of the plan that all ranks have just agreed to make."""
         # Several times as fast as torch.tensor.
         return torch.from_numpy(np.array((self.new_number(), self.world.key)))
+
+    @property
+    def _is_counted_on(self) -> bool:
+        """Whether others may wait for what this rank does in the operation that goes on."""
+        return not self.is_closed and self.epoch != self._epoch_before

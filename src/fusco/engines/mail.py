@@ -47,7 +47,9 @@ def swap_segments(
 ) -> None:
     """`Engine.exchange` once the sizes are known to match."""
     sends = [_gather(source, segments).cpu() for segments in send]
-    receives = [torch.empty(int(each.size.sum()), dtype=out.dtype) for each in receive]
+    receives = [
+        torch.empty(int(each.size.sum()), dtype=out.dtype, device="cpu") for each in receive
+    ]
     mailbox.swap(sends, receives, operation=operation)
     for segments, received in zip(receive, receives, strict=True):
         _scatter(received.to(out.device), out, segments)

@@ -19,7 +19,7 @@ def exchange_payload(send: Sequence[Segments], receive: Sequence[Segments]) -> T
     facts = [[_sizes_hash(out.size) for out in send], [_sizes_hash(into.size) for into in receive]]
     facts.append([int(out.size.sum()) for out in send])
     assert len(facts) == EXCHANGE_FIELDS
-    return torch.tensor(facts).flatten()
+    return torch.tensor(facts, device="cpu").flatten()
 
 
 def check_exchange(payloads: Tensor, rank: int) -> None:

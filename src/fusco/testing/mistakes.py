@@ -95,6 +95,28 @@ def _one_more(t: Tensor, dim: int) -> Tensor:
     return torch.cat((t, t.narrow(dim, 0, 1)), dim)
 
 
+def _wanting(ready: Ready, dtype: torch.dtype) -> Tensor:
+    """Rows of no more bytes than the right ones, that want a gradient."""
+    return ready.x[:, :8].to(dtype).requires_grad_()
+
+
+def _without_gradients(ready: Ready, dtype: torch.dtype) -> object:
+    with torch.no_grad():
+        return ready.dispatch(x=_wanting(ready, dtype))
+
+
+def _again_with_gradients(ready: Ready, dtype: torch.dtype) -> object:
+    """What the Shuffle has accepted without."""
+    _without_gradients(ready, dtype)
+    return ready.dispatch(x=_wanting(ready, dtype))
+
+
+def _combine_with(ready: Ready, row_weights: Tensor) -> object:
+    """With others than the right ones, when the Shuffle has accepted those."""
+    _right_combine(ready)
+    return ready.combine(ready.outputs, replace(ready.d, row_weights=row_weights))
+
+
 def _too_many(ready: Ready) -> object:
     rows = (max(CASE.num_tokens) + 1, 1)
     return ready.dispatch(
@@ -152,6 +174,26 @@ MISTAKES: Mapping[str, Mistake] = {
         names="gradients",
         error=_DISAGREE,
     ),
+    "x-wants-gradients-of-complex-numbers": Mistake(
+        call=lambda r: _again_with_gradients(r, torch.complex64),
+        names="got torch.complex64 that requires a gradient",
+        elsewhere=lambda r: (_without_gradients(r, torch.complex64), _right(r)),
+    ),
+    "x-wants-gradients-of-complex-numbers-everywhere": Mistake(
+        call=lambda r: _again_with_gradients(r, torch.complex64),
+        names="torch.view_as_real",
+        by=(0, 1, 2),
+    ),
+    "x-wants-gradients-of-8-bits-everywhere": Mistake(
+        call=lambda r: _again_with_gradients(r, torch.float8_e4m3fn),
+        names="x.detach()",
+        by=(0, 1, 2),
+    ),
+    "x-is-a-tuple-with-gradients-of-8-bits": Mistake(
+        call=lambda r: r.dispatch(x=(r.x[:, :8], _wanting(r, torch.float8_e4m3fn))),
+        names="got torch.float8_e4m3fn that requires a gradient",
+        by=(0, 1, 2),
+    ),
     "too-many-tokens": Mistake(call=_too_many, names="max_tokens"),
     # routing
     "idx-is-float": Mistake(call=lambda r: r.dispatch(topk_idx=r.idx.float()), names="topk_idx"),
@@ -192,6 +234,9 @@ MISTAKES: Mapping[str, Mistake] = {
     "idx-is-elsewhere": Mistake(
         call=lambda r: r.dispatch(topk_idx=r.idx.to("meta")), names="topk_idx"
     ),
+    "idx-is-sparse": Mistake(
+        call=lambda r: r.dispatch(topk_idx=r.idx.to_sparse()), names="topk_idx: got torch.int64"
+    ),
     "no-routing": Mistake(call=lambda r: r.dispatch(topk_idx=None), names="topk_idx"),
     # weights
     "weights-are-integers": Mistake(
@@ -202,6 +247,9 @@ MISTAKES: Mapping[str, Mistake] = {
     ),
     "weights-are-elsewhere": Mistake(
         call=lambda r: r.dispatch(topk_weights=r.weights.to("meta")), names="topk_weights"
+    ),
+    "weights-are-sparse": Mistake(
+        call=lambda r: r.dispatch(topk_weights=r.weights.to_sparse()), names="torch.sparse_coo"
     ),
     "weights-are-a-list": Mistake(
         call=lambda r: r.dispatch(topk_weights=r.weights.tolist()), names="topk_weights"
@@ -296,6 +344,16 @@ MISTAKES: Mapping[str, Mistake] = {
         call=lambda r: r.combine(r.outputs.to("meta")),
         names="expert_outputs",
         elsewhere=_right_combine,
+    ),
+    "row-weights-are-sparse": Mistake(
+        call=lambda r: _combine_with(r, r.d.row_weights.to_sparse()),
+        names="row_weights: got",
+        elsewhere=lambda r: _combine_with(r, r.d.row_weights),
+    ),
+    "row-weights-are-elsewhere": Mistake(
+        call=lambda r: _combine_with(r, r.d.row_weights.to("meta")),
+        names="row_weights: got",
+        elsewhere=lambda r: _combine_with(r, r.d.row_weights),
     ),
     "combine-of-a-plan": Mistake(
         call=lambda r: r.combine(r.outputs, r.d.plan),

@@ -35,7 +35,7 @@ class Notices:
         self._rank = group.rank()
         self._has_told = False
         line = line_of(group)
-        self._told = torch.full((group.size(), 1), _NOBODY)
+        self._told = torch.full((group.size(), 1), _NOBODY, device="cpu")
         self._works = [
             line.recv([self._told[peer]], peer, _TAG)
             for peer in range(group.size())
@@ -97,7 +97,7 @@ class Notices:
         if self._has_told or line is None:
             return
         self._has_told = True
-        message = torch.tensor([lost])
+        message = torch.tensor([lost], device="cpu")
         for peer in range(line.size()):
             if peer in (lost, self._rank):
                 continue

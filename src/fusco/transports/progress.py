@@ -30,7 +30,7 @@ class Progress:
     def reach(self, step: int) -> None:
         """Tell the others; does not wait."""
         for mate in self._come_to:
-            self._telling.send(torch.tensor([step]), mate, _TAG)
+            self._telling.send(torch.tensor([step], device="cpu"), mate, _TAG)
 
     def wait(self, step: int) -> None:
         """Until all others have come to a step, or finished.
@@ -40,7 +40,7 @@ class Progress:
         """
         for mate in self._come_to:
             while self._come_to[mate] < step:
-                told = torch.empty(1, dtype=torch.int64)
+                told = torch.empty(1, dtype=torch.int64, device="cpu")
                 hearing = Swap(self._mailbox, self._operation)
                 hearing.receive(told, mate, _TAG)
                 hearing.wait()

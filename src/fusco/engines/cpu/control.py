@@ -63,6 +63,9 @@ class Control:
 
     Progress is one int32 counter a rank, `_STAGES * epoch + stage`, which wraps around.
 
+    Attributes:
+        epoch: the number of the operation that goes on, or was the last.
+
     Args:
         ranks: the numbers in the group of the ranks that share this memory. Within it a rank is
             named by its place among them.
@@ -85,7 +88,7 @@ class Control:
         self._layout = _Layout(record_len=record_len)
         self._timeout_s = timeout_s
         self._wait_s = wait_s
-        self._epoch = 0
+        self.epoch = 0
         self._waited = np.zeros(len(ranks))
         self._peers: list[_Peer] = []
         self.mapping = Mapping.create("fusco-control", self._layout.size)
@@ -105,8 +108,8 @@ class Control:
 
     def begin(self) -> int:
         """The number of the operation that begins now."""
-        self._epoch += 1
-        return self._epoch
+        self.epoch += 1
+        return self.epoch
 
     def share(self, head: tuple[int, ...], payload: Ints, operation: str) -> tuple[Ints, bool]:
         """Publish this rank's record; everybody's, int64 `[P, record_len]`, and whether all are
@@ -179,7 +182,7 @@ class Control:
         self._peers.clear()
 
     def _value(self, stage: int) -> int:
-        return _wrap(self._epoch * _STAGES + stage)
+        return _wrap(self.epoch * _STAGES + stage)
 
     def _wait(self, ranks: slice, stage: int, operation: str) -> None:
         value = self._value(stage)
@@ -220,7 +223,7 @@ class Control:
             raise self._error(operation, self._ranks[rank], "has closed its Shuffle")
 
     def _error(self, operation: str, rank: int, what: str) -> PeerError:
-        here = f"rank {self._ranks[self._rank]} waited in operation {self._epoch}"
+        here = f"rank {self._ranks[self._rank]} waited in operation {self.epoch}"
         return PeerError(
             f"{operation}: rank {rank} {what}; {here}; "
             "the group cannot go on without it, restart the ranks",

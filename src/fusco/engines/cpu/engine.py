@@ -43,6 +43,10 @@ class CpuEngine(Engine):
         return False
 
     @property
+    def epoch(self) -> int:
+        return self._open().control.epoch
+
+    @property
     def is_closed(self) -> bool:
         return self._session is None
 

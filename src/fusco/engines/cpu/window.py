@@ -80,11 +80,11 @@ class Window:
         try:
             # Allocated now, so that a lack of memory is an error here and not a signal later.
             os.posix_fallocate(old.file, old.size, capacity - old.size)
+            self.mapping = old.remapped()
         except OSError as error:
             raise MemoryError(
                 f"the window cannot grow from {old.size} to {capacity} bytes: {error.strerror}"
             ) from error
-        self.mapping = old.remapped()
         self._mappings.add(self.mapping)
         self.heap.add(old.size, capacity - old.size)
 

@@ -110,7 +110,7 @@ class BlockPlan(Plan):
 
         num_local = layout.num_local
         return CompactPlan(
-            identity=torch.tensor((self._number, self._key)),
+            identity=torch.tensor((self._number, self._key), device="cpu"),
             tokens_per_expert=part(0, (2 * num_local,)).view(torch.int64),
             expert_offsets=part(layout.expert_offsets, (num_local + 1,)),
             pairs=part(layout.pairs, (2, layout.num_tokens, layout.top_k)),

@@ -159,7 +159,8 @@ class SymmetricHeap:
                 f"the heap has grown {_MAX_CHUNKS} times, and grows no further; make a new Shuffle "
                 "and dispatch the largest load first"
             )
-        self.addresses[number] = torch.tensor(allocation.address, dtype=torch.int64)
+        address = torch.tensor(allocation.address, dtype=torch.int64, device="cpu")
+        self.addresses[number] = address
         self._chunks.append(allocation)
         self.free.add(number * CHUNK_SPAN, allocation.memory.numel())
 

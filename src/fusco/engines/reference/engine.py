@@ -111,11 +111,18 @@ class ReferenceEngine(Engine):
         return self.meter.stats(window_bytes=0)
 
     @property
+    def epoch(self) -> int:
+        return self._epoch
+
+    @property
     def is_closed(self) -> bool:
         return self._is_closed
 
     def close(self, lost: int | None = None) -> None:
         self._is_closed = True
+        if lost == self.world.topology.rank:
+            self.mailbox.notices.tell(lost)
+            self.mailbox.notices.hang_up()
 
     def _agree(self, call: Call, payload: Tensor | None) -> Tensor:
         """Everybody's records, int64 `[P, HEADER + payload]` on the CPU."""
@@ -124,8 +131,8 @@ class ReferenceEngine(Engine):
 
     def _publish(self, call: Call, payload: Tensor | None) -> Tensor:
         self._epoch += 1
-        record = torch.zeros(self.world.record_len, dtype=torch.int64)
-        record[:HEADER] = torch.tensor(call.head(self._epoch))
+        record = torch.zeros(self.world.record_len, dtype=torch.int64, device="cpu")
+        record[:HEADER] = torch.tensor(call.head(self._epoch), device="cpu")
         if payload is not None:
             record[HEADER : HEADER + payload.shape[0]] = payload
         return share_records(self.mailbox, call, record)
