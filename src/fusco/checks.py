@@ -315,8 +315,13 @@ def is_dispatch(x: Any, topk_idx: Any, topk_weights: Any, plan: Any) -> bool:
         is_routed = isinstance(topk_idx, Tensor)
     else:
         is_routed = isinstance(plan, Plan) and topk_idx is None
-    is_weighted = isinstance(topk_weights, (Tensor, type(None)))
-    return is_routed and is_weighted and _are_rows(x) and not any(map(_wants_no_sum, as_tuple(x)))
+    if not (is_routed and isinstance(topk_weights, (Tensor, type(None))) and _are_rows(x)):
+        return False
+    # Of such rows no compiler makes a backward.
+    for each in as_tuple(x):  # noqa: SIM110
+        if _wants_no_sum(each):
+            return False
+    return True
 
 
 def is_combine(expert_outputs: Any, dispatched: Any) -> bool:
