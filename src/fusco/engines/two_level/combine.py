@@ -93,13 +93,13 @@ class _Values:
         plan = self._plan
         # All have pushed their values before they began with their first sums.
         self._blocks.wait(0)
-        found = self._blocks.view(self._section, torch.empty(0))
+        found = self._blocks.view(self._section, torch.empty(0, dtype=torch.float32))
         num_near = plan.near.slot.shape[0]
         self._returned = found.new_zeros(plan.num_tokens * plan.top_k)
         self._returned[plan.near.pair] = found[:num_near]
         held = found.new_empty(plan.relay_pair.shape[0])
         held[plan.relay_pair] = found[num_near:]
-        self._arriving = torch.empty(plan.far.pair.shape[0])
+        self._arriving = torch.empty(plan.far.pair.shape[0], dtype=torch.float32)
         received, far = plan.received, plan.far
         self._swap = self._session.mailbox.start(
             held.cpu().split(received.slot_ptr[received.peer_ptr].diff().tolist()),

@@ -136,7 +136,8 @@ class _Job:
         Args:
             pairs: int64 `[P]`, how many come from each rank.
         """
-        received = torch.empty(0 if self.weights is None else int(pairs.sum()))
+        num_pairs = 0 if self.weights is None else int(pairs.sum())
+        received = torch.empty(num_pairs, dtype=torch.float32)
         parts = received.split(pairs.tolist()) if self.weights is not None else ()
         return Letters(self.session.mailbox, parts, self.operation), received
 
