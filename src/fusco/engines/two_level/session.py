@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fusco.engines.agreement import Call
-from fusco.engines.base import World
+from fusco.engines.base import VALUE_ROW_BYTES, World
 from fusco.engines.mail import share_records
 from fusco.engines.node import Node, NodeBlocks
 from fusco.engines.sliced import SlicedPlanner
@@ -79,7 +79,9 @@ class Session:
         self.planner = make_planner(world)
         most_segments = 1 if world.ablation.deduplicate else world.top_k
         wanted = slice_bytes(self.node.device, topology.num_nodes)
-        fitting = wanted // (max(world.row_bytes, 1) * most_segments)
+        # Rows that values return beside may be wider than any that are dispatched.
+        row_bytes = max(world.row_bytes, VALUE_ROW_BYTES)
+        fitting = wanted // (row_bytes * most_segments)
         tokens = max(1, fitting, -(-world.max_tokens // _MOST_STEPS))
         # No slice is larger than all there is to send.
         tokens = min(tokens, max(world.max_tokens, 1))
@@ -88,7 +90,7 @@ class Session:
         self.transport = SliceTransport(
             world.group,
             self._open_wire(),
-            slot_bytes=align(self.size.rows * world.row_bytes),
+            slot_bytes=align(self.size.rows * row_bytes),
             # The sums of the own node lie beside those that arrive.
             num_lanes=lanes + 1,
             depth=DEPTH,
