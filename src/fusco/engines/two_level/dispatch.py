@@ -165,10 +165,11 @@ def dispatch_new(
     """Plan and dispatch; also the rows that each rank receives, int64 `[P]`."""
     world, topology, rank = session.world, session.world.topology, session.world.topology.rank
     with stage("plan"):
-        counted = session.planner.count(topk_idx)
+        call, counted = session.prepare(call, lambda: session.planner.count(topk_idx))
     with stage("agree"):
         block = session.node.reserve_largest()
-        records = session.agree(call, block, counted.packed)
+        records = session.agree(call, block, None if counted is None else counted.packed)
+    assert counted is not None, "else all have raised"
     identity = new_identity()
     with stage("plan"):
         counts = Counts.split(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ from fusco.layout.records import HEADER, Field, Status
 from fusco.transports.mailbox import Mailbox
 from fusco.transports.slices import SliceTransport
 from fusco.transports.wires import Wire, open_wire, slice_bytes
+
+Made = TypeVar("Made")
 
 DEPTH = 3
 """Slices on their way to and from each peer: one is loaded, one travels, one waits."""
@@ -137,6 +140,16 @@ class Session:
             if block is not None:
                 self.node.release(block)
             raise
+
+    def prepare(self, call: Call, make: Callable[[], Made]) -> tuple[Call, Made | None]:
+        """What this rank needs before it has asked the others; a lack of memory becomes the call's
+        error."""
+        try:
+            return call, make()
+        except (MemoryError, RuntimeError) as error:  # torch has no type for a lack of the host's
+            problem = _no_memory(call.operation.text, error)
+            problem.__cause__ = error
+            return call.failed(problem), None
 
     def reserve(self, call: Call, size: int) -> tuple[Call, Block]:
         """A block for what this rank will receive; a lack of memory becomes the call's error."""
