@@ -39,6 +39,11 @@ def _is_made_of(segments: Tensor, word_bytes: int) -> bool:
     return all(place % word_bytes == 0 for place in places)
 
 
+def without_gaps(rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The same tensors contiguous, copied if they must be."""
+    return tuple([each.contiguous() for each in rows])
+
+
 def as_bytes(tensor: Tensor) -> Tensor:
     """A contiguous tensor as uint8 `[bytes]`, the same memory."""
     return tensor.detach().view(-1).view(torch.uint8)
