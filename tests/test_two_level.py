@@ -99,3 +99,21 @@ def given_with_gaps(rank: int) -> list[str]:
 
 def test_rows_with_gaps_are_copied_once(pool: RankPool) -> None:
     assert pool.run(given_with_gaps) == [[]] * pool.num_ranks
+
+
+def many_slices(rank: int) -> None:
+    """A tuple of four in as many slices as there can be, a token in each."""
+    case = Case(num_tokens=(16384, 0), hidden_size=1 << 18, top_k=1, num_experts=2)
+    group = subgroup(range(case.num_ranks))
+    if group is None:
+        return
+    num_tokens = case.num_tokens[rank]
+    x = tuple(torch.full((num_tokens, 1), float(part)) for part in range(4))
+    with case.shuffle(group, "two_level", placement=(0, 0), timeout_s=30) as shuffle:
+        d = shuffle.dispatch(x, torch.zeros((num_tokens, 1), dtype=torch.int64))
+        y = shuffle.combine(d.tokens, d)
+    expect_same(y, x, "combine")
+
+
+def test_a_tuple_in_many_slices(pool: RankPool) -> None:
+    pool.run(many_slices)

@@ -34,7 +34,8 @@ Made = TypeVar("Made")
 
 DEPTH = 3
 """Slices on their way to and from each peer: one is loaded, one travels, one waits."""
-_MOST_STEPS = 1 << 14
+_MOST_SLICES = 1 << 14
+"""Of a rank's tokens; the engine "cpu" can tell of four times as many steps in an operation."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -85,7 +86,7 @@ class Session:
         # Rows that values return beside may be wider than any that are dispatched.
         row_bytes = max(world.row_bytes, VALUE_ROW_BYTES)
         fitting = wanted // (row_bytes * most_segments)
-        tokens = max(1, fitting, -(-world.max_tokens // _MOST_STEPS))
+        tokens = max(1, fitting, -(-world.max_tokens // _MOST_SLICES))
         # No slice is larger than all there is to send.
         tokens = min(tokens, max(world.max_tokens, 1))
         self.size = SliceSize(tokens=tokens, rows=tokens * most_segments)
