@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -13,11 +14,13 @@ from torch import Tensor
 
 import fusco
 from fusco.engines.cpu import node
+from fusco.engines.two_level import session
 from fusco.testing.cases import Case, draw, expect_round_trip, expect_same
 from fusco.testing.ranks import RankPool, subgroup
 
 CASE = Case(num_tokens=(50, 90, 0, 70), ranks_per_node=2)
 CULPRIT = 1
+PROMPT_S = 20.0
 
 
 def strided(rows: Any) -> Tensor:
@@ -99,6 +102,32 @@ def given_with_gaps(rank: int) -> list[str]:
 
 def test_rows_with_gaps_are_copied_once(pool: RankPool) -> None:
     assert pool.run(given_with_gaps) == [[]] * pool.num_ranks
+
+
+def no_transport(rank: int) -> tuple[str, float]:
+    """What the making of a Shuffle raises where one rank has no memory for its slices, and after
+    how long."""
+    group = subgroup(range(CASE.num_ranks))
+    if group is None:
+        return "", 0.0
+    problem = torch.OutOfMemoryError("none left")
+    fails = mock.patch.object(session, "SliceTransport", side_effect=problem)
+    text, begin_s = "", time.monotonic()
+    with fails if rank == CULPRIT else contextlib.nullcontext():
+        try:
+            CASE.shuffle(group, "two_level")
+        except fusco.EngineUnavailableError as error:
+            text = str(error)
+    took_s = time.monotonic() - begin_s
+    with CASE.shuffle(group, "two_level") as shuffle:
+        expect_round_trip(shuffle, draw(CASE), rank)
+    return text, took_s
+
+
+def test_all_raise_what_one_cannot_make(pool: RankPool) -> None:
+    for text, took_s in pool.run(no_transport)[: CASE.num_ranks]:
+        assert f"rank {CULPRIT}: none left" in text
+        assert took_s < PROMPT_S
 
 
 def many_slices(rank: int) -> None:

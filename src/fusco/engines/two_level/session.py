@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fusco.engines.agreement import Call
 from fusco.engines.base import VALUE_ROW_BYTES, World
-from fusco.engines.mail import share_records
+from fusco.engines.mail import share_records, share_text
 from fusco.engines.node import Node, NodeBlocks
 from fusco.engines.sliced import SlicedPlanner
 from fusco.engines.two_level.lanes import SliceSize, most_lanes
@@ -90,21 +90,47 @@ class Session:
         # No slice is larger than all there is to send.
         tokens = min(tokens, max(world.max_tokens, 1))
         self.size = SliceSize(tokens=tokens, rows=tokens * most_segments)
-        lanes = most_lanes(topology, forwarders=world.ablation.deduplicate)
-        self.transport = SliceTransport(
+        slot_bytes = align(self.size.rows * row_bytes)
+        self.transport = self._on_all(lambda: self._make_transport(slot_bytes))
+        self.epoch = 0
+        self._process = os.getpid()
+        self.is_closed = False
+
+    def _on_all(self, make: Callable[[], SliceTransport]) -> SliceTransport:
+        """What is made, if all ranks make theirs; else all raise the same error."""
+        made: SliceTransport | None = None
+        problem: Exception | None = None
+        try:
+            made = make()
+        except (MemoryError, RuntimeError) as error:
+            problem = error
+        told = "" if problem is None else str(problem) or "out of memory"
+        texts = share_text(self.mailbox, told, "Shuffle")
+        problems = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
+        if made is None or problems:
+            if made is not None:
+                made.close(is_lost=False)
+            self.node.close()
+            raise EngineUnavailableError(
+                "Shuffle: engine 'two_level' cannot join the nodes of all ranks "
+                f"({'; '.join(problems)}); use engine='reference'"
+            ) from problem
+        return made
+
+    def _make_transport(self, slot_bytes: int) -> SliceTransport:
+        world = self.world
+        lanes = most_lanes(world.topology, forwarders=world.ablation.deduplicate)
+        return SliceTransport(
             world.group,
             self._open_wire(),
-            slot_bytes=align(self.size.rows * row_bytes),
+            slot_bytes=slot_bytes,
             # The sums of the own node lie beside those that arrive.
             num_lanes=lanes + 1,
             depth=DEPTH,
             device=self.node.device,
             timeout_s=world.timeout_s,
-            wait_s=wait_s,
+            wait_s=self.mailbox.wait_s,
         )
-        self.epoch = 0
-        self._process = os.getpid()
-        self.is_closed = False
 
     def _open_wire(self) -> Wire | None:
         """What joins the nodes; None where there is one."""
@@ -115,9 +141,8 @@ class Session:
         try:
             return open_wire(self.world.group, self.node.device, away)
         except RuntimeError as error:
-            raise EngineUnavailableError(
-                f"Shuffle: engine 'two_level' cannot join the nodes: {error}; make the group with "
-                "backend='cpu:gloo,cuda:nccl', or use engine='reference'"
+            raise RuntimeError(
+                f"{error}; make the group with backend='cpu:gloo,cuda:nccl'"
             ) from error
 
     def agree(
