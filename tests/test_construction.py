@@ -146,6 +146,26 @@ def test_other_forms(pool: RankPool, host_engine: str, name: str) -> None:
     pool.run(accept, name, host_engine)
 
 
+def with_another_default_dtype(rank: int, engine: str) -> None:
+    """One rank makes tensors of another dtype by default than the others."""
+    group = subgroup(MEMBERS)
+    if group is None:
+        return
+    rank = dist.get_rank(group)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if rank == 1 else before)
+    try:
+        shuffle = CASE.shuffle(group, engine)
+    finally:
+        torch.set_default_dtype(before)
+    with shuffle:
+        expect_round_trip(shuffle, draw(CASE), rank)
+
+
+def test_default_dtype(pool: RankPool, host_engine: str) -> None:
+    pool.run(with_another_default_dtype, host_engine)
+
+
 def on_few_ranks(rank: int, engine: str) -> None:
     """A job's settings where there are fewer ranks and experts than they were made for."""
     group = subgroup(MEMBERS)

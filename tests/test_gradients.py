@@ -64,6 +64,11 @@ def test_weights_alone_may_want_gradients(pool: RankPool, engine: str) -> None:
     pool.run(weights_alone, on(CASE, engine), engine)
 
 
+def test_weights_alone_of_narrow_rows(pool: RankPool, host_engine: str) -> None:
+    case = replace(CASE, hidden_size=1, dtype=torch.float32, ranks_per_node=2)
+    pool.run(weights_alone, case, host_engine)
+
+
 def directional(rank: int, case: Case, engine: str) -> tuple[float, float]:
     """Along one direction of all ranks' rows: by autograd, and by central differences."""
     group = subgroup(range(case.num_ranks))

@@ -172,7 +172,7 @@ CULPRIT = 1
 TIMEOUT_S = 60.0
 
 
-def run_out_of_memory(rank: int, when: str, folder: Path | None) -> tuple[str, float]:
+def fail(rank: int, when: str, problem: BaseException, folder: Path | None) -> tuple[str, float]:
     """One rank cannot go on after the ranks have agreed, and stays; each says what it raised, and
     after how long."""
     case = Case(num_tokens=(50, 90, 0, 70), ranks_per_node=2)
@@ -184,7 +184,6 @@ def run_out_of_memory(rank: int, when: str, folder: Path | None) -> tuple[str, f
     where: Any = dispatch.Hops if when == "dispatch" else combine_cargo.CombineCargo
     failing: Any = contextlib.nullcontext()
     if rank == CULPRIT:
-        problem = torch.OutOfMemoryError("no memory for this")
         name = "of" if when == "dispatch" else "end"
         failing = mock.patch.object(where, name, side_effect=problem)
     make = contextlib.nullcontext() if folder is None else over_files(partial(make_engine, folder))
@@ -198,7 +197,7 @@ def run_out_of_memory(rank: int, when: str, folder: Path | None) -> tuple[str, f
                 shuffle.dispatch(inputs.x[rank], inputs.topk_idx[rank])
         except fusco.PeerError as error:
             text = f"rank {error.rank}"
-        except torch.OutOfMemoryError as error:
+        except type(problem) as error:
             text = str(error)
         took_s = time.monotonic() - begin_s
         with pytest.raises(fusco.ClosedError):
@@ -206,13 +205,25 @@ def run_out_of_memory(rank: int, when: str, folder: Path | None) -> tuple[str, f
     return text, took_s
 
 
-@pytest.mark.parametrize("when", ["dispatch", "combine"])
-@pytest.mark.parametrize("over", ["files", "windows"])
+OUT_OF_MEMORY = torch.OutOfMemoryError("no memory for this")
+INTERRUPTED = KeyboardInterrupt("by the user")
+
+
+@pytest.mark.parametrize(
+    ("over", "when", "problem"),
+    [
+        ("files", "dispatch", OUT_OF_MEMORY),
+        ("files", "combine", OUT_OF_MEMORY),
+        ("windows", "dispatch", OUT_OF_MEMORY),
+        ("windows", "combine", OUT_OF_MEMORY),
+        ("windows", "dispatch", INTERRUPTED),
+    ],
+)
 def test_a_rank_that_cannot_go_on_is_lost(
-    pool: RankPool, when: str, over: str, tmp_path: Path
+    pool: RankPool, over: str, when: str, problem: BaseException, tmp_path: Path
 ) -> None:
-    got = pool.run(run_out_of_memory, when, tmp_path if over == "files" else None)[:4]
-    assert got.pop(CULPRIT)[0] == "no memory for this"
+    got = pool.run(fail, when, problem, tmp_path if over == "files" else None)[:4]
+    assert got.pop(CULPRIT)[0] == str(problem)
     assert [text for text, _ in got] == [f"rank {CULPRIT}"] * 3
     assert max(took_s for _, took_s in got) < TIMEOUT_S / 4
 

@@ -122,6 +122,31 @@ def strided(shuffle: fusco.Shuffle, inputs: Inputs, rank: int) -> None:
         expect_same(y, inputs.sums(rank), "combine")
 
 
+def other_default_dtype(shuffle: fusco.Shuffle, inputs: Inputs, rank: int) -> None:
+    """What a program, or one rank of it, makes tensors of by default is nothing to us."""
+
+    def layer() -> tuple[fusco.Dispatched, Tensor, tuple[Tensor, ...]]:
+        wanting = inputs.x[rank], inputs.weights_of(rank)
+        x, weights = (each.detach().clone().requires_grad_() for each in wanting)  # type: ignore[union-attr]
+        d = shuffle.dispatch(x, inputs.topk_idx[rank], weights)
+        assert isinstance(d.tokens, Tensor)
+        y = shuffle.combine(d.tokens, d)
+        gradients = torch.autograd.grad(y.square().sum(), (x, weights))
+        return d, shuffle.combine(inputs.outputs[rank], d), gradients
+
+    _, _, want = layer()
+    before = torch.get_default_dtype()
+    for number, dtype in enumerate((torch.bfloat16, torch.float64)):
+        torch.set_default_dtype(dtype if rank != number else before)
+        try:
+            d, y, got = layer()
+        finally:
+            torch.set_default_dtype(before)
+        expect_dispatched(d, inputs, rank)
+        expect_same(y, inputs.sums(rank), f"combine, {dtype} by default")
+        expect_same(got, want, f"gradients, {dtype} by default")
+
+
 def other_shapes(shuffle: fusco.Shuffle, inputs: Inputs, rank: int) -> None:
     """Rows may have several dimensions, or none."""
 
@@ -148,6 +173,7 @@ VARIANTS: dict[str, Variant] = {
         without_gradients,
         late_combines,
         strided,
+        other_default_dtype,
         other_shapes,
     )
 }

@@ -18,7 +18,7 @@ from torch.fx.node import has_side_effect
 
 from fusco.checks import Limits
 from fusco.engines.agreement import Call
-from fusco.engines.base import ENGINES, Delivery, Engine, Returned
+from fusco.engines.base import ENGINES, VALUE_ROW_BYTES, Delivery, Engine, Returned
 from fusco.engines.ids import find_bad_id
 from fusco.errors import InputError, closed_error
 from fusco.layout.records import Operation
@@ -375,7 +375,7 @@ def to_gather(
     values = grad_row_weights if needs_weights else None
     if not wanted and values is not None:
         # Values travel beside rows: where only weights want gradients, beside the narrowest.
-        wanted = [values.new_zeros((values.shape[0], 4))]
+        wanted = [values.new_zeros((values.shape[0], VALUE_ROW_BYTES // values.itemsize))]
     return wanted, values
 
 

@@ -71,6 +71,10 @@ class World:
         return HEADER + self.payload
 
 
+VALUE_ROW_BYTES = 16
+"""Of the rows that go back beside values where no others do: as few as every engine takes, but
+perhaps more than a row of the Shuffle has."""
+
 COMBINE_FIELDS = 5
 """What a rank may say of a combine: segments and values it gets back, where its rows and their
 weights can be read, and where both have ended."""

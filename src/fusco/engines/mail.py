@@ -21,19 +21,20 @@ def share_records(mailbox: Mailbox, call: Call, record: Tensor) -> Tensor:
         InputError, DisagreementError, WindowMemoryError: on all ranks.
         PeerError: a rank did not come.
     """
-    operation, everybody = call.operation.text, range(mailbox.group.size())
-    records = mailbox.share(record, everybody, operation=operation)
+    operation = call.operation.text
+    records = mailbox.share(record, range(mailbox.group.size()), operation=operation)
     if is_agreed(records.numpy()):
         return records
-    text = call.text.encode()[:TEXT_BYTES].ljust(TEXT_BYTES)
-    mine = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    texts = mailbox.share(mine, everybody, operation=operation)
-    raise disagreement(
-        call,
-        records.numpy(),
-        [row.tobytes().decode(errors="ignore").rstrip() for row in np.asarray(texts)],
-        mailbox.group.rank(),
-    )
+    texts = share_text(mailbox, call.text, operation)
+    raise disagreement(call, records.numpy(), texts, mailbox.group.rank())
+
+
+def share_text(mailbox: Mailbox, text: str, operation: str) -> list[str]:
+    """What every rank says here, cut to `TEXT_BYTES`."""
+    encoded = text.encode()[:TEXT_BYTES].ljust(TEXT_BYTES)
+    mine = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+    texts = mailbox.share(mine, range(mailbox.group.size()), operation=operation)
+    return [row.tobytes().decode(errors="ignore").rstrip() for row in np.asarray(texts)]
 
 
 def swap_segments(

@@ -28,10 +28,20 @@ def as_words(*segments: Tensor) -> list[Tensor]:
     """Tensors of segments, uint8 `[n, row_bytes]` of one size, seen as the widest integers that
     all their rows are made of: fewer elements to move."""
     for dtype in (torch.int64, torch.int32, torch.int16):
-        size = dtype.itemsize
-        if all(each.shape[1] % size == 0 == each.data_ptr() % size for each in segments):
+        if all(_is_made_of(each, dtype.itemsize) for each in segments):
             return [each.view(dtype) for each in segments]
     return list(segments)
+
+
+def _is_made_of(segments: Tensor, word_bytes: int) -> bool:
+    """Views of words count whole ones from the beginning of the storage, wherever that lies."""
+    places = (segments.shape[1], segments.storage_offset(), segments.data_ptr())
+    return all(place % word_bytes == 0 for place in places)
+
+
+def without_gaps(rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The same tensors contiguous, copied if they must be."""
+    return tuple([each.contiguous() for each in rows])
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

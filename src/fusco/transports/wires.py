@@ -100,7 +100,7 @@ class StepWire(Wire):
         self._is_aborted = False
         self._told: dict[int, list[tuple[dist.P2POp, Moving]]] = defaultdict(list)
         # A communicator is made by all ranks together; in a step some may have nothing to do.
-        dist.all_reduce(torch.zeros(1, device=device), group=group)
+        dist.all_reduce(torch.zeros(1, dtype=torch.uint8, device=device), group=group)
         self._connect(peers)
 
     def _connect(self, peers: Sequence[int]) -> None:

@@ -135,7 +135,9 @@ class _CpuBlocks(NodeBlocks):
         _sum(rows, weights, list_ptr, item, target.numpy(), place.numpy(), base, self._top_k)
 
     def reach(self, step: int) -> None:
-        self._session.control.reach(Stage.STEP + step)
+        stage = Stage.STEP + step
+        assert stage < Stage.DONE, "it would be told as the end, or as the next operation"
+        self._session.control.reach(stage)
 
     def wait(self, step: int) -> None:
         self._session.control.wait_all(Stage.STEP + step, self._agreement.operation)

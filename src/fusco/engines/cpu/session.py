@@ -96,7 +96,7 @@ class Session:
         """One rank compiles the kernels, then the others find them on disk."""
         if self.rank == 0:
             warm_up()
-        mailbox.share(torch.zeros(1), self._ranks, operation="Shuffle")
+        mailbox.share(torch.zeros(1, dtype=torch.uint8), self._ranks, operation="Shuffle")
         if self.rank != 0:
             warm_up()
 

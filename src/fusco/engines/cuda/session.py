@@ -339,5 +339,5 @@ class Session:
         return Counted(
             num_rows=int(state[_NUM_ROWS : _NUM_ROWS + 2].view(torch.int64)),
             bytes_to_peer=tuple(self._tables["sent_bytes"].tolist()),
-            wait_s=tuple((self._tables["wait_ns"] / 1e9).tolist()),
+            wait_s=tuple([wait_ns / 1e9 for wait_ns in self._tables["wait_ns"].tolist()]),
         )

@@ -13,7 +13,7 @@ from fusco.engines.two_level.session import Session
 from fusco.engines.two_level.unfused import combine_whole
 from fusco.layout.blocks import Sections
 from fusco.layout.records import HEADER
-from fusco.layout.segments import bytes_per_row
+from fusco.layout.segments import bytes_per_row, without_gaps
 from fusco.profiling import stage
 from fusco.types import SlicedPlan
 
@@ -33,8 +33,11 @@ def combine(
     held = torch.tensor([plan.held.shape[0], 0 if row_values is None else num_pairs])
     own = _sections(held[None], widths)
     with stage("agree"):
+        call, dense = session.prepare(call, lambda: _dense(rows, row_weights))
         call, block = session.reserve(call, int(own.total[0]))
         records = session.agree(call, block, held)
+    assert dense is not None, "else all have raised"
+    rows, row_weights = dense
     sections = _sections(records[:, HEADER : HEADER + 2], widths)
     agreement = session.fit(call, block, records, sections.total)
     blocks = session.open(agreement, sections.of(session.node.ranks))
@@ -93,13 +96,13 @@ class _Values:
         plan = self._plan
         # All have pushed their values before they began with their first sums.
         self._blocks.wait(0)
-        found = self._blocks.view(self._section, torch.empty(0))
+        found = self._blocks.view(self._section, torch.empty(0, dtype=torch.float32))
         num_near = plan.near.slot.shape[0]
         self._returned = found.new_zeros(plan.num_tokens * plan.top_k)
         self._returned[plan.near.pair] = found[:num_near]
         held = found.new_empty(plan.relay_pair.shape[0])
         held[plan.relay_pair] = found[num_near:]
-        self._arriving = torch.empty(plan.far.pair.shape[0])
+        self._arriving = torch.empty(plan.far.pair.shape[0], dtype=torch.float32)
         received, far = plan.received, plan.far
         self._swap = self._session.mailbox.start(
             held.cpu().split(received.slot_ptr[received.peer_ptr].diff().tolist()),
@@ -112,6 +115,13 @@ class _Values:
         self._swap.wait()
         self._returned[self._plan.far.pair] = self._arriving.to(self._returned.device)
         return self._returned.view(self._plan.num_tokens, self._plan.top_k)
+
+
+def _dense(
+    rows: tuple[Tensor, ...], row_weights: Tensor | None
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """The same without gaps: now, since every slice would copy them whole."""
+    return without_gaps(rows), None if row_weights is None else row_weights.contiguous()
 
 
 def _sections(held: Tensor, widths: list[int]) -> Sections:

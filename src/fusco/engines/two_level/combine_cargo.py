@@ -20,7 +20,8 @@ class CombineCargo(Cargo):
 
     In step i a rank sums its rows of everybody's slice i for the ranks of its node; then, as a
     forwarder, what these have summed, into the slices that leave; then, as the tokens' rank, the
-    sums of all nodes. Tensors of a tuple take steps in turn.
+    sums of all nodes. Tensors of a tuple take steps in turn; but for the ranks of its node a rank
+    sums them all in the first, for these are told of slices: they have no numbers for more.
 
     Args:
         rows: floating tensors `[R, ...]`.
@@ -77,23 +78,26 @@ class CombineCargo(Cargo):
 
     def begin(self, step: int) -> None:
         number, part = divmod(step, len(self._widths))
+        if part > 0:
+            return
         partials = self._plan.partials
-        if self._rows and number + 1 < partials.slice_ptr.shape[0]:
+        if number + 1 < partials.slice_ptr.shape[0]:
             begin, end = partials.slice_ptr[number : number + 2].tolist()
-            self._blocks.push_sums(
-                part,
-                self._rows[part],
-                self._row_weights,
-                partials.slot_ptr[begin : end + 1],
-                partials.slot,
-                partials.target[begin:end],
-                partials.place[begin:end],
-            )
-        self._blocks.reach(step)
+            for section, rows in enumerate(self._rows):
+                self._blocks.push_sums(
+                    section,
+                    rows,
+                    self._row_weights,
+                    partials.slot_ptr[begin : end + 1],
+                    partials.slot,
+                    partials.target[begin:end],
+                    partials.place[begin:end],
+                )
+        self._blocks.reach(number)
 
     def load(self, step: int, lane: int, slot: Tensor) -> None:
         number, part = divmod(step, len(self._widths))
-        self._blocks.wait(step)
+        self._blocks.wait(number)
         first = self._plan.num_tokens
         chosen = self._leaving[lane][number]
         self._sum_held(part, first + chosen.start, first + chosen.stop, slot)
@@ -108,7 +112,7 @@ class CombineCargo(Cargo):
         end = min(begin + self._size.tokens, self._plan.num_tokens)
         if begin >= end or not self._rows:
             return
-        self._blocks.wait(step)
+        self._blocks.wait(number)
         width, own = self._widths[part], len(self.incoming) * self.stride(step)
         self._sum_held(part, begin, end, slots[own : own + (end - begin) * width])
         used = slots[: own + self.stride(step)].view(-1, width)

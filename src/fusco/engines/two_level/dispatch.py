@@ -28,7 +28,7 @@ from fusco.engines.two_level.session import Session
 from fusco.engines.two_level.unfused import dispatch_whole, pairs_to_node
 from fusco.layout.blocks import Ints, Sections
 from fusco.layout.records import HEADER
-from fusco.layout.segments import bytes_per_row, from_segments
+from fusco.layout.segments import bytes_per_row, from_segments, without_gaps
 from fusco.planner import Sends, offsets
 from fusco.profiling import stage
 from fusco.types import Arrival, Counts, Leg, SlicedPlan
@@ -136,7 +136,8 @@ class _Job:
         Args:
             pairs: int64 `[P]`, how many come from each rank.
         """
-        received = torch.empty(0 if self.weights is None else int(pairs.sum()))
+        num_pairs = 0 if self.weights is None else int(pairs.sum())
+        received = torch.empty(num_pairs, dtype=torch.float32)
         parts = received.split(pairs.tolist()) if self.weights is not None else ()
         return Letters(self.session.mailbox, parts, self.operation), received
 
@@ -164,11 +165,14 @@ def dispatch_new(
     """Plan and dispatch; also the rows that each rank receives, int64 `[P]`."""
     world, topology, rank = session.world, session.world.topology, session.world.topology.rank
     with stage("plan"):
-        counted = session.planner.count(topk_idx)
+        call, dense = session.prepare(call, lambda: without_gaps(rows))
+        call, counted = session.prepare(call, lambda: session.planner.count(topk_idx))
     with stage("agree"):
         block = session.node.reserve_largest()
-        records = session.agree(call, block, counted.packed)
-    identity = new_identity()
+        records = session.agree(call, block, None if counted is None else counted.packed)
+    assert dense is not None, "else all have raised"
+    assert counted is not None
+    rows, identity = dense, new_identity()
     with stage("plan"):
         counts = Counts.split(
             records[:, HEADER:].to(topk_idx.device),
@@ -219,8 +223,11 @@ def dispatch_planned(
     if not session.world.ablation.fusion:
         payload = torch.cat((payload, pairs_to_node(plan, session.world.topology.num_ranks)))
     with stage("agree"):
+        call, dense = session.prepare(call, lambda: without_gaps(rows))
         call, block = session.reserve(call, int(own.total[0]))
         records = session.agree(call, block, payload)
+    assert dense is not None, "else all have raised"
+    rows = dense
     num_rows = records[:, HEADER].numpy()
     sections = _sections(rows, num_rows, np.zeros_like(num_rows))
     agreement = session.fit(call, block, records, sections.total)

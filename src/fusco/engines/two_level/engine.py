@@ -139,13 +139,14 @@ class TwoLevelEngine(Engine):
 
     @contextlib.contextmanager
     def _leaving_on_error(self) -> Iterator[None]:
-        """Once ranks have agreed, one that cannot go on, out of memory perhaps, is lost to them."""
+        """Once ranks have agreed, one that does not go on, out of memory or interrupted, is lost to
+        them."""
         epoch = self._session.epoch
         try:
             yield
         except FuscoError:
             raise
-        except Exception:
+        except BaseException:
             if self._session.epoch != epoch:
                 self.close(lost=self.world.topology.rank)
             raise

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fusco.engines.agreement import Call
-from fusco.engines.base import World
-from fusco.engines.mail import share_records
+from fusco.engines.base import VALUE_ROW_BYTES, World
+from fusco.engines.mail import share_records, share_text
 from fusco.engines.node import Node, NodeBlocks
 from fusco.engines.sliced import SlicedPlanner
 from fusco.engines.two_level.lanes import SliceSize, most_lanes
@@ -29,9 +30,12 @@ from fusco.transports.mailbox import Mailbox
 from fusco.transports.slices import SliceTransport
 from fusco.transports.wires import Wire, open_wire, slice_bytes
 
+Made = TypeVar("Made")
+
 DEPTH = 3
 """Slices on their way to and from each peer: one is loaded, one travels, one waits."""
-_MOST_STEPS = 1 << 14
+_MOST_SLICES = 1 << 14
+"""Of a rank's tokens; the engine "cpu" can tell of four times as many steps in an operation."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,26 +83,54 @@ class Session:
         self.planner = make_planner(world)
         most_segments = 1 if world.ablation.deduplicate else world.top_k
         wanted = slice_bytes(self.node.device, topology.num_nodes)
-        fitting = wanted // (max(world.row_bytes, 1) * most_segments)
-        tokens = max(1, fitting, -(-world.max_tokens // _MOST_STEPS))
+        # Rows that values return beside may be wider than any that are dispatched.
+        row_bytes = max(world.row_bytes, VALUE_ROW_BYTES)
+        fitting = wanted // (row_bytes * most_segments)
+        tokens = max(1, fitting, -(-world.max_tokens // _MOST_SLICES))
         # No slice is larger than all there is to send.
         tokens = min(tokens, max(world.max_tokens, 1))
         self.size = SliceSize(tokens=tokens, rows=tokens * most_segments)
-        lanes = most_lanes(topology, forwarders=world.ablation.deduplicate)
-        self.transport = SliceTransport(
+        slot_bytes = align(self.size.rows * row_bytes)
+        self.transport = self._on_all(lambda: self._make_transport(slot_bytes))
+        self.epoch = 0
+        self._process = os.getpid()
+        self.is_closed = False
+
+    def _on_all(self, make: Callable[[], SliceTransport]) -> SliceTransport:
+        """What is made, if all ranks make theirs; else all raise the same error."""
+        made: SliceTransport | None = None
+        problem: Exception | None = None
+        try:
+            made = make()
+        except (MemoryError, RuntimeError) as error:
+            problem = error
+        told = "" if problem is None else str(problem) or "out of memory"
+        texts = share_text(self.mailbox, told, "Shuffle")
+        problems = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
+        if made is None or problems:
+            if made is not None:
+                made.close(is_lost=False)
+            self.node.close()
+            raise EngineUnavailableError(
+                "Shuffle: engine 'two_level' cannot join the nodes of all ranks "
+                f"({'; '.join(problems)}); use engine='reference'"
+            ) from problem
+        return made
+
+    def _make_transport(self, slot_bytes: int) -> SliceTransport:
+        world = self.world
+        lanes = most_lanes(world.topology, forwarders=world.ablation.deduplicate)
+        return SliceTransport(
             world.group,
             self._open_wire(),
-            slot_bytes=align(self.size.rows * world.row_bytes),
+            slot_bytes=slot_bytes,
             # The sums of the own node lie beside those that arrive.
             num_lanes=lanes + 1,
             depth=DEPTH,
             device=self.node.device,
             timeout_s=world.timeout_s,
-            wait_s=wait_s,
+            wait_s=self.mailbox.wait_s,
         )
-        self.epoch = 0
-        self._process = os.getpid()
-        self.is_closed = False
 
     def _open_wire(self) -> Wire | None:
         """What joins the nodes; None where there is one."""
@@ -109,9 +141,8 @@ class Session:
         try:
             return open_wire(self.world.group, self.node.device, away, self.world.channel)
         except RuntimeError as error:
-            raise EngineUnavailableError(
-                f"Shuffle: engine 'two_level' cannot join the nodes: {error}; make the group with "
-                "backend='cpu:gloo,cuda:nccl', or use engine='reference'"
+            raise RuntimeError(
+                f"{error}; make the group with backend='cpu:gloo,cuda:nccl'"
             ) from error
 
     def agree(
@@ -135,6 +166,16 @@ class Session:
             if block is not None:
                 self.node.release(block)
             raise
+
+    def prepare(self, call: Call, make: Callable[[], Made]) -> tuple[Call, Made | None]:
+        """What this rank needs before it has asked the others; a lack of memory becomes the call's
+        error."""
+        try:
+            return call, make()
+        except (MemoryError, RuntimeError) as error:  # torch has no type for a lack of the host's
+            problem = _no_memory(call.operation.text, error)
+            problem.__cause__ = error
+            return call.failed(problem), None
 
     def reserve(self, call: Call, size: int) -> tuple[Call, Block]:
         """A block for what this rank will receive; a lack of memory becomes the call's error."""
