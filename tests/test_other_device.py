@@ -151,7 +151,7 @@ def round_trip(rank: int, dtype: torch.dtype, fusion: bool) -> None:
     with (
         mock.patch.dict(engines.FACTORIES, {"two_level": make_engine}),
         mock.patch.object(
-            session, "open_wire", lambda group, _, to: WireThere(group, torch.device("cpu"), to)
+            session, "open_wire", lambda group, _, to, __: WireThere(group, torch.device("cpu"), to)
         ),
         mock.patch.object(session, "slice_bytes", return_value=512),
         mock.patch.object(wires, "_wait_for", lambda work, *_: work.wait()),

@@ -104,7 +104,7 @@ def over_files(make: Callable[[World], Engine]) -> Iterator[None]:
     """Let `make` make the engine "two_level", and its slices be small."""
     with (
         mock.patch.dict(engines.FACTORIES, {"two_level": make}),
-        mock.patch.object(session, "open_wire", wires.StepWire),
+        mock.patch.object(session, "open_wire", lambda *given: wires.StepWire(*given[:3])),
         mock.patch.object(session, "slice_bytes", return_value=SMALL_SLICE_BYTES),
         # gloo does not say whether a message has come before one waits for it.
         mock.patch.object(wires, "_wait_for", lambda work, *_: work.wait()),

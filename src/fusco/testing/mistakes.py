@@ -96,8 +96,8 @@ def _one_more(t: Tensor, dim: int) -> Tensor:
 
 
 def _wanting(ready: Ready, dtype: torch.dtype) -> Tensor:
-    """Rows of no more bytes than the right ones, that want a gradient."""
-    return ready.x[:, :8].to(dtype).requires_grad_()
+    """Rows of no more bytes than the right ones, and whole units of 16, that want a gradient."""
+    return ready.x[:, : 64 // dtype.itemsize].to(dtype).requires_grad_()
 
 
 def _without_gradients(ready: Ready, dtype: torch.dtype) -> object:
