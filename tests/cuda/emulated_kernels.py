@@ -54,8 +54,7 @@ class Kernels:
         shape = (args.num_tokens, world.top_k)
         counts = _at(args.tokens_per_expert, (world.num_local,), torch.int64)
         offsets = _at(args.expert_offsets, (world.num_local + 1,), torch.int32)
-        size = links_len(args.num_tokens, world.num_ranks, world.max_tokens, world.top_k)
-        links = _at(args.links, (size,), torch.int32)
+        links = _flat_links(world, args)
         if _is_void(world, epoch):
             state.verdict = Verdict.VOID
             links[0] = 0
@@ -278,10 +277,14 @@ def _state(world: Any) -> Any:
     return structs.State.from_address(world.state)
 
 
-def _links(world: Any, args: Any) -> Links:
+def _flat_links(world: Any, args: Any) -> Tensor:
     size = links_len(args.num_tokens, world.num_ranks, world.max_tokens, world.top_k)
-    links = _at(args.links, (size,), torch.int32)
-    return Links.split(links, args.num_tokens, world.num_ranks, world.top_k)
+    return _at(args.links, (size,), torch.int32)
+
+
+def _links(world: Any, args: Any) -> Links:
+    flat = _flat_links(world, args)
+    return Links.split(flat, args.num_tokens, world.num_ranks, world.top_k)
 
 
 def _needs(

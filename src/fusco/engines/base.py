@@ -161,7 +161,6 @@ class Engine(ABC):
             # Out of memory perhaps, or interrupted. To those that wait its next call would look
             # like the rest of this one.
             self.close(lost=self.world.topology.rank)
-        # One that fails where its ranks count on it has closed itself.
         if error is not None and self.is_closed:
             ENGINES.pop(self.world.key, None)
 
@@ -177,8 +176,8 @@ class Engine(ABC):
 
     @property
     def epoch(self) -> int:
-        """How often this rank has begun to agree with the others; stays 0 where the engine closes
-        itself after an error that only this rank knows."""
+        """How often this rank has begun to agree with the others; stays 0 where kernels do all that
+        others wait for, whatever happens to the host."""
         return 0
 
     @property

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +17,6 @@ from fusco.engines.two_level.combine import combine
 from fusco.engines.two_level.dispatch import dispatch_new, dispatch_planned
 from fusco.engines.two_level.session import Session
 from fusco.engines.two_level.torch_planner import TorchPlanner
-from fusco.errors import FuscoError
 from fusco.layout.records import HEADER
 from fusco.layout.segments import bytes_per_row
 from fusco.types import Plan, Segments, SlicedPlan, Stats
@@ -58,6 +56,10 @@ class TwoLevelEngine(Engine):
         return True
 
     @property
+    def epoch(self) -> int:
+        return self._session.epoch
+
+    @property
     def is_closed(self) -> bool:
         return self._session.is_closed
 
@@ -71,23 +73,22 @@ class TwoLevelEngine(Engine):
         weights: Tensor | None,
         routing: Tensor | Plan,
     ) -> Delivery:
-        with self._leaving_on_error():
-            if isinstance(routing, SlicedPlan):
-                delivery = dispatch_planned(self._session, call, rows, weights, routing)
-            else:
-                assert isinstance(routing, Tensor), "plans come from this engine"
-                delivery, rows_per_rank = dispatch_new(
-                    self._session, call, rows, weights, routing, self.new_identity
-                )
-                self.meter.planned(rows_per_rank)
-            plan = delivery.plan
-            assert isinstance(plan, SlicedPlan)
-            num_ranks = self.world.topology.num_ranks
-            slots = torch.cat((plan.near.target, plan.received.target))
-            sent = torch.bincount(slots, minlength=num_ranks).cpu() + plan.far.peer_ptr.diff()
-            self.meter.moved((sent * _total_bytes(rows)).tolist())
-            self.meter.dispatched(int(plan.tokens_per_expert.sum()))
-            return delivery
+        if isinstance(routing, SlicedPlan):
+            delivery = dispatch_planned(self._session, call, rows, weights, routing)
+        else:
+            assert isinstance(routing, Tensor), "plans come from this engine"
+            delivery, rows_per_rank = dispatch_new(
+                self._session, call, rows, weights, routing, self.new_identity
+            )
+            self.meter.planned(rows_per_rank)
+        plan = delivery.plan
+        assert isinstance(plan, SlicedPlan)
+        num_ranks = self.world.topology.num_ranks
+        slots = torch.cat((plan.near.target, plan.received.target))
+        sent = torch.bincount(slots, minlength=num_ranks).cpu() + plan.far.peer_ptr.diff()
+        self.meter.moved((sent * _total_bytes(rows)).tolist())
+        self.meter.dispatched(int(plan.tokens_per_expert.sum()))
+        return delivery
 
     def combine(
         self,
@@ -98,14 +99,13 @@ class TwoLevelEngine(Engine):
         row_values: Tensor | None = None,
     ) -> Returned:
         assert isinstance(plan, SlicedPlan), "plans come from this engine"
-        with self._leaving_on_error():
-            returned = combine(self._session, call, rows, row_weights, plan, row_values)
-            num_ranks = self.world.topology.num_ranks
-            partials = torch.bincount(plan.partials.target, minlength=num_ranks).cpu()
-            sums = partials + plan.received.peer_ptr.diff()
-            self.meter.moved((sums * _total_bytes(rows)).tolist())
-            self.meter.combined()
-            return returned
+        returned = combine(self._session, call, rows, row_weights, plan, row_values)
+        num_ranks = self.world.topology.num_ranks
+        partials = torch.bincount(plan.partials.target, minlength=num_ranks).cpu()
+        sums = partials + plan.received.peer_ptr.diff()
+        self.meter.moved((sums * _total_bytes(rows)).tolist())
+        self.meter.combined()
+        return returned
 
     def exchange(
         self,
@@ -115,12 +115,11 @@ class TwoLevelEngine(Engine):
         out: Tensor,
         receive: Sequence[Segments],
     ) -> None:
-        with self._leaving_on_error():
-            records = self._session.agree(call, payload=exchange_payload(send, receive))
-            check_exchange(records[:, HEADER:], self.world.topology.rank)
-            swap_segments(
-                self._session.mailbox, source, send, out, receive, operation=call.operation.text
-            )
+        records = self._session.agree(call, payload=exchange_payload(send, receive))
+        check_exchange(records[:, HEADER:], self.world.topology.rank)
+        swap_segments(
+            self._session.mailbox, source, send, out, receive, operation=call.operation.text
+        )
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -136,20 +135,6 @@ class TwoLevelEngine(Engine):
 
     def close(self, lost: int | None = None) -> None:
         self._session.close(lost)
-
-    @contextlib.contextmanager
-    def _leaving_on_error(self) -> Iterator[None]:
-        """Once ranks have agreed, one that does not go on, out of memory or interrupted, is lost to
-        them."""
-        epoch = self._session.epoch
-        try:
-            yield
-        except FuscoError:
-            raise
-        except BaseException:
-            if self._session.epoch != epoch:
-                self.close(lost=self.world.topology.rank)
-            raise
 
 
 def _total_bytes(rows: Sequence[Tensor]) -> int:
