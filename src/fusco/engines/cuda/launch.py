@@ -10,6 +10,33 @@ import torch
 
 from fusco.engines.cuda import jit
 
+_OVERLAP = 6
+"""CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: the kernel may begin while the one before
+it in its stream ends; see `await_kernel_before` in device.cuh."""
+_OVERLAP_SINCE = (9, 0)
+"""Compute capability of the first GPUs that do so."""
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute, of which the value is a number."""
+
+    _fields_ = (("id", ctypes.c_int), ("_gap", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid_x", ctypes.c_uint),
+        ("grid_yz", ctypes.c_uint * 2),
+        ("block_x", ctypes.c_uint),
+        ("block_yz", ctypes.c_uint * 2),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("num_attributes", ctypes.c_uint),
+    )
+
 
 class Launcher:
     """A kernel loaded on one device, and the structs that it takes, whose fields may change between
@@ -39,18 +66,23 @@ class Launcher:
             checked(driver.cuFuncSetAttribute(function, attribute, shared_bytes))
         self._function = ctypes.c_void_p(int(function))
         self._launch = _launch_function()
+        self._config = _Config(grid_yz=(1, 1), block_yz=(1, 1))
+        if torch.cuda.get_device_capability(device) >= _OVERLAP_SINCE:
+            self._config.attributes = ctypes.pointer(_Attribute(id=_OVERLAP, value=(1,)))
+            self._config.num_attributes = 1
+        self._at = ctypes.c_void_p(ctypes.addressof(self._config))
         self._arguments = arguments
         self._addresses = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
         self._parameters = ctypes.c_void_p(ctypes.addressof(self._addresses))
 
     def __call__(self, stream: int, grid: int, block: int, shared_bytes: int = 0) -> None:
         """Launch on a stream; the arguments may change as soon as this returns."""
-        on, parameters = ctypes.c_void_p(stream), self._parameters
-        error = self._launch(
-            self._function, grid, 1, 1, block, 1, 1, shared_bytes, on, parameters, None
-        )
+        config = self._config
+        config.grid_x, config.block_x = grid, block
+        config.shared_bytes, config.stream = shared_bytes, stream
+        error = self._launch(self._at, self._function, self._parameters, None)
         if error:
-            raise RuntimeError(f"cuLaunchKernel: CUDA driver error {error}")
+            raise RuntimeError(f"cuLaunchKernelEx: CUDA driver error {error}")
 
 
 @functools.cache
@@ -69,7 +101,7 @@ def _launch_function() -> Any:
     # NOTE: a launch through cuda.core or cuda.bindings takes several times as long as the driver's
     # own, and a small dispatch little longer than its launches. Its types are not declared, which
     # would double the time: sizes pass as C ints, and each pointer must be a c_void_p or None.
-    return ctypes.CDLL("libcuda.so.1").cuLaunchKernel
+    return ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
 
 
 def architecture(device: int) -> str:

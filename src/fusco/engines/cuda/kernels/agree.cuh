@@ -178,6 +178,8 @@ __device__ __forceinline__ bool is_last_block(State& state) {
 // The end of a kernel; `epoch` is the last operation that is over. True for the one thread that
 // comes last.
 __device__ __forceinline__ bool finish(State& state, u32 epoch) {
+  __syncthreads();
+  let_next_kernel_begin();
   if (!is_last_block(state) || threadIdx.x != 0) return false;
   state.finished = 0;
   for (u32& queue : state.queue) queue = 0;

@@ -49,9 +49,6 @@ extern "C" __global__ void __launch_bounds__(kPipelines * kPipelineWarps * kWarp
   const int num_pipelines = blockDim.x / (kPipelineWarps * kWarp);
   Shared& shared =
       *reinterpret_cast<Shared*>(dynamic + num_pipelines * num_slots * args.piece_bytes);
-  State& state = state_of(world);
-  const u32 epoch = state.epoch + 1;
-  const Links links(world, args.num_tokens, args.links);
   if (threadIdx.x < num_pipelines) {
     Pipeline& pipeline = shared.pipelines[threadIdx.x];
     for (int i = 0; i < kPieces; ++i) {
@@ -68,6 +65,10 @@ extern "C" __global__ void __launch_bounds__(kPipelines * kPipelineWarps * kWarp
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
   }
+  await_kernel_before();
+  State& state = state_of(world);
+  const u32 epoch = state.epoch + 1;
+  const Links links(world, args.num_tokens, args.links);
   if (threadIdx.x < world.num_ranks) {
     const int rank = threadIdx.x;
     shared.peers[rank] = Peer{window_of(world, rank),

@@ -21,6 +21,22 @@ __device__ __forceinline__ u64 now_ns() {
   return time;
 }
 
+// A kernel may begin while the one before it in its stream ends, and so be there when it is over. It
+// must not touch what other kernels write before this.
+__device__ __forceinline__ void await_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// When all blocks have said so or ended. None may wait for a peer after this: the multiprocessors
+// that the next kernel takes may be those for which a peer waits.
+__device__ __forceinline__ void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Words by which GPUs tell each other that what was written before is there.
 
 __device__ __forceinline__ void store_release(u64* at, u64 value) {

@@ -279,6 +279,7 @@ extern "C" __global__ void __launch_bounds__(kWeighs ? 512 : 448, 1)
   const int num_warps = blockDim.x / kWarp;
   u64* barriers = reinterpret_cast<u64*>(shared + static_cast<i64>(num_warps) * args.slot_bytes);
   Place* places = reinterpret_cast<Place*>(barriers + num_warps);
+  await_kernel_before();
   State& state = state_of(world);
   const Links links(world, args.num_tokens, args.links);
   u32 epoch = state.epoch;

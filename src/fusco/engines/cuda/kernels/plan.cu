@@ -244,6 +244,7 @@ extern "C" __global__ void __launch_bounds__(512, 1)
   i32* counters = reinterpret_cast<i32*>(shared);
   i32* scratch = counters + num_counts;
   u32* ids = shared + 2 * num_counts + 1;
+  await_kernel_before();
   State& state = state_of(world);
   const u32 epoch = state.epoch + 1;
   const Links links(world, args.num_tokens, args.links);
@@ -296,6 +297,7 @@ extern "C" __global__ void __launch_bounds__(512, 1)
     if (blockIdx.x == 0) receive_nothing(world, args);
     return;
   }
+  let_next_kernel_begin();
   const i32* slot_base = reinterpret_cast<const i32*>(world.slot_base);
   for (int i = threadIdx.x; i < num_counts; i += blockDim.x) {
     i32 before = i < world.num_experts ? slot_base[i] : 0;

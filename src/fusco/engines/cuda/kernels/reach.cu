@@ -3,6 +3,7 @@
 #include "device.cuh"
 
 extern "C" __global__ void reach(const __grid_constant__ ReachArgs args) {
+  await_kernel_before();
   const i64 stride = static_cast<i64>(gridDim.x) * blockDim.x;
   for (i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; i < args.num_vectors;
        i += stride) {
