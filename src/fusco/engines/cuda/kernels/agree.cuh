@@ -114,25 +114,22 @@ __device__ __forceinline__ void publish(const World& world, const Call& call, u3
   }
 }
 
-// Called by a whole block: waits for the records of all ranks and compares them. One block counts
-// how long it waits.
+// Called by a whole block: waits for the records of all ranks, and compares them with the call and
+// its plan. One block counts how long it waits.
 __device__ __forceinline__ i32 await_records(const World& world, const Call& call, u32 epoch,
-                                             bool counts_time) {
+                                             i64 plan, bool counts_time) {
   bool is_there = true, is_alike = true, is_pending = false;
   const u64 own = window_of(world, world.rank);
-  const i64* mine = record_of(world, epoch, world.rank);
   for (int rank = threadIdx.x; rank < world.num_ranks; rank += blockDim.x) {
     const u64* flag = record_flag_in(world, own, epoch, rank);
-    const u64* my_flag = record_flag_in(world, own, epoch, world.rank);
     const u64 begin = now_ns();
-    is_there = is_there && wait_for(world, call, rank, -1, 0, [&] {
-                 return load_acquire(flag) == epoch && load_acquire(my_flag) == epoch;
-               });
+    is_there = is_there && wait_for(world, call, rank, -1, 0,
+                                    [&] { return load_acquire(flag) == epoch; });
     if (counts_time) reinterpret_cast<u64*>(world.wait_ns)[rank] += now_ns() - begin;
     if (!is_there) break;
     const i64* theirs = record_of(world, epoch, rank);
-    is_alike = is_alike && theirs[kStatus] == kReady && theirs[kOperation] == mine[kOperation] &&
-               theirs[kPlan] == mine[kPlan] && theirs[kSignature] == mine[kSignature];
+    is_alike = is_alike && theirs[kStatus] == kReady && theirs[kOperation] == call.operation &&
+               theirs[kPlan] == plan && theirs[kSignature] == call.signature;
     is_pending = is_pending || theirs[kStatus] == kPending;
   }
   if (!__syncthreads_and(is_there)) return kLost;
@@ -146,9 +143,10 @@ __device__ __forceinline__ i32 agree(const World& world, const Call& call, u32 e
                                      const i32* plan) {
   if (is_void(world, epoch)) return kVoid;
   const bool speaks = blockIdx.x == 0;
-  if (speaks) publish(world, call, epoch, call.status, plan ? *plan : call.plan, nullptr, 0);
-  i32 verdict = await_records(world, call, epoch, speaks);
-  if (verdict == kGo && plan && !*plan) verdict = kInvalid;
+  const i64 number = plan ? *plan : call.plan;
+  if (speaks) publish(world, call, epoch, call.status, number, nullptr, 0);
+  i32 verdict = await_records(world, call, epoch, number, speaks);
+  if (verdict == kGo && plan && !number) verdict = kInvalid;
   if (verdict != kGo && verdict != kLost && speaks && threadIdx.x == 0) {
     report_failure(world, call, verdict, -1, -1, 0);
   }

@@ -192,7 +192,15 @@ struct Dispatch {
     return true;
   }
 
+  // Whether this warp is needed for so many items, of which each block should have as many; half of
+  // the warps come first. Where items are few, the first blocks to ask would leave the others none.
+  __device__ __forceinline__ bool is_needed(u32 num_items, bool comes_first) const {
+    const u32 place = warp_id() / 2 + (comes_first ? 0 : blockDim.x / kWarp / 2);
+    return place * gridDim.x < num_items;
+  }
+
   __device__ __forceinline__ void send_all(State& state) const {
+    if (!is_needed(args.num_tokens, warp_id() % 2 == 0)) return;
     for (u32 token = claim(&state.queue[0]); token < args.num_tokens;
          token = claim(&state.queue[0])) {
       send(static_cast<i32>(token));
@@ -207,6 +215,7 @@ struct Dispatch {
       if (rank != world.rank) most = max(most, links.arrivals[rank]);
     }
     const u32 end = num_others * most;
+    if (!is_needed(end, warp_id() % 2 == 1)) return;
     for (u32 item = claim(&state.queue[1]); item < end; item = claim(&state.queue[1])) {
       // The next rank first, so that not all wait for the same.
       const int from = (world.rank + 1 + item % num_others) % world.num_ranks;

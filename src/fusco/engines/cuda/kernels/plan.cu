@@ -11,6 +11,8 @@
 
 // How an id is kept: its rank above its number; all ones for no expert.
 constexpr u32 kNone = 0xffffffffu;
+// The thread that tells the host.
+constexpr u32 kReporter = 2 * kWarp;
 
 struct Pair {
   bool is_there;  // not beyond the last token, and with an expert
@@ -165,11 +167,17 @@ __device__ __forceinline__ void lead(const World& world, const Call& call, const
   const bool is_bad = state.lowest_id < -1 || state.highest_id >= world.num_experts;
   const i64 status = call.status == kReady && is_bad ? static_cast<i64>(kBadInput) : call.status;
   publish(world, call, epoch, status, call.plan, totals, num_counts);
-  i32 verdict = await_records(world, call, epoch, true);
+  i32 verdict = await_records(world, call, epoch, call.plan, true);
   for (int i = threadIdx.x; i < num_counts; i += blockDim.x) totals[i] = 0;
   i64 need = 0;
   if (verdict == kGo && !lay_out(world, args, epoch, scratch, &need)) verdict = kShort;
+  const Links links(world, args.num_tokens, args.links);
   __syncthreads();
+  // By a warp that has no pairs to place.
+  if (threadIdx.x == kReporter) {
+    const bool is_laid_out = verdict == kGo || verdict == kShort;
+    report_to_host(world, call, verdict, is_laid_out ? links.rows[world.rank] : 0, need);
+  }
   if (threadIdx.x != 0) return;
   if (is_bad && verdict == kUnlike) {
     report_failure(world, call, verdict, world.rank, state.lowest_id, state.highest_id);
@@ -180,11 +188,8 @@ __device__ __forceinline__ void lead(const World& world, const Call& call, const
   state.verdict = verdict;
   state.arrived = 0;
   state.epoch = epoch;
-  const Links links(world, args.num_tokens, args.links);
   *links.number = verdict == kGo ? static_cast<i32>(epoch) : 0;
-  const bool is_laid_out = verdict == kGo || verdict == kShort;
   store_release_gpu(&state.planned, epoch);
-  report_to_host(world, call, verdict, is_laid_out ? links.rows[world.rank] : 0, need);
 }
 
 // Gives the pairs of this block's tokens their slots, in order. One warp counts experts, another
