@@ -19,6 +19,7 @@ PLAIN_COPIES = [
 ]
 CASES = [(variant, arch) for variant in jit.VARIANTS for arch in ARCHITECTURES]
 CASES += [(variant, arch) for variant in PLAIN_COPIES for arch in ARCHITECTURES[1:]]
+GLOBAL_MEMORY = re.compile(r"^(@%p\d+ )?(ld|st|atom|red|cp)\.(?!param|shared)")
 PROPERTIES = re.compile(
     r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
 )
@@ -39,6 +40,31 @@ def test_compiles_without_spills(variant: jit.Variant, arch: str) -> None:
     assert properties, f"the compiler does not tell of spills: {log}"
     assert set(properties) == {("0", "0", "0")}, log
     assert "warning" not in log.lower(), log
+
+
+@pytest.mark.parametrize("variant", jit.VARIANTS, ids=lambda v: f"{v.name}-{v.element}")
+def test_nothing_is_touched_before_the_kernel_before_is_over(variant: jit.Variant) -> None:
+    lines = [line.strip() for line in _ptx(variant).splitlines()]
+    memory = [i for i, line in enumerate(lines) if GLOBAL_MEMORY.search(line)]
+    waits = [i for i, line in enumerate(lines) if line.startswith("griddepcontrol.wait")]
+    assert memory
+    assert len(waits) == 1
+    assert waits[0] < memory[0], lines[memory[0]]
+
+
+def _ptx(variant: jit.Variant) -> str:
+    # Not by cuda.core, which looks for a driver first.
+    from cuda.bindings import nvrtc
+
+    options = jit._options(variant, "sm_90a").as_bytes("nvrtc")
+    _, program = nvrtc.nvrtcCreateProgram(jit._source(variant).encode(), b"kernel.cu", 0, [], [])
+    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS
+    _, size = nvrtc.nvrtcGetPTXSize(program)
+    text = bytearray(size)
+    nvrtc.nvrtcGetPTX(program, text)
+    nvrtc.nvrtcDestroyProgram(program)
+    return text.decode()
 
 
 def test_every_kernel_has_a_variant() -> None:

@@ -313,7 +313,7 @@ class Dispatcher:
         num_blocks = min(MAX_PLAN_BLOCKS, session.num_sms)
         chunk = max(_TOKENS_PER_PLAN_BLOCK, -(-num_tokens // num_blocks))
         num_counts = session.constants.num_experts + session.num_ranks
-        return chunk, 4 * (2 * num_counts + 1 + chunk * session.world.top_k)
+        return chunk, 4 * (3 * num_counts + 1 + chunk * session.world.top_k)
 
     def _check_plan(self) -> None:
         session = self._session

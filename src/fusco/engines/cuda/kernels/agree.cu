@@ -7,6 +7,6 @@ extern "C" __global__ void agree(const __grid_constant__ World world,
   await_kernel_before();
   State& state = state_of(world);
   const u32 epoch = state.epoch + 1;
-  const i32 verdict = agree(world, call, epoch, nullptr);
+  const i32 verdict = agree(world, call, epoch, nullptr, [] {});
   finish(state, verdict == kVoid ? epoch - 1 : epoch);
 }

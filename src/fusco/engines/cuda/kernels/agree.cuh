@@ -123,8 +123,8 @@ __device__ __forceinline__ i32 await_records(const World& world, const Call& cal
   for (int rank = threadIdx.x; rank < world.num_ranks; rank += blockDim.x) {
     const u64* flag = record_flag_in(world, own, epoch, rank);
     const u64 begin = now_ns();
-    is_there = is_there && wait_for(world, call, rank, -1, 0,
-                                    [&] { return load_acquire(flag) == epoch; });
+    is_there =
+        is_there && wait_for(world, call, rank, -1, 0, [&] { return load_acquire(flag) == epoch; });
     if (counts_time) reinterpret_cast<u64*>(world.wait_ns)[rank] += now_ns() - begin;
     if (!is_there) break;
     const i64* theirs = record_of(world, epoch, rank);
@@ -137,14 +137,17 @@ __device__ __forceinline__ i32 await_records(const World& world, const Call& cal
   return __syncthreads_and(is_alike) ? kGo : kUnlike;
 }
 
-// The whole beginning of an operation without counts, called by every block of its kernel.
-// `plan` is where the number of its plan lies; null where it needs none.
+// The whole beginning of an operation without counts, called by every block of its kernel, which
+// does `meanwhile` while the records are on their way. `plan` is where the number of its plan lies;
+// null where it needs none.
+template <typename Meanwhile>
 __device__ __forceinline__ i32 agree(const World& world, const Call& call, u32 epoch,
-                                     const i32* plan) {
+                                     const i32* plan, Meanwhile meanwhile) {
   if (is_void(world, epoch)) return kVoid;
   const bool speaks = blockIdx.x == 0;
   const i64 number = plan ? *plan : call.plan;
   if (speaks) publish(world, call, epoch, call.status, number, nullptr, 0);
+  meanwhile();
   i32 verdict = await_records(world, call, epoch, number, speaks);
   if (verdict == kGo && plan && !number) verdict = kInvalid;
   if (verdict != kGo && verdict != kLost && speaks && threadIdx.x == 0) {
@@ -185,9 +188,14 @@ __device__ __forceinline__ bool finish(State& state, u32 epoch) {
   return true;
 }
 
-// A warp takes the next pieces of work.
-__device__ __forceinline__ u32 claim(u32* queue, u32 count = 1) {
-  u32 mine = 0;
-  if (lane_id() == 0) mine = atomicAdd(queue, count);
-  return __shfl_sync(kFullWarp, mine, 0);
-}
+// A warp's place in a queue; the answer is awaited only when it is needed.
+struct Claim {
+  u32* queue;
+  u32 answer = 0;  // in the first lane
+
+  __device__ __forceinline__ void ask() {
+    if (lane_id() == 0) answer = atomicAdd(queue, 1);
+  }
+
+  __device__ __forceinline__ u32 take() const { return __shfl_sync(kFullWarp, answer, 0); }
+};

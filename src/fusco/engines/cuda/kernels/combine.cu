@@ -69,7 +69,8 @@ extern "C" __global__ void __launch_bounds__(kPipelines * kPipelineWarps * kWarp
   State& state = state_of(world);
   const u32 epoch = state.epoch + 1;
   const Links links(world, args.num_tokens, args.links);
-  if (threadIdx.x < world.num_ranks) {
+  const auto look_up_peers = [&] {
+    if (threadIdx.x >= world.num_ranks) return;
     const int rank = threadIdx.x;
     shared.peers[rank] = Peer{window_of(world, rank),
                               links.arrivals[rank],
@@ -77,9 +78,14 @@ extern "C" __global__ void __launch_bounds__(kPipelines * kPipelineWarps * kWarp
                               links.return_from[rank],
                               reinterpret_cast<const i32*>(world.node_of_rank)[rank],
                               reinterpret_cast<const i32*>(world.rank_order)[rank]};
+  };
+  i32 verdict = state.verdict;
+  if (args.part == 0) {
+    verdict = agree(world, call, epoch, links.number, look_up_peers);
+  } else {
+    look_up_peers();
   }
   __syncthreads();
-  const i32 verdict = args.part == 0 ? agree(world, call, epoch, links.number) : state.verdict;
   if (verdict == kGo) {
     if (blockIdx.x == 0 && threadIdx.x < world.num_ranks) {
       reinterpret_cast<u64*>(world.sent_bytes)[threadIdx.x] +=

@@ -21,8 +21,8 @@ __device__ __forceinline__ u64 now_ns() {
   return time;
 }
 
-// A kernel may begin while the one before it in its stream ends, and so be there when it is over. It
-// must not touch what other kernels write before this.
+// A kernel may begin while the one before it in its stream ends, and so be there when it is over.
+// It must not touch what other kernels write before this.
 __device__ __forceinline__ void await_kernel_before() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -32,6 +32,21 @@ struct Shipped {
   float weight;
 };
 
+// What a lane sets when what it has sent is written; null for nothing.
+struct Arrival {
+  u64* flag;
+  u64 value;
+};
+
+__device__ __forceinline__ bool sends_first() { return warp_id() % 2 == 0; }
+
+// Whether this warp is needed for so many items, of which each block should have as many; half of
+// the warps come first. Where items are few, the first blocks to ask would leave the others none.
+__device__ __forceinline__ bool is_needed(u32 num_items, bool comes_first) {
+  const u32 place = warp_id() / 2 + (comes_first ? 0 : blockDim.x / kWarp / 2);
+  return place * gridDim.x < num_items;
+}
+
 struct Dispatch {
   const World& world;
   const Call& call;
@@ -96,7 +111,8 @@ struct Dispatch {
     return mine;
   }
 
-  __device__ __forceinline__ void send(i32 token) const {
+  // Returns while the copies are on their way.
+  __device__ __forceinline__ Arrival send(i32 token) const {
     const int top_k = world.top_k, lane = lane_id();
     const i64 pair = static_cast<i64>(token) * top_k + lane;
     const i32* pair_rank = reinterpret_cast<const i32*>(args.pairs);
@@ -109,7 +125,7 @@ struct Dispatch {
       if (!kWeighs && args.weights) weight = reinterpret_cast<const float*>(args.weights)[pair];
     }
     const bool is_there = rank >= 0;
-    if (!__any_sync(kFullWarp, is_there)) return;
+    if (!__any_sync(kFullWarp, is_there)) return Arrival{nullptr};
     const u32 same = __match_any_sync(kFullWarp, is_there ? rank : -1 - lane);
     const i32 index = __popc(same & lanes_below()), count = __popc(same);
     const bool is_own = rank == world.rank, is_first = is_there && index == 0;
@@ -144,20 +160,22 @@ struct Dispatch {
       }
     }
     if (kWeighs && is_own) places[rank].row_weights[to_slot] = dot;
-    slot.wait_written();
-    if (is_first && !is_own) {
-      store_release(arrival_flag(places[rank].window, world.rank, segment),
-                    static_cast<u64>(epoch) << 32 | count);
-    }
+    if (!is_first || is_own) return Arrival{nullptr};
+    return Arrival{arrival_flag(places[rank].window, world.rank, segment),
+                   static_cast<u64>(epoch) << 32 | count};
   }
 
-  // Returns false where the sender is lost.
-  __device__ __forceinline__ bool receive(int from, i32 segment) const {
-    const int top_k = world.top_k, lane = lane_id();
-    const Place& own = places[world.rank];
-    const u64* flag = arrival_flag(own.window, from, segment);
+  __device__ __forceinline__ void announce(const Arrival& arrival) const {
+    if (!__any_sync(kFullWarp, arrival.flag != nullptr)) return;
+    slot.wait_written();
+    if (arrival.flag) store_release(arrival.flag, arrival.value);
+  }
+
+  // How many slots a segment has; 0 where its sender is lost.
+  __device__ __forceinline__ i32 await(int from, i32 segment) const {
+    const u64* flag = arrival_flag(places[world.rank].window, from, segment);
     i32 count = 0;
-    if (lane == 0) {
+    if (lane_id() == 0) {
       u64 seen = 0;
       if (wait_for(world, call, from, segment, links.arrivals[from], [&] {
             seen = load_acquire(flag);
@@ -167,13 +185,19 @@ struct Dispatch {
       }
     }
     count = __shfl_sync(kFullWarp, count, 0);
-    if (count == 0) return false;
     __syncwarp();
+    return count;
+  }
+
+  // From the landing slot to the others.
+  __device__ __forceinline__ void fan_out(int from, i32 segment, i32 count) const {
+    const int top_k = world.top_k, lane = lane_id();
+    const Place& own = places[world.rank];
     Shipped shipped{-1, 0};
     if (lane < count) shipped = shipment(own.window, from, segment)[lane];
     if (lane < top_k) links.slots(world, from, segment)[lane] = shipped.slot;
     if (!kWeighs && lane < count) own.row_weights[shipped.slot] = shipped.weight;
-    if (!kWeighs && count == 1) return true;
+    if (!kWeighs && count == 1) return;
     float dot = 0;
     const i32 landing = __shfl_sync(kFullWarp, shipped.slot, 0);
     for (int part = 0; part < args.num_parts; ++part) {
@@ -189,21 +213,13 @@ struct Dispatch {
       }
     }
     if (kWeighs && lane < count) own.row_weights[shipped.slot] = dot;
-    return true;
   }
 
-  // Whether this warp is needed for so many items, of which each block should have as many; half of
-  // the warps come first. Where items are few, the first blocks to ask would leave the others none.
-  __device__ __forceinline__ bool is_needed(u32 num_items, bool comes_first) const {
-    const u32 place = warp_id() / 2 + (comes_first ? 0 : blockDim.x / kWarp / 2);
-    return place * gridDim.x < num_items;
-  }
-
-  __device__ __forceinline__ void send_all(State& state) const {
-    if (!is_needed(args.num_tokens, warp_id() % 2 == 0)) return;
-    for (u32 token = claim(&state.queue[0]); token < args.num_tokens;
-         token = claim(&state.queue[0])) {
-      send(static_cast<i32>(token));
+  __device__ __forceinline__ void send_all(Claim claim) const {
+    for (u32 token = claim.take(); token < args.num_tokens; token = claim.take()) {
+      const Arrival arrival = send(static_cast<i32>(token));
+      claim.ask();
+      announce(arrival);
     }
   }
 
@@ -215,12 +231,18 @@ struct Dispatch {
       if (rank != world.rank) most = max(most, links.arrivals[rank]);
     }
     const u32 end = num_others * most;
-    if (!is_needed(end, warp_id() % 2 == 1)) return;
-    for (u32 item = claim(&state.queue[1]); item < end; item = claim(&state.queue[1])) {
+    if (!is_needed(end, !sends_first())) return;
+    Claim claim{&state.queue[1]};
+    claim.ask();
+    for (u32 item = claim.take(); item < end; item = claim.take()) {
       // The next rank first, so that not all wait for the same.
       const int from = (world.rank + 1 + item % num_others) % world.num_ranks;
       const i32 segment = item / num_others;
-      if (segment < links.arrivals[from] && !receive(from, segment)) return;
+      const bool is_there = segment < links.arrivals[from];
+      const i32 count = is_there ? await(from, segment) : 0;
+      if (is_there && count == 0) return;
+      claim.ask();
+      if (is_there) fan_out(from, segment, count);
     }
   }
 
@@ -294,7 +316,7 @@ extern "C" __global__ void __launch_bounds__(kWeighs ? 512 : 448, 1)
   u32 epoch = state.epoch;
   i32 verdict;
   if (args.is_planned) {
-    verdict = agree(world, call, ++epoch, links.number);
+    verdict = agree(world, call, ++epoch, links.number, [] {});
     i64 need = 0;
     for (int rank = 0; verdict == kGo && rank < world.num_ranks; ++rank) {
       need =
@@ -312,12 +334,18 @@ extern "C" __global__ void __launch_bounds__(kWeighs ? 512 : 448, 1)
     verdict = state.lost ? static_cast<i32>(kLost) : state.verdict;
   }
   if (verdict == kGo) {
+    Claim token{&state.queue[0]};
+    const bool sends = is_needed(args.num_tokens, sends_first());
+    if (sends && sends_first()) token.ask();
     find_places(world, args, epoch, links, places);
     RowSlot slot(shared + static_cast<i64>(warp_id()) * args.slot_bytes, barriers + warp_id());
     const Dispatch work{world, call, args, links, places, epoch, slot};
-    if (warp_id() % 2 == 0) work.send_all(state);
+    if (sends && sends_first()) work.send_all(token);
     work.receive_all(state);
-    work.send_all(state);
+    if (sends && !sends_first()) {
+      token.ask();
+      work.send_all(token);
+    }
     if (world.alignment > 1) work.pad();
     slot.wait_written();
   }

@@ -11,6 +11,7 @@
 
 // How an id is kept: its rank above its number; all ones for no expert.
 constexpr u32 kNone = 0xffffffffu;
+constexpr int kReadsAtOnce = 16;
 // The thread that tells the host.
 constexpr u32 kReporter = 2 * kWarp;
 
@@ -69,12 +70,23 @@ __device__ __forceinline__ void count(const World& world, const PlanArgs& args, 
   }
 }
 
+// The expert at each place of the device-major order, and where the experts of its rank begin
+// there.
+__device__ __forceinline__ void look_up_places(const World& world, u32* places) {
+  const i32* rank_of_expert = reinterpret_cast<const i32*>(world.rank_of_expert);
+  const i32* first_place = reinterpret_cast<const i32*>(world.first_place);
+  for (int place = threadIdx.x; place < world.num_experts; place += blockDim.x) {
+    const i32 expert = reinterpret_cast<const i32*>(world.device_major)[place];
+    places[place] = first_place[rank_of_expert[expert]] << 16 | expert;
+  }
+}
+
 // Where the rows of each expert begin on its rank, and how many rows each rank receives, from the
-// records of all ranks. `start` has room for E + 1 numbers. Leaves what the neediest rank needs,
-// and returns whether every rank has room.
+// records of all ranks and `places`. `start` has room for E + 1 numbers, `ahead` for E: rows of an
+// expert from the ranks before, less its padded size. Leaves what the neediest rank needs, and
+// returns whether every rank has room.
 __device__ __forceinline__ bool lay_out(const World& world, const PlanArgs& args, u32 epoch,
-                                        i32* start, i64* need) {
-  const i32* device_major = reinterpret_cast<const i32*>(world.device_major);
+                                        const u32* places, i32* start, i32* ahead, i64* need) {
   const i32* first_place = reinterpret_cast<const i32*>(world.first_place);
   i32* slot_base = reinterpret_cast<i32*>(world.slot_base);
   i64* tokens_per_expert = reinterpret_cast<i64*>(args.tokens_per_expert);
@@ -89,15 +101,15 @@ __device__ __forceinline__ bool lay_out(const World& world, const PlanArgs& args
   for (int base = 0; base < num_experts; base += blockDim.x) {
     int place = base + threadIdx.x;
     i32 total = 0, before = 0, padded = 0;
-    int expert = place < num_experts ? device_major[place] : 0;
     if (place < num_experts) {
+      const int expert = places[place] & 0xffff;
       for (int rank = 0; rank < num_ranks; ++rank) {
         i32 sent = counts_in(record_of(world, epoch, rank))[expert];
         total += sent;
         if (rank < me) before += sent;
       }
       padded = static_cast<i32>(round_up(total, world.alignment));
-      slot_base[expert] = before - padded;
+      ahead[place] = before - padded;
       if (place >= first_local && place < end_local) {
         tokens_per_expert[place - first_local] = total;
       }
@@ -111,25 +123,24 @@ __device__ __forceinline__ bool lay_out(const World& world, const PlanArgs& args
     __syncthreads();
     if (lane_id() == kWarp - 1) warp_sums[warp_id()] = sum;
     __syncthreads();
-    i32 ahead = carry;
-    for (int warp = 0; warp < warp_id(); ++warp) ahead += warp_sums[warp];
-    if (place < num_experts) start[place + 1] = ahead + sum;
+    sum += carry;
+    for (int warp = 0; warp < warp_id(); ++warp) sum += warp_sums[warp];
+    if (place < num_experts) start[place + 1] = sum;
     __syncthreads();
-    if (threadIdx.x == blockDim.x - 1) carry = ahead + sum;
+    if (threadIdx.x == blockDim.x - 1) carry = sum;
   }
   __syncthreads();
-  const i32* rank_of_expert = reinterpret_cast<const i32*>(world.rank_of_expert);
   for (int place = threadIdx.x; place < num_experts; place += blockDim.x) {
-    int expert = device_major[place];
-    i32 of_rank = start[first_place[rank_of_expert[expert]]];
-    slot_base[expert] += start[place + 1] - of_rank;
+    const i32 of_rank = start[places[place] >> 16];
+    slot_base[places[place] & 0xffff] = ahead[place] + start[place + 1] - of_rank;
     if (place >= first_local && place < end_local) {
       expert_offsets[place - first_local] = start[place] - of_rank;
     }
   }
   bool has_room = true;
   i64 most = 0;
-  for (int rank = threadIdx.x; rank < num_ranks; rank += blockDim.x) {
+  // From the last thread on: the first ones have experts.
+  for (int rank = blockDim.x - 1 - threadIdx.x; rank < num_ranks; rank += blockDim.x) {
     const i64* record = record_of(world, epoch, rank);
     i32 num_rows = start[first_place[rank + 1]] - start[first_place[rank]];
     links.arrivals[rank] = counts_in(record)[num_experts + me];
@@ -158,19 +169,23 @@ __device__ __forceinline__ bool lay_out(const World& world, const PlanArgs& args
   return has_room;
 }
 
-// The leader's part: exchange and lay out; leaves the verdict for all blocks.
+// The leader's part: exchange and lay out; leaves the verdict for all blocks. `start`, `ahead` and
+// `places` have room for E + 1, E and E numbers.
 __device__ __forceinline__ void lead(const World& world, const Call& call, const PlanArgs& args,
-                                     u32 epoch, i32* scratch) {
+                                     u32 epoch, i32* start, i32* ahead, u32* places) {
   State& state = state_of(world);
   i32* totals = reinterpret_cast<i32*>(world.totals);
   const int num_counts = world.num_experts + world.num_ranks;
   const bool is_bad = state.lowest_id < -1 || state.highest_id >= world.num_experts;
   const i64 status = call.status == kReady && is_bad ? static_cast<i64>(kBadInput) : call.status;
   publish(world, call, epoch, status, call.plan, totals, num_counts);
+  look_up_places(world, places);
   i32 verdict = await_records(world, call, epoch, call.plan, true);
   for (int i = threadIdx.x; i < num_counts; i += blockDim.x) totals[i] = 0;
   i64 need = 0;
-  if (verdict == kGo && !lay_out(world, args, epoch, scratch, &need)) verdict = kShort;
+  if (verdict == kGo && !lay_out(world, args, epoch, places, start, ahead, &need)) {
+    verdict = kShort;
+  }
   const Links links(world, args.num_tokens, args.links);
   __syncthreads();
   // By a warp that has no pairs to place.
@@ -247,8 +262,9 @@ extern "C" __global__ void __launch_bounds__(512, 1)
   extern __shared__ u32 shared[];
   const int num_counts = world.num_experts + world.num_ranks;
   i32* counters = reinterpret_cast<i32*>(shared);
-  i32* scratch = counters + num_counts;
-  u32* ids = shared + 2 * num_counts + 1;
+  i32* start = counters + num_counts;
+  u32* places = shared + 2 * num_counts + 1;
+  u32* ids = places + num_counts;
   await_kernel_before();
   State& state = state_of(world);
   const u32 epoch = state.epoch + 1;
@@ -286,7 +302,7 @@ extern "C" __global__ void __launch_bounds__(512, 1)
   __syncthreads();
   if (threadIdx.x == 0) leads = add_acq_rel_gpu(&state.arrived, 1) == gridDim.x - 1;
   __syncthreads();
-  if (leads) lead(world, call, args, epoch, scratch);
+  if (leads) lead(world, call, args, epoch, start, counters, places);
 
   __shared__ bool goes_on;
   if (threadIdx.x == 0) {
@@ -306,8 +322,13 @@ extern "C" __global__ void __launch_bounds__(512, 1)
   const i32* slot_base = reinterpret_cast<const i32*>(world.slot_base);
   for (int i = threadIdx.x; i < num_counts; i += blockDim.x) {
     i32 before = i < world.num_experts ? slot_base[i] : 0;
-#pragma unroll 16
-    for (int block = 0; block < blockIdx.x; ++block) before += counted[block * num_counts + i];
+    for (int first = 0; first < blockIdx.x; first += kReadsAtOnce) {
+#pragma unroll
+      for (int j = 0; j < kReadsAtOnce; ++j) {
+        const int block = first + j;
+        before += block < blockIdx.x ? counted[block * num_counts + i] : 0;
+      }
+    }
     counters[i] = before;
   }
   __syncthreads();
