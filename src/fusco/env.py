@@ -94,7 +94,8 @@ BULK_COPIES = Variable(
     name="FUSCO_BULK_COPIES",
     parse=_switch,
     default=True,
-    description="0: 16-byte loads and stores on every GPU, as on those before Hopper.",
+    description="0: 16-byte loads and stores on every GPU, and no kernel begins while another ends,"
+    " as on those before Hopper.",
 )
 NUMBA_CACHE_DIR: Variable[str | None] = Variable(
     name="NUMBA_CACHE_DIR",

@@ -23,9 +23,12 @@ def _words(address: int, num_bytes: int) -> bytes:
     return ctypes.string_at(address, num_bytes)
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+@pytest.mark.parametrize(
+    ("capability", "bulk", "overlaps"),
+    [((8, 0), True, False), ((9, 0), True, True), ((9, 0), False, False), ((10, 0), True, True)],
+)
 def test_the_driver_reads_what_was_meant(
-    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int], bulk: bool, overlaps: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[tuple[bytes, bytes, int]] = []
 
@@ -42,7 +45,7 @@ def test_the_driver_reads_what_was_meant(
     monkeypatch.setattr(
         "cuda.core.Device", lambda _: SimpleNamespace(set_current=lambda: None), raising=True
     )
-    launcher = launch.Launcher(Variant(name="plan"), 0, ())
+    launcher = launch.Launcher(Variant(name="plan", bulk=bulk), 0, ())
     for grid, block, shared_bytes, stream in ((2, 64, 48, 77), (3, 32, 0, 1 << 40)):
         launcher(stream, grid, block, shared_bytes)
         config = driver.CUlaunchConfig()
@@ -55,7 +58,7 @@ def test_the_driver_reads_what_was_meant(
         head = _words(config.getPtr(), launch._Config.attributes.offset)
         one = _words(attribute.getPtr(), ctypes.sizeof(launch._Attribute))
         # GPUs before Hopper have no such attribute.
-        assert told.pop() == (head, one if capability >= (9, 0) else b"", 12345)
+        assert told.pop() == (head, one if overlaps else b"", 12345)
 
 
 def test_a_launch_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

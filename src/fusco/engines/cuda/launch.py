@@ -67,7 +67,8 @@ class Launcher:
         self._function = ctypes.c_void_p(int(function))
         self._launch = _launch_function()
         self._config = _Config(grid_yz=(1, 1), block_yz=(1, 1))
-        if torch.cuda.get_device_capability(device) >= _OVERLAP_SINCE:
+        # Without bulk copies all is as on GPUs before Hopper.
+        if variant.bulk and torch.cuda.get_device_capability(device) >= _OVERLAP_SINCE:
             self._config.attributes = ctypes.pointer(_Attribute(id=_OVERLAP, value=(1,)))
             self._config.num_attributes = 1
         self._at = ctypes.c_void_p(ctypes.addressof(self._config))

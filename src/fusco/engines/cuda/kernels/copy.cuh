@@ -32,7 +32,7 @@ struct RowSlot {
   }
 
   // Brings `size` bytes in, and returns when every lane sees them. `was_written_here`: by threads
-  // or bulk copies that this thread has acquired, rather than before the kernel began.
+  // or bulk copies that this thread has acquired, rather than by kernels before this one.
   __device__ __forceinline__ void fill(const u8* from, i32 size, bool was_written_here = false) {
 #if FUSCO_BULK
     if (lane_id() == 0) {

@@ -331,7 +331,9 @@ extern "C" __global__ void __launch_bounds__(kWeighs ? 512 : 448, 1)
       report_to_host(world, call, verdict, links.rows[world.rank], need);
     }
   } else {
-    verdict = state.lost ? static_cast<i32>(kLost) : state.verdict;
+    // All threads conclude the same, also of a loss that another block finds meanwhile.
+    const bool is_lost = __syncthreads_or(state.lost != 0);
+    verdict = is_lost ? static_cast<i32>(kLost) : state.verdict;
   }
   if (verdict == kGo) {
     Claim token{&state.queue[0]};
