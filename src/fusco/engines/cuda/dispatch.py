@@ -41,6 +41,8 @@ class _Work:
 # and where warps weigh what they move, more of them.
 _MOVING = _Work(max_warps=14, max_slot_bytes=16384)
 _WEIGHING = _Work(max_warps=16, max_slot_bytes=7168)
+_BYTES_IN_FLIGHT = 19 << 20
+"""As many as memory and links need; of more, those on their way at the end keep others waiting."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,8 @@ class _Format:
         # Beside a warp's slot lie its barrier and, once a block, the places of all ranks.
         places = session.num_ranks * (MAX_PARTS + 2) * 8
         room = session.max_shared_bytes - places
-        num_warps = min(work.max_warps, room // (slot_bytes + 8)) // 2 * 2
+        in_flight = _BYTES_IN_FLIGHT // (session.num_sms * slot_bytes)
+        num_warps = max(2, min(work.max_warps, room // (slot_bytes + 8), in_flight) // 2 * 2)
         return cls(
             row_bytes=row_bytes,
             slot_bytes=slot_bytes,
