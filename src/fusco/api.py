@@ -28,7 +28,7 @@ from fusco.topology import Topology
 from fusco.types import Ablation, AnyRows, Dispatched, Plan, Rows, Stats, as_tuple, like
 
 _KEYS = itertools.count()
-_MAX_ACCEPTED = 1024
+_MAX_KNOWN = 1024
 
 
 class Shuffle:
@@ -149,7 +149,8 @@ class Shuffle:
             )
         self._engine: Engine = make_engine(meeting.engine, world)
         self._limits = Limits.of(self._engine)
-        self._accepted: set[tuple[Any, ...]] = set()
+        # What has been checked, and what of it is the same on all ranks, in words.
+        self._known: dict[tuple[Any, ...], tuple[str, ...]] = {}
         ENGINES[self._key] = self._engine
 
     @property
@@ -241,15 +242,16 @@ class Shuffle:
         with stage("dispatch"):
             is_traced = torch.compiler.is_compiling()
             # A compiler knows no values and cannot tell other ranks: operators check their own.
-            if not (is_traced and is_dispatch(x, topk_idx, topk_weights, plan)):
-                self._check_dispatch(x, topk_idx, topk_weights, plan)
+            if is_traced and is_dispatch(x, topk_idx, topk_weights, plan):
+                grads, form = ops.wanted_gradients(as_tuple(x), topk_weights), ""
+            else:
+                grads, form = self._checked_dispatch(x, topk_idx, topk_weights, plan)
             rows = as_tuple(x)
-            grads = ops.wanted_gradients(rows, topk_weights)
             if ops.is_eager((*rows, topk_idx, topk_weights)):
                 # The operators' own work takes longer than that of a small dispatch.
                 run = ops.run_dispatch if grads == ops.NO_GRADIENTS else eager.dispatch
                 routing = _wide(topk_idx) if plan is None else plan
-                got, row_weights, plan = run(rows, routing, topk_weights, self._engine, grads)
+                got, row_weights, plan = run(rows, routing, topk_weights, self._engine, form)
             elif plan is not None:
                 got, row_weights = ops.dispatch_planned(
                     list(rows), topk_weights, plan.to_tensors(), self._key, grads
@@ -323,8 +325,9 @@ class Shuffle:
     ) -> AnyRows:
         self._require_open()
         with stage("combine"):
+            forms: tuple[str, ...] = ("", "")
             if not (torch.compiler.is_compiling() and is_combine(expert_outputs, dispatched)):
-                self._check_combine(expert_outputs, dispatched, weighted)
+                forms = self._checked_combine(expert_outputs, dispatched, weighted)
             rows = as_tuple(expert_outputs)
             row_weights = dispatched.row_weights if weighted else None
             anchor, has_graph = None, False
@@ -346,9 +349,9 @@ class Shuffle:
                     ops.WITH_GRADIENTS if has_graph else ops.NO_GRADIENTS,
                 )
             elif has_graph:
-                sums = eager.combine(rows, row_weights, anchor, plan, self._engine)
+                sums = eager.combine(rows, row_weights, anchor, plan, self._engine, forms[1])
             else:
-                sums = ops.run_combine(rows, row_weights, plan, self._engine, ops.NO_GRADIENTS).sums
+                sums = ops.run_combine(rows, row_weights, plan, self._engine, forms[0]).sums
         return like(expert_outputs, sums)
 
     def synchronize(self) -> None:
@@ -403,33 +406,45 @@ class Shuffle:
         moves its tokens with the same one."""
         return self
 
-    def _check_dispatch(
+    def _checked_dispatch(
         self, x: Rows, topk_idx: Tensor | None, topk_weights: Tensor | None, plan: Plan | None
-    ) -> None:
-        form = None if plan is not None else _form_of(x, topk_idx, topk_weights)
-        if form is None or form not in self._accepted:
+    ) -> tuple[str, ...]:
+        """Check, and return which gradients are wanted, and the form of the call."""
+        key = _key_of(x, topk_idx, topk_weights) if plan is None else None
+        known = None if key is None else self._known.get(key)
+        if known is None:
             ops.check(
                 self._engine,
                 Operation.DISPATCH if plan is None else Operation.DISPATCH_PLANNED,
                 lambda: self._limits.check_dispatch(x, topk_idx, topk_weights, plan),
             )
-            self._accept(form)
+            rows = as_tuple(x)
+            grads = ops.wanted_gradients(rows, topk_weights)
+            known = self._know(key, (grads, ops.form_of(rows, topk_weights, grads)))
+        return known
 
-    def _check_combine(
+    def _checked_combine(
         self, expert_outputs: Rows, dispatched: Dispatched[Any], weighted: bool
-    ) -> None:
-        form = _form_of_outputs(expert_outputs, dispatched, self._key)
-        if form is None or form not in self._accepted:
+    ) -> tuple[str, ...]:
+        """Check, and return the form of the call without gradients, and with them."""
+        key = _key_of_outputs(expert_outputs, dispatched, weighted, self._key)
+        known = None if key is None else self._known.get(key)
+        if known is None:
             ops.check(
                 self._engine,
                 Operation.COMBINE,
                 lambda: self._limits.check_combine(expert_outputs, dispatched, weighted=weighted),
             )
-            self._accept(form)
+            rows = as_tuple(expert_outputs)
+            weights = dispatched.row_weights if weighted else None
+            both = ops.NO_GRADIENTS, ops.WITH_GRADIENTS
+            known = self._know(key, tuple([ops.form_of(rows, weights, each) for each in both]))
+        return known
 
-    def _accept(self, form: tuple[Any, ...] | None) -> None:
-        if form is not None and len(self._accepted) < _MAX_ACCEPTED:
-            self._accepted.add(form)
+    def _know(self, key: tuple[Any, ...] | None, known: tuple[str, ...]) -> tuple[str, ...]:
+        if key is not None and len(self._known) < _MAX_KNOWN:
+            self._known[key] = known
+        return known
 
     def _require_open(self) -> None:
         if self._engine.is_closed:
@@ -464,19 +479,22 @@ def _wide(topk_idx: Tensor | None) -> Tensor:
     return topk_idx.to(torch.int64) if topk_idx.dtype == torch.int32 else topk_idx
 
 
-def _form_of(x: Any, topk_idx: Any, topk_weights: Any) -> tuple[Any, ...] | None:
+def _key_of(x: Any, topk_idx: Any, topk_weights: Any) -> tuple[Any, ...] | None:
     """All that is checked of plain tensors, for those who come again; None where it is more."""
     if type(x) is not Tensor or type(topk_idx) is not Tensor or type(topk_weights) is not Tensor:
         return None
-    ids, weights = topk_idx, topk_weights
+    ids, weights, has_grad = topk_idx, topk_weights, torch.is_grad_enabled()
     return (
-        *(x.shape, x.dtype, x.device, x.layout, x.requires_grad and torch.is_grad_enabled()),
+        *(x.shape, x.dtype, x.device, x.layout, has_grad and x.requires_grad),
         *(ids.shape, ids.dtype, ids.device, ids.layout),
         *(weights.shape, weights.dtype, weights.device, weights.layout),
+        has_grad and weights.requires_grad,
     )
 
 
-def _form_of_outputs(outputs: Any, dispatched: Any, shuffle: int) -> tuple[Any, ...] | None:
+def _key_of_outputs(
+    outputs: Any, dispatched: Any, weighted: bool, shuffle: int
+) -> tuple[Any, ...] | None:
     """The same for a combine, where a plan of this Shuffle has as many rows."""
     if type(outputs) is not Tensor or type(dispatched) is not Dispatched:
         return None
@@ -490,5 +508,5 @@ def _form_of_outputs(outputs: Any, dispatched: Any, shuffle: int) -> tuple[Any, 
         return None
     return (
         *(shape[1:], outputs.dtype, outputs.device, outputs.layout),
-        *(plan.device, weights.device, weights.layout),
+        *(plan.device, weights.device, weights.layout, weighted),
     )

@@ -23,12 +23,12 @@ def dispatch(
     routing: Tensor | Plan,
     topk_weights: Tensor | None,
     engine: Engine,
-    grads: str,
+    form: str,
 ) -> Delivery:
     """See `ops.run_dispatch`; with their graph."""
     delivered: list[Delivery] = []
     *got, row_weights = _Dispatch.apply(  # type: ignore[no-untyped-call]
-        delivered, routing, engine, grads, topk_weights, *rows
+        delivered, routing, engine, form, topk_weights, *rows
     )
     return Delivery(tuple(got), row_weights, delivered[0].plan)
 
@@ -39,10 +39,11 @@ def combine(
     anchor: Tensor | None,
     plan: Plan,
     engine: Engine,
+    form: str,
 ) -> tuple[Tensor, ...]:
     """The sums with their graph; for `anchor` see `ops.combine`."""
     sums: tuple[Tensor, ...] = _Combine.apply(  # type: ignore[no-untyped-call]
-        plan, engine, anchor, row_weights, *rows
+        plan, engine, form, anchor, row_weights, *rows
     )
     return sums
 
@@ -58,11 +59,11 @@ class _Dispatch(torch.autograd.Function):
         delivered: list[Delivery],
         routing: Tensor | Plan,
         engine: Engine,
-        grads: str,
+        form: str,
         topk_weights: Tensor | None,
         *rows: Tensor,
     ) -> tuple[Tensor, ...]:
-        delivery = ops.run_dispatch(rows, routing, topk_weights, engine, grads)
+        delivery = ops.run_dispatch(rows, routing, topk_weights, engine, form)
         delivered.append(delivery)
         ctx.plan, ctx.engine = delivery.plan, engine
         *_, ctx.needs_weights = ctx.needs_input_grad[:_NUM_OTHERS]
@@ -86,13 +87,14 @@ class _Combine(torch.autograd.Function):
         ctx: Any,
         plan: Plan,
         engine: Engine,
+        form: str,
         anchor: Tensor | None,
         row_weights: Tensor | None,
         *rows: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.plan, ctx.engine, ctx.is_weighted = plan, engine, row_weights is not None
         ctx.save_for_backward(*rows, *(() if row_weights is None else (row_weights,)))
-        returned = ops.run_combine(rows, row_weights, plan, engine, ops.WITH_GRADIENTS)
+        returned = ops.run_combine(rows, row_weights, plan, engine, form)
         return tuple(ops.as_results(returned.sums))
 
     @staticmethod
@@ -106,4 +108,4 @@ class _Combine(torch.autograd.Function):
             grad_rows, grad_weights = ops.run_combine_backward(
                 grads, tuple(rows), row_weights, ctx.plan, ctx.engine
             )
-        return (None, None, None, grad_weights if ctx.is_weighted else None, *grad_rows)
+        return (None, None, None, None, grad_weights if ctx.is_weighted else None, *grad_rows)

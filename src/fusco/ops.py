@@ -122,7 +122,7 @@ def wanted_gradients(rows: Sequence[Tensor], weights: Tensor | None) -> str:
     return f"gradients of {' '.join(names)}" if names else NO_GRADIENTS
 
 
-def _form(rows: Sequence[Tensor], weights: Tensor | None, grads: str = "") -> str:
+def form_of(rows: Sequence[Tensor], weights: Tensor | None, grads: str = "") -> str:
     """What must be equal on all ranks, in words."""
     return _form_of(_formats(rows), weights is not None, grads)
 
@@ -162,7 +162,8 @@ def dispatch(
         Operation.DISPATCH,
         lambda limits: limits.check_dispatch(tuple(rows), topk_idx, topk_weights, None),
     )
-    got = run_dispatch(tuple(rows), topk_idx, topk_weights, engine, grads)
+    form = form_of(rows, topk_weights, grads)
+    got = run_dispatch(tuple(rows), topk_idx, topk_weights, engine, form)
     *got_rows, row_weights = as_results((*got.rows, got.row_weights))
     return got_rows, row_weights, _apart(got.plan.to_tensors())
 
@@ -188,11 +189,10 @@ def run_dispatch(
     routing: Tensor | Plan,
     topk_weights: Tensor | None,
     engine: Engine,
-    grads: str,
+    form: str,
 ) -> Delivery:
     """What the operators `dispatch` and, with a plan, `dispatch_planned` do."""
     rows = _resolved(rows)
-    form = _form(rows, topk_weights, grads)
     with engine:
         if isinstance(routing, Plan):
             call = Call(Operation.DISPATCH_PLANNED, routing.number, form)
@@ -238,7 +238,8 @@ def dispatch_planned(
         Operation.DISPATCH_PLANNED,
         lambda limits: limits.check_dispatch(tuple(rows), None, topk_weights, whole),
     )
-    got = run_dispatch(tuple(rows), whole, topk_weights, engine, grads)
+    form = form_of(rows, topk_weights, grads)
+    got = run_dispatch(tuple(rows), whole, topk_weights, engine, form)
     *got_rows, row_weights = as_results((*got.rows, got.row_weights))
     return got_rows, row_weights
 
@@ -263,15 +264,15 @@ def combine(
         Operation.COMBINE,
         lambda limits: limits.check_sums(tuple(rows), row_weights, whole),
     )
-    return as_results(run_combine(tuple(rows), row_weights, whole, engine, grads).sums)
+    form = form_of(rows, row_weights, grads)
+    return as_results(run_combine(tuple(rows), row_weights, whole, engine, form).sums)
 
 
 def run_combine(
-    rows: tuple[Tensor, ...], row_weights: Tensor | None, plan: Plan, engine: Engine, grads: str
+    rows: tuple[Tensor, ...], row_weights: Tensor | None, plan: Plan, engine: Engine, form: str
 ) -> Returned:
     """What the operator `combine` does."""
     rows = _resolved(rows)
-    form = _form(rows, row_weights, grads)
     call = Call(Operation.COMBINE, plan.number, form)
     with engine:
         return engine.combine(call, rows, row_weights, plan)
@@ -299,7 +300,7 @@ def run_dispatch_backward(
 ) -> Returned:
     """What the operator `dispatch_backward` does."""
     grads = _resolved(grads)
-    form = _form(grads, grad_row_weights)
+    form = form_of(grads, grad_row_weights)
     call = Call(Operation.DISPATCH_BACKWARD, plan.number, form)
     with engine:
         return engine.combine(call, grads, None, plan, grad_row_weights)
@@ -332,7 +333,7 @@ def run_combine_backward(
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """What the operator `combine_backward` does."""
     grads = _resolved(grads)
-    call = Call(Operation.COMBINE_BACKWARD, plan.number, _form(grads, None))
+    call = Call(Operation.COMBINE_BACKWARD, plan.number, form_of(grads, None))
     with engine:
         return engine.combine_backward(call, grads, rows, row_weights, plan)
 

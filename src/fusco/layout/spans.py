@@ -14,6 +14,8 @@ class Region:
         kind: the type of its elements, as the interface names it.
     """
 
+    __slots__ = ("__array_interface__", "__cuda_array_interface__", "__weakref__")
+
     def __init__(self, address: int, shape: tuple[int, ...], kind: str) -> None:
         self.__cuda_array_interface__ = self.__array_interface__ = {
             "version": 3,
@@ -32,6 +34,8 @@ class Span(Region):
         heap: where it returns to.
         memory: whose part it is, kept until then.
     """
+
+    __slots__ = ("_block", "_heap", "_memory")
 
     def __init__(
         self,

@@ -106,7 +106,10 @@ class Dispatcher:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._static_rows = session.world.max_recv_tokens
+        self._static_rows = static_rows = session.world.max_recv_tokens
+        self._static_bytes = (
+            part_starts([session.world.row_bytes], static_rows or 0)[-1] + MAX_PARTS * 128
+        )
         self._plan_args = structs.PlanArgs()
         self._args = structs.DispatchArgs()
         self._plan = session.launcher(Variant(name="plan"), self._plan_args)
@@ -248,14 +251,14 @@ class Dispatcher:
 
     def _reserve(self, call: Call, form: _Format, stream: int, num_rows: int | None) -> _Room:
         """For what this rank will receive: of the size that is known, else the largest."""
-        session, static_rows = self._session, self._static_rows
+        session = self._session
         heap = session.heap
-        if static_rows is None:
+        if self._static_rows is None:
             if num_rows is None:
                 return _Room(heap.free.reserve_largest(), heap.free)
             need = part_starts(form.row_bytes, num_rows)[-1]
             return _Room(heap.free.reserve(need), heap.free)
-        need = part_starts([session.world.row_bytes], static_rows)[-1] + MAX_PARTS * 128
+        need = self._static_bytes
         is_capturing = session.order.is_capturing
         home = heap.captured.of(stream) if is_capturing else heap.free
         block = heap.reserve(need, home)

@@ -185,10 +185,12 @@ class _Works:
         self.combiner = Combiner(self.session)
         self.last_plan: Plan | None = None
 
-    def dense(self, call: Call, *tensors: Tensor | None) -> list[Any]:
+    def dense(self, call: Call, *tensors: Tensor | None) -> tuple[Any, ...]:
         """The same tensors, each in one piece; without memory for that all ranks raise."""
+        if all(map(_is_dense, tensors)):
+            return tensors
         try:
-            return [_dense(each) for each in tensors]
+            return tuple([_dense(each) for each in tensors])
         except torch.OutOfMemoryError as error:
             self.session.raise_out_of_memory(call, error)
 
@@ -201,9 +203,13 @@ class _Works:
         return parts.rows.cpu().to(torch.int64) if int(parts.number) else None
 
 
+def _is_dense(tensor: Tensor | None) -> bool:
+    """Whether its elements lie one behind the other, from an address that kernels can take on."""
+    return tensor is None or (tensor.is_contiguous() and tensor.data_ptr() % 16 == 0)
+
+
 def _dense(tensor: Tensor | None) -> Tensor | None:
-    """Its elements one behind the other, from an address that kernels can take on."""
-    if tensor is None or (tensor.is_contiguous() and tensor.data_ptr() % 16 == 0):
+    if tensor is None or _is_dense(tensor):
         return tensor
     dense = tensor.contiguous()
     return dense if dense.data_ptr() % 16 == 0 else dense.clone()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -37,6 +38,7 @@ _STATIC_SHARED_BYTES = 1024
 """More than any kernel declares beside what it is launched with."""
 _PENDING = structs.State.pending.offset // 4
 _NUM_ROWS = structs.State.num_rows.offset // 4
+_CALL = struct.Struct(f"{len(structs.Call._fields_)}q")
 
 
 class Counted(NamedTuple):
@@ -98,7 +100,6 @@ class Session:
         self._say = self.launcher(Variant(name="agree"))
         self._ticket = 0
         self._num_growths = 0
-        self._last_call: Call | None = None
         pending = self._tables["state"].view(torch.int32)[_PENDING : _PENDING + 1]
         self.failures = Failures(world, self.bulletin, self._failure, pending, self._head_of)
         # No rank's kernels may write before every window is clear.
@@ -184,14 +185,10 @@ class Session:
         """Fill this rank's record of an operation; the ticket by which it will be reported."""
         self.failures.raise_lost()
         self._ticket = ticket = self._ticket + 1
-        record = self.call
-        if call is not self._last_call:
-            _, record.operation, record.status, record.plan, record.signature, _, _ = call.head(0)
-            # An error would hold frames, and so this object.
-            self._last_call = call if call.error is None else None
-        record.chunk, record.base = divmod(block.base, CHUNK_SPAN)
-        record.capacity = block.size
-        record.ticket = ticket
+        chunk, base = divmod(block.base, CHUNK_SPAN)
+        _, *head = call.head(0, base, block.size)
+        # All fields at once, since ctypes takes its time for each.
+        _CALL.pack_into(self.call, 0, *head, chunk, ticket)
         self.failures.remember(ticket, call)
         return ticket
 
