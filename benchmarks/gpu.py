@@ -54,7 +54,7 @@ def steps(num_ranks: int, trace: Path | None) -> Iterator[Step]:
     )
     two_nodes: dict[str, Any] = {"ranks_per_node": max(1, num_ranks // 2)}
     yield Step(name="uniform, backward", config=replace(model, backward=True))
-    yield Step(name="4,096 tokens", config=replace(model, num_tokens=4096))
+    yield Step(name="4,096 tokens, graph", config=replace(model, num_tokens=4096, graph=True))
     yield Step(name="16,384 tokens", config=replace(model, num_tokens=16384))
     small = replace(model, num_tokens=128, iterations=300)
     yield Step(name="128 tokens, graph", config=replace(small, graph=True))
