@@ -49,6 +49,13 @@ def move_lazy(rank: int, engine: str) -> None:
             expect_same(negated, -d.tokens, "negated")
             y = shuffle.combine(mark(torch._neg_view(outputs)), d)
             expect_same(-y, inputs.sums(rank), "combine")
+            weights = inputs.weights_of(rank)
+            assert weights is not None
+            weighted = shuffle.dispatch(mark(x), plan=d.plan, topk_weights=torch._neg_view(weights))
+            expect_same(weighted.row_weights, -d.row_weights, "weights")
+            row_weights = torch._neg_view(d.row_weights)
+            y = shuffle.combine(mark(outputs), replace(d, row_weights=row_weights))
+            expect_same(-y, inputs.sums(rank), "combine by weights")
 
 
 def test_lazily_conjugated_rows(pool: RankPool, engine: str) -> None:
@@ -61,15 +68,31 @@ def backward_of_lazy(rank: int, engine: str) -> None:
     if group is None:
         return
     inputs = draw(case)
-    leaf = rows_of(inputs, rank).clone().requires_grad_()
+    leaf, weights = rows_of(inputs, rank).clone().requires_grad_(), inputs.weights_of(rank)
+    assert weights is not None
+    weights.requires_grad_()
     with case.shuffle(group, engine) as shuffle:
-        d = shuffle.dispatch(leaf, inputs.topk_idx[rank], inputs.weights_of(rank))
-        for result in (shuffle.combine(d.tokens, d), d.tokens):
+        d = shuffle.dispatch(leaf, inputs.topk_idx[rank], weights)
+        for result, of in (
+            (shuffle.combine(d.tokens, d), leaf),
+            (d.tokens, leaf),
+            (d.row_weights, weights),
+        ):
             plain = torch.ones_like(result)
-            (want,) = torch.autograd.grad(result, leaf, plain, retain_graph=True)
+            (want,) = torch.autograd.grad(result, of, plain, retain_graph=True)
             lazy = torch._neg_view(plain)
-            (got,) = torch.autograd.grad(result, leaf, lazy, retain_graph=True)
+            (got,) = torch.autograd.grad(result, of, lazy, retain_graph=True)
             expect_same(got, -want, "gradient")
+        negated = torch._neg_view(d.row_weights.detach())
+        plain, lazy = (
+            torch.autograd.grad(
+                shuffle.combine(d.tokens, replace(d, row_weights=each)).sum(),
+                leaf,
+                retain_graph=True,
+            )
+            for each in (d.row_weights.detach(), negated)
+        )
+        expect_same(lazy[0], -plain[0], "gradient by weights")
 
 
 def test_lazily_negated_gradients(pool: RankPool, engine: str) -> None:

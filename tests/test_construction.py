@@ -65,6 +65,8 @@ CONSTRUCTION: Mapping[str, tuple[dict[str, Any], type[fusco.FuscoError], str]] =
     "no-alignment": ({"expert_alignment": 0}, fusco.InputError, "expert_alignment"),
     "no-time": ({"timeout_s": 0.0}, fusco.InputError, "timeout_s"),
     "endless-time": ({"timeout_s": float("inf")}, fusco.InputError, "timeout_s: got inf"),
+    "centuries": ({"timeout_s": 1e12}, fusco.InputError, "timeout_s: got 1000000000000.0"),
+    "time-in-words": ({"timeout_s": "9"}, fusco.InputError, "timeout_s: got '9'"),
     "other-experts-here": ({"num_experts": 12}, DISAGREE, "num_experts"),
     "other-hidden-here": ({"hidden_size": 17}, DISAGREE, "hidden_size"),
     "other-top-k-here": ({"top_k": 3}, DISAGREE, "top_k"),

@@ -113,6 +113,8 @@ MISTAKES = (
     "nested",
     "lengths differ",
     "strided",
+    "sparse",
+    "negated",
     "sizes differ",
 )
 
@@ -138,6 +140,8 @@ def mistaken(rank: int, engine: str, mistake: str) -> None:
         "nested": (source, [nested, *send[1:]], out, receive),
         "lengths differ": (source, [segments([0, 4], [4]), *send[1:]], out, receive),
         "strided": (source[::2], send, out, receive),
+        "sparse": (source.to_sparse(), send, out, receive),
+        "negated": (source, send, torch._neg_view(torch.zeros(64)), receive),
         "sizes differ": (source, [segments([0], [3]), *send[1:]], out, receive),
     }[mistake]
     expected = fusco.DisagreementError if mistake == "sizes differ" else fusco.InputError

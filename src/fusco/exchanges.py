@@ -126,7 +126,8 @@ def _check_side(
     buffer_name: str, buffer: Tensor, name: str, segments: Sequence[Segments], engine: Engine
 ) -> None:
     kinds = engine.device_types
-    if not isinstance(buffer, Tensor) or not buffer.is_contiguous():
+    is_strided = isinstance(buffer, Tensor) and buffer.layout == torch.strided
+    if not is_strided or not buffer.is_contiguous():
         got = type(buffer).__name__
         raise input_error(
             "exchange",
@@ -134,6 +135,14 @@ def _check_side(
             got=f"a {got} that is not contiguous" if got == "Tensor" else got,
             expected="a contiguous tensor",
             remedy="offsets count its bytes",
+        )
+    if buffer.is_conj() or buffer.is_neg():
+        raise input_error(
+            "exchange",
+            buffer_name,
+            got="a tensor that torch conjugates or negates when it is read",
+            expected="one whose bytes are its values",
+            remedy="call resolve_conj() or resolve_neg() before",
         )
     if buffer.device.type not in kinds:
         raise input_error(

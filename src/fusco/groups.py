@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from numbers import Real
 
 import torch
 import torch.distributed as dist
@@ -10,6 +10,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fusco import env
 from fusco.errors import InputError, input_error
+
+_LONGEST_S = 1e9
+"""Thirty years: clocks count nanoseconds in 64 bits."""
 
 
 def resolve_group(
@@ -76,18 +79,18 @@ def resolve_timeout_s(operation: str, timeout_s: float | None, default_s: float)
     """The bound of every wait: the argument, the environment's, or the group's.
 
     Raises:
-        InputError: it is not a positive number, or infinite.
+        InputError: it is not a positive number, or longer than clocks can count.
     """
     if timeout_s is None:
         timeout_s = env.TIMEOUT_S.get()
     if timeout_s is None:
         return default_s
-    if not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < math.inf:
+    if not isinstance(timeout_s, Real) or not 0 < timeout_s <= _LONGEST_S:
         raise input_error(
             operation,
             "timeout_s",
             got=repr(timeout_s),
-            expected="a finite number of seconds above 0, or None",
+            expected=f"a number of seconds above 0 and at most {_LONGEST_S:g}, or None",
             remedy="None takes the group's timeout",
         )
     return float(timeout_s)

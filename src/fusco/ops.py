@@ -192,7 +192,7 @@ def run_dispatch(
     form: str,
 ) -> Delivery:
     """What the operators `dispatch` and, with a plan, `dispatch_planned` do."""
-    rows = _resolved(rows)
+    rows, topk_weights = _resolved(rows, topk_weights)
     with engine:
         if isinstance(routing, Plan):
             call = Call(Operation.DISPATCH_PLANNED, routing.number, form)
@@ -207,12 +207,15 @@ def run_dispatch(
         return engine.dispatch(call, rows, topk_weights, routing)
 
 
-def _resolved(rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _resolved(
+    rows: tuple[Tensor, ...], weights: Tensor | None
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """The same with their values in memory, of which torch has some conjugated or negated later."""
     for each in rows:
         if each.is_conj() or each.is_neg():
-            return tuple([each.resolve_conj().resolve_neg() for each in rows])
-    return rows
+            rows = tuple([each.resolve_conj().resolve_neg() for each in rows])
+            break
+    return rows, weights.resolve_neg() if weights is not None and weights.is_neg() else weights
 
 
 @functools.lru_cache(maxsize=256)
@@ -272,7 +275,7 @@ def run_combine(
     rows: tuple[Tensor, ...], row_weights: Tensor | None, plan: Plan, engine: Engine, form: str
 ) -> Returned:
     """What the operator `combine` does."""
-    rows = _resolved(rows)
+    rows, row_weights = _resolved(rows, row_weights)
     call = Call(Operation.COMBINE, plan.number, form)
     with engine:
         return engine.combine(call, rows, row_weights, plan)
@@ -299,7 +302,7 @@ def run_dispatch_backward(
     grads: tuple[Tensor, ...], grad_row_weights: Tensor | None, plan: Plan, engine: Engine
 ) -> Returned:
     """What the operator `dispatch_backward` does."""
-    grads = _resolved(grads)
+    grads, grad_row_weights = _resolved(grads, grad_row_weights)
     form = form_of(grads, grad_row_weights)
     call = Call(Operation.DISPATCH_BACKWARD, plan.number, form)
     with engine:
@@ -332,7 +335,7 @@ def run_combine_backward(
     engine: Engine,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """What the operator `combine_backward` does."""
-    grads = _resolved(grads)
+    grads, row_weights = _resolved(grads, row_weights)
     call = Call(Operation.COMBINE_BACKWARD, plan.number, form_of(grads, None))
     with engine:
         return engine.combine_backward(call, grads, rows, row_weights, plan)

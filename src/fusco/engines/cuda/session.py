@@ -33,7 +33,7 @@ Made = TypeVar("Made")
 MAX_PLAN_BLOCKS = 128
 _SAY_THREADS = 128
 _SPINS = 1000
-"""Looks at a report before looking for what may keep it."""
+"""Looks at a report before looking for what may keep it, which takes far longer."""
 _STATIC_SHARED_BYTES = 1024
 """More than any kernel declares beside what it is launched with."""
 _PENDING = structs.State.pending.offset // 4
@@ -207,7 +207,7 @@ class Session:
         # NOTE: bounded, since every wait in a kernel is; what is queued before it is the caller's.
         while report[0] != ticket:
             spins += 1
-            if spins < _SPINS:
+            if spins % _SPINS:
                 continue
             if event is None:
                 event = torch.cuda.Event()
