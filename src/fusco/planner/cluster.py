@@ -67,7 +67,7 @@ def plan_cluster(
                 forward, received, relays, relayed, strict=True
             )
         ]
-    identity = torch.zeros(2, dtype=torch.int64)
+    identity = torch.zeros(2, dtype=torch.int64, device="cpu")
     plans = [
         finish(identity, sends[rank], direct[rank], levels[rank], rank)
         for rank in range(topology.num_ranks)

@@ -96,13 +96,15 @@ class Session:
         """One rank compiles the kernels, then the others find them on disk."""
         if self.rank == 0:
             warm_up()
-        mailbox.share(torch.zeros(1, dtype=torch.uint8), self._ranks, operation="Shuffle")
+        mailbox.share(
+            torch.zeros(1, dtype=torch.uint8, device="cpu"), self._ranks, operation="Shuffle"
+        )
         if self.rank != 0:
             warm_up()
 
     def _connect(self, mailbox: Mailbox) -> list[Mapping]:
         mine = [os.getpid(), self.control.mapping.file, self.window.mapping.file]
-        theirs = mailbox.share(torch.tensor(mine), self._ranks, operation="Shuffle")
+        theirs = mailbox.share(torch.tensor(mine, device="cpu"), self._ranks, operation="Shuffle")
         processes, controls, windows = theirs.T.tolist()
         problem = ""
         try:
@@ -110,7 +112,7 @@ class Session:
             mapped = [Mapping.open(*each) for each in zip(processes, windows, strict=True)]
         except OSError as error:
             problem = f"{error.strerror}: {error.filename}"
-        flag = torch.tensor([int(bool(problem))])
+        flag = torch.tensor([int(bool(problem))], device="cpu")
         failed = mailbox.share(flag, self._ranks, operation="Shuffle")
         if failed.any():
             rank = self._ranks[int(failed.argmax())]

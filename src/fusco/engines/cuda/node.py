@@ -97,7 +97,7 @@ class CudaNode(Node):
             made = make()
         except RuntimeError as error:  # of the driver, which torch does not tell apart
             problem = str(error) or "out of memory"
-        flag = torch.tensor([int(bool(problem))])
+        flag = torch.tensor([int(bool(problem))], device="cpu")
         failed = self._mailbox.share(flag, self.ranks, operation=operation)
         if made is None or failed.any():
             rank = self.ranks[int(failed[:, 0].argmax())]

@@ -30,7 +30,8 @@ def combine(
     that return to their pairs."""
     widths = [bytes_per_row(each) for each in rows]
     num_pairs = plan.near.slot.shape[0] + plan.relay_pair.shape[0]
-    held = torch.tensor([plan.held.shape[0], 0 if row_values is None else num_pairs])
+    num_values = 0 if row_values is None else num_pairs
+    held = torch.tensor([plan.held.shape[0], num_values], device="cpu")
     own = _sections(held[None], widths)
     with stage("agree"):
         call, dense = session.prepare(call, lambda: _dense(rows, row_weights))
@@ -96,13 +97,13 @@ class _Values:
         plan = self._plan
         # All have pushed their values before they began with their first sums.
         self._blocks.wait(0)
-        found = self._blocks.view(self._section, torch.empty(0, dtype=torch.float32))
+        found = self._blocks.view(self._section, torch.empty(0, dtype=torch.float32, device="cpu"))
         num_near = plan.near.slot.shape[0]
         self._returned = found.new_zeros(plan.num_tokens * plan.top_k)
         self._returned[plan.near.pair] = found[:num_near]
         held = found.new_empty(plan.relay_pair.shape[0])
         held[plan.relay_pair] = found[num_near:]
-        self._arriving = torch.empty(plan.far.pair.shape[0], dtype=torch.float32)
+        self._arriving = torch.empty(plan.far.pair.shape[0], dtype=torch.float32, device="cpu")
         received, far = plan.received, plan.far
         self._swap = self._session.mailbox.start(
             held.cpu().split(received.slot_ptr[received.peer_ptr].diff().tolist()),

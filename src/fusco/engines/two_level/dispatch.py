@@ -137,7 +137,7 @@ class _Job:
             pairs: int64 `[P]`, how many come from each rank.
         """
         num_pairs = 0 if self.weights is None else int(pairs.sum())
-        received = torch.empty(num_pairs, dtype=torch.float32)
+        received = torch.empty(num_pairs, dtype=torch.float32, device="cpu")
         parts = received.split(pairs.tolist()) if self.weights is not None else ()
         return Letters(self.session.mailbox, parts, self.operation), received
 
@@ -219,7 +219,7 @@ def dispatch_planned(
 ) -> Delivery:
     """Dispatch by an existing plan: every rank knows its need, and says how many rows it gets."""
     own = _sections(rows, np.array([plan.num_rows]), np.zeros(1, dtype=np.int64))
-    payload = torch.tensor([plan.num_rows])
+    payload = torch.tensor([plan.num_rows], device="cpu")
     if not session.world.ablation.fusion:
         payload = torch.cat((payload, pairs_to_node(plan, session.world.topology.num_ranks)))
     with stage("agree"):
@@ -255,7 +255,7 @@ class _Planning:
         self._hops = hops
         self._list_lens = list_lens
         self._lists = [
-            torch.empty(packed_len(hops.far, sender, rank), dtype=torch.int32)
+            torch.empty(packed_len(hops.far, sender, rank), dtype=torch.int32, device="cpu")
             for sender in range(session.world.topology.num_ranks)
         ]
         self._letters = Letters(session.mailbox, self._lists, job.operation)
@@ -301,7 +301,7 @@ class _Planning:
         """The whole plan, once all ranks of the node have written."""
         session = self._job.session
         rank = session.world.topology.rank
-        like = torch.empty(0, dtype=torch.int64)
+        like = torch.empty(0, dtype=torch.int64, device="cpu")
         lists = self._job.blocks.view(len(self._job.rows) + 1, like)
         partials = session.planner.read_partials(
             lists, self._hops.near, self._hops.relay, session.node.ranks

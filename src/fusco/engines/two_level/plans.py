@@ -82,7 +82,8 @@ def node_list_lens(hops: Hops) -> Tensor:
     """int64 `[P, P]`: the length of both `node_lists`, of own tokens and relayed, by sender and
     receiver."""
     parts = (hops.near, hops.relay)
-    return sum((2 * hop.segments + hop.pairs for hop in parts), torch.zeros(1, dtype=torch.int64))
+    nothing = torch.zeros(1, dtype=torch.int64, device="cpu")
+    return sum((2 * hop.segments + hop.pairs for hop in parts), nothing)
 
 
 def read_partials(
@@ -152,8 +153,8 @@ def final_lists(
     """
     num_near, segment = near.row.shape[0], near.sum_segment
     num_tokens, device = segment.shape[0], segment.device
-    lane_of_peer = torch.zeros(far.peer_ptr.shape[0] - 1, dtype=torch.int64)
-    lane_of_peer[list(lanes)] = torch.arange(len(lanes))
+    lane_of_peer = torch.zeros(far.peer_ptr.shape[0] - 1, dtype=torch.int64, device="cpu")
+    lane_of_peer[list(lanes)] = torch.arange(len(lanes), device="cpu")
     lane = torch.repeat_interleave(lane_of_peer.to(device), far.peer_ptr.diff().to(device))
     # Segments of a lane and slice follow one another; each counts from the first of them.
     group = lane * (num_tokens + 1) + far.row // tokens

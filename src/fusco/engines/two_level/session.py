@@ -155,9 +155,9 @@ class Session:
             PeerError: a rank did not come.
         """
         self.epoch += 1
-        record = torch.zeros(self.world.record_len, dtype=torch.int64)
+        record = torch.zeros(self.world.record_len, dtype=torch.int64, device="cpu")
         place = (block.base, block.size) if block is not None else (0, 0)
-        record[:HEADER] = torch.tensor(call.head(self.epoch, *place))
+        record[:HEADER] = torch.tensor(call.head(self.epoch, *place), device="cpu")
         if payload is not None:
             record[HEADER : HEADER + payload.shape[0]] = payload.cpu()
         try:
@@ -210,7 +210,7 @@ class Session:
         if not (needs > capacity).any():
             return agreement
         status = Status.READY if problem is None else Status.NO_MEMORY
-        mine = torch.tensor([block.base, status])
+        mine = torch.tensor([block.base, status], device="cpu")
         everybody = range(self.world.topology.num_ranks)
         places = self.mailbox.share(mine, everybody, operation=operation).numpy()
         if places[:, 1].any():

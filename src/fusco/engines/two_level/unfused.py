@@ -117,7 +117,8 @@ def combine_whole(
     for section, each in enumerate(rows):
         held = each.new_empty(plan.held_ptr.shape[0] - 1, *each.shape[1:])
         node.sum_rows(blocks.view(section, each), None, plan.held_ptr, plan.held, held)
-        returned = torch.empty(plan.far.row.shape[0], bytes_per_row(each), dtype=torch.uint8)
+        size = plan.far.row.shape[0], bytes_per_row(each)
+        returned = torch.empty(size, dtype=torch.uint8, device="cpu")
         leaving = as_segments(held[plan.num_tokens :]).cpu()
         session.mailbox.swap(
             leaving.split(plan.received.peer_ptr.diff().tolist()),
@@ -137,7 +138,7 @@ def _cross(session: Session, operation: str, rows: Tensor, plan: SlicedPlan) -> 
     """Rows of forwarding descriptors to their forwarders: what has come from all nodes."""
     leaving = rows.index_select(0, plan.far.row).cpu()
     num_received = plan.received.slot_ptr.shape[0] - 1
-    there = torch.empty(num_received, rows.shape[1], dtype=rows.dtype)
+    there = torch.empty(num_received, rows.shape[1], dtype=rows.dtype, device="cpu")
     session.mailbox.swap(
         leaving.split(plan.far.peer_ptr.diff().tolist()),
         there.split(plan.received.peer_ptr.diff().tolist()),
