@@ -162,6 +162,24 @@ def test_a_module_with_a_shuffle_is_copied(pool: RankPool, engine: str) -> None:
     pool.run(copy_layer, engine)
 
 
+def weigh_in_other_words(rank: int, engine: str) -> None:
+    """`weighted` is taken for its truth, again and again."""
+    case, group = replace(CASE, device=device_of(engine)), subgroup((0, 1, 2))
+    if group is None:
+        return
+    inputs = draw(case)
+    with case.shuffle(group, engine) as shuffle:
+        d = shuffle.dispatch(rows_of(inputs, rank), inputs.topk_idx[rank], inputs.weights_of(rank))
+        want = {truth: shuffle.combine(d.tokens, d, weighted=truth) for truth in (True, False)}
+        for given in ([1], [], torch.tensor(True), None, torch.tensor(True), 1, 0):
+            y = shuffle.combine(d.tokens, d, weighted=given)  # type: ignore[call-overload]
+            expect_same(y, want[bool(given)], f"weighted={given}")
+
+
+def test_weighted_in_other_words(pool: RankPool, engine: str) -> None:
+    pool.run(weigh_in_other_words, engine)
+
+
 def under_another_device(rank: int, engine: str) -> None:
     """A Shuffle is made, and serves, while new tensors are on another device, without values."""
     # Never used before, so that all that is made once a group is made here.

@@ -116,6 +116,30 @@ def test_compile(pool: RankPool, host_engine: str) -> None:
     pool.run(check_compile, host_engine)
 
 
+def check_symbolic(rank: int, engine: str) -> None:
+    """A graph for rows of any number and size, of calls made before with plain tensors."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    group = subgroup(range(CASE.num_ranks))
+    if group is None:
+        return
+    inputs = draw(CASE)
+    arguments = inputs.x[rank], inputs.topk_idx[rank], inputs.weights_of(rank)
+    with CASE.shuffle(group, engine) as shuffle:
+
+        def dispatch(*arguments: Tensor) -> Tensor:
+            return shuffle.dispatch(*arguments).tokens
+
+        want = dispatch(*arguments)
+        graph = make_fx(dispatch, tracing_mode="symbolic")(*arguments)
+        expect_same(graph(*arguments), want, "traced")
+        expect_same(dispatch(*arguments), want, "after tracing")
+
+
+def test_symbolic_tracing(pool: RankPool, host_engine: str) -> None:
+    pool.run(check_symbolic, host_engine)
+
+
 def check_mistakes_of_compiled(rank: int, engine: str) -> None:
     """What only a run shows is raised on all ranks, and the next call works."""
     group = subgroup((0, 1))

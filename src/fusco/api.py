@@ -240,15 +240,15 @@ class Shuffle:
         self._require_open()
         got: Sequence[Tensor]
         with stage("dispatch"):
-            is_traced = torch.compiler.is_compiling()
+            is_traced, known = torch.compiler.is_compiling(), None
             # A compiler knows no values and cannot tell other ranks: operators check their own.
-            if is_traced and is_dispatch(x, topk_idx, topk_weights, plan):
-                grads, form = ops.wanted_gradients(as_tuple(x), topk_weights), ""
-            else:
-                grads, form = self._checked_dispatch(x, topk_idx, topk_weights, plan)
+            if not (is_traced and is_dispatch(x, topk_idx, topk_weights, plan)):
+                known = self._checked_dispatch(x, topk_idx, topk_weights, plan)
             rows = as_tuple(x)
-            if ops.is_eager((*rows, topk_idx, topk_weights)):
+            grads = known[0] if known else ops.wanted_gradients(rows, topk_weights)
+            if not is_traced and ops.is_eager((*rows, topk_idx, topk_weights)):
                 # The operators' own work takes longer than that of a small dispatch.
+                form = known[1] if known else ops.form_of(rows, topk_weights, grads)
                 run = ops.run_dispatch if grads == ops.NO_GRADIENTS else eager.dispatch
                 routing = _wide(topk_idx) if plan is None else plan
                 got, row_weights, plan = run(rows, routing, topk_weights, self._engine, form)
@@ -325,9 +325,9 @@ class Shuffle:
     ) -> AnyRows:
         self._require_open()
         with stage("combine"):
-            forms: tuple[str, ...] = ("", "")
-            if not (torch.compiler.is_compiling() and is_combine(expert_outputs, dispatched)):
-                forms = self._checked_combine(expert_outputs, dispatched, weighted)
+            is_traced, known = torch.compiler.is_compiling(), None
+            if not (is_traced and is_combine(expert_outputs, dispatched)):
+                known = self._checked_combine(expert_outputs, dispatched, weighted)
             rows = as_tuple(expert_outputs)
             row_weights = dispatched.row_weights if weighted else None
             anchor, has_graph = None, False
@@ -339,19 +339,17 @@ class Shuffle:
                 has_graph = _first_with_graph(inputs) is not None
             sums: Sequence[Tensor]
             plan = dispatched.plan
-            if not ops.is_eager((*rows, row_weights, anchor)):
+            grads = ops.WITH_GRADIENTS if has_graph else ops.NO_GRADIENTS
+            if is_traced or not ops.is_eager((*rows, row_weights, anchor)):
                 sums = ops.combine(
-                    list(rows),
-                    row_weights,
-                    anchor,
-                    plan.to_tensors(),
-                    self._key,
-                    ops.WITH_GRADIENTS if has_graph else ops.NO_GRADIENTS,
+                    list(rows), row_weights, anchor, plan.to_tensors(), self._key, grads
                 )
-            elif has_graph:
-                sums = eager.combine(rows, row_weights, anchor, plan, self._engine, forms[1])
             else:
-                sums = ops.run_combine(rows, row_weights, plan, self._engine, forms[0]).sums
+                form = known[has_graph] if known else ops.form_of(rows, row_weights, grads)
+                if has_graph:
+                    sums = eager.combine(rows, row_weights, anchor, plan, self._engine, form)
+                else:
+                    sums = ops.run_combine(rows, row_weights, plan, self._engine, form).sums
         return like(expert_outputs, sums)
 
     def synchronize(self) -> None:
@@ -408,8 +406,8 @@ class Shuffle:
 
     def _checked_dispatch(
         self, x: Rows, topk_idx: Tensor | None, topk_weights: Tensor | None, plan: Plan | None
-    ) -> tuple[str, ...]:
-        """Check, and return which gradients are wanted, and the form of the call."""
+    ) -> tuple[str, ...] | None:
+        """Check. Of plain tensors: which gradients are wanted, and the form of the call."""
         key = _key_of(x, topk_idx, topk_weights) if plan is None else None
         known = None if key is None else self._known.get(key)
         if known is None:
@@ -418,15 +416,16 @@ class Shuffle:
                 Operation.DISPATCH if plan is None else Operation.DISPATCH_PLANNED,
                 lambda: self._limits.check_dispatch(x, topk_idx, topk_weights, plan),
             )
-            rows = as_tuple(x)
-            grads = ops.wanted_gradients(rows, topk_weights)
-            known = self._know(key, (grads, ops.form_of(rows, topk_weights, grads)))
+            if key is not None:
+                rows = as_tuple(x)
+                grads = ops.wanted_gradients(rows, topk_weights)
+                known = self._know(key, (grads, ops.form_of(rows, topk_weights, grads)))
         return known
 
     def _checked_combine(
         self, expert_outputs: Rows, dispatched: Dispatched[Any], weighted: bool
-    ) -> tuple[str, ...]:
-        """Check, and return the form of the call without gradients, and with them."""
+    ) -> tuple[str, ...] | None:
+        """Check. Of plain tensors: the form of the call without gradients, and with them."""
         key = _key_of_outputs(expert_outputs, dispatched, weighted, self._key)
         known = None if key is None else self._known.get(key)
         if known is None:
@@ -435,14 +434,15 @@ class Shuffle:
                 Operation.COMBINE,
                 lambda: self._limits.check_combine(expert_outputs, dispatched, weighted=weighted),
             )
-            rows = as_tuple(expert_outputs)
-            weights = dispatched.row_weights if weighted else None
-            both = ops.NO_GRADIENTS, ops.WITH_GRADIENTS
-            known = self._know(key, tuple([ops.form_of(rows, weights, each) for each in both]))
+            if key is not None:
+                rows = as_tuple(expert_outputs)
+                weights = dispatched.row_weights if weighted else None
+                both = ops.NO_GRADIENTS, ops.WITH_GRADIENTS
+                known = self._know(key, tuple([ops.form_of(rows, weights, each) for each in both]))
         return known
 
-    def _know(self, key: tuple[Any, ...] | None, known: tuple[str, ...]) -> tuple[str, ...]:
-        if key is not None and len(self._known) < _MAX_KNOWN:
+    def _know(self, key: tuple[Any, ...], known: tuple[str, ...]) -> tuple[str, ...]:
+        if len(self._known) < _MAX_KNOWN:
             self._known[key] = known
         return known
 
@@ -497,6 +497,8 @@ def _key_of_outputs(
 ) -> tuple[Any, ...] | None:
     """The same for a combine, where a plan of this Shuffle has as many rows."""
     if type(outputs) is not Tensor or type(dispatched) is not Dispatched:
+        return None
+    if type(weighted) is not bool:
         return None
     plan, weights = dispatched.plan, dispatched.row_weights
     if not isinstance(plan, Plan) or plan.key != shuffle:

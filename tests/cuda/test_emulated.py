@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from emulator import emulated
 
 import fusco
-from fusco.testing.cases import Case, draw
+from fusco.engines.cuda.session import Session
+from fusco.testing.cases import Case, draw, expect_round_trip
 from fusco.testing.conformance import CHECKS
 from fusco.testing.gpu.checks import GPU_CHECKS
 from fusco.testing.gpu.runner import run_check
@@ -34,6 +37,32 @@ def check(rank: int, name: str, num_ranks: int, folder: Path) -> str | None:
 @pytest.mark.parametrize("name", NAMES)
 def test_emulated(pool: RankPool, name: str, num_ranks: int, tmp_path: Path) -> None:
     assert not [each for each in pool.run(check, name, num_ranks, tmp_path) if each]
+
+
+def make_without(rank: int, folder: Path, what: str) -> None:
+    """A rank cannot make what all need, and then it can."""
+    group = subgroup(range(3))
+    if group is None:
+        return
+    case = Case(num_tokens=(3, 4, 2), hidden_size=8, num_experts=6)
+
+    def fail(*_: object) -> None:
+        raise OSError("there is none")
+
+    with emulated(folder, in_step=False):
+        without = mock.patch.object(Session, what, fail) if rank == 1 else nullcontext()
+        expected = pytest.raises(fusco.EngineUnavailableError, match="rank 1: there is none")
+        with without, expected:
+            case.shuffle(group, "reference")
+        with case.shuffle(group, "reference") as shuffle:
+            expect_round_trip(shuffle, draw(case), rank)
+
+
+@pytest.mark.parametrize("what", ["_make_tables", "launcher", "launchers"])
+def test_what_a_rank_cannot_make_is_missed_by_all(
+    pool: RankPool, what: str, tmp_path: Path
+) -> None:
+    pool.run(make_without, tmp_path, what)
 
 
 def lose_the_last(rank: int, folder: Path, *, has_failed: bool) -> str:

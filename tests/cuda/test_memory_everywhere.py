@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fusco.engines.cuda.session import Session
-from fusco.errors import WindowMemoryError
+from fusco.errors import EngineUnavailableError, WindowMemoryError
 
 
 class Bulletin:
@@ -20,7 +20,7 @@ class Bulletin:
 
     def swap(self, topic: str, text: str) -> list[str]:
         self.said.append(text)
-        return [text, self._problems.get(topic.rsplit(", ")[1], "")]
+        return [text, self._problems.get(topic.rsplit(", ")[-1], "")]
 
 
 def fail() -> Any:
@@ -54,3 +54,22 @@ def test_this_rank_has_no_room_and_says_so(fails: str) -> None:
     with pytest.raises(WindowMemoryError, match="rank 0: no room"):
         Session._allocate_everywhere(session(bulletin, **{fails: False}), "dispatch", "growth 1", 8)
     assert bulletin.said[-1] == "no room"
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no room"), OSError("no room"), KeyError("no room")]
+)
+def test_what_this_rank_cannot_make_is_told(error: Exception) -> None:
+    bulletin = Bulletin()
+
+    def make() -> Any:
+        raise error
+
+    with pytest.raises(EngineUnavailableError, match=r"no tables on all ranks \(rank 0: .*no room"):
+        Session.make_ready(session(bulletin), "tables", make)
+    assert "no room" in bulletin.said[-1]
+
+
+def test_what_another_rank_cannot_make_is_missed() -> None:
+    with pytest.raises(EngineUnavailableError, match="rank 1: full"):
+        Session.make_ready(session(Bulletin(tables="full")), "tables", lambda: "made")

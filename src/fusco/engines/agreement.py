@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import zlib
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,8 @@ from fusco.errors import (
     WindowMemoryError,
 )
 from fusco.layout.records import ALIKE, Field, Operation, Status
+
+Made = TypeVar("Made")
 
 
 class Call(NamedTuple):
@@ -60,6 +63,27 @@ class Call(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def _signature(form: str) -> int:
     return zlib.crc32(form.encode())
+
+
+def make_on_all(
+    make: Callable[[], Made], swap: Callable[[str], Sequence[str]]
+) -> tuple[Made | None, str]:
+    """Make something on every rank, or learn on every rank that it is not there on some.
+
+    Args:
+        make: makes it, or raises.
+        swap: tells all ranks a text and returns everybody's, by rank.
+
+    Returns:
+        what this rank made, and what went wrong on which ranks; empty where nothing did.
+    """
+    made, problem = None, ""
+    try:
+        made = make()
+    except Exception as error:  # noqa: BLE001 (whatever it is, the others wait for this rank)
+        problem = str(error) or type(error).__name__
+    texts = swap(problem)
+    return made, "; ".join([f"rank {rank}: {text}" for rank, text in enumerate(texts) if text])
 
 
 def is_agreed(records: npt.NDArray[np.int64]) -> bool:

@@ -69,10 +69,6 @@ class Bulletin:
         self.post(topic, text)
         return [self.read(topic, rank) for rank in range(self._num_ranks)]
 
-    def meet(self, topic: str) -> None:
-        """Until all ranks are here."""
-        self.swap(topic, "")
-
     def _key(self, topic: str, rank: int) -> str:
         return f"{self.name}/{topic}/{rank}"
 

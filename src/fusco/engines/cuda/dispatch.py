@@ -115,7 +115,6 @@ class Dispatcher:
         self._plan = session.launcher(Variant(name="plan"), self._plan_args)
         self._dispatch = session.launcher(Variant(name="dispatch"), self._args)
         self._weighing = session.launchers("dispatch", self._args)
-        self._check_plan()
         self._row_addresses = self._args.rows  # the same memory; looking it up takes longer
         self._formats: dict[tuple[str, _Work], _Format] = {}
         self._format: _Format | None = None  # that the arguments hold
@@ -321,7 +320,8 @@ class Dispatcher:
         num_counts = session.constants.num_experts + session.num_ranks
         return chunk, 4 * (3 * num_counts + 1 + chunk * session.world.top_k)
 
-    def _check_plan(self) -> None:
+    def check_plan(self) -> None:
+        """Raise, as on all ranks, where a block of the plan kernel has no room for its tokens."""
         session = self._session
         _, need = self._divide_plan(session.max_tokens)
         if need > session.max_shared_bytes:

@@ -180,16 +180,18 @@ class _Works:
     """All that goes when the engine is closed."""
 
     def __init__(self, world: World) -> None:
-        self.session = Session(world)
-        self.dispatcher = Dispatcher(self.session)
-        self.combiner = Combiner(self.session)
+        self.session = session = Session(world)
+        self.dispatcher, self.combiner = session.make_ready(
+            "kernels", lambda: (Dispatcher(session), Combiner(session))
+        )
+        self.dispatcher.check_plan()
         self.last_plan: Plan | None = None
 
     def dense(self, call: Call, *tensors: Tensor | None) -> tuple[Any, ...]:
         """The same tensors, each in one piece; without memory for that all ranks raise."""
-        if all(map(_is_dense, tensors)):
-            return tensors
         try:
+            if all(map(_is_dense, tensors)):
+                return tensors
             return tuple([_dense(each) for each in tensors])
         except torch.OutOfMemoryError as error:
             self.session.raise_out_of_memory(call, error)

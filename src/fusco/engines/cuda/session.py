@@ -9,12 +9,12 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from copy import copy
-from typing import NamedTuple, NoReturn, TypeVar
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from fusco.engines.agreement import Call
+from fusco.engines.agreement import Call, Made, make_on_all
 from fusco.engines.base import World
 from fusco.engines.cuda.failures import Failures
 from fusco.engines.cuda.jit import Variant, element_of
@@ -22,13 +22,11 @@ from fusco.engines.cuda.kernels import structs
 from fusco.engines.cuda.launch import Launcher
 from fusco.engines.cuda.streams import Order
 from fusco.engines.cuda.window import Allocation, SymmetricHeap, TorchAllocator
-from fusco.errors import PeerError, WindowMemoryError, input_error
+from fusco.errors import EngineUnavailableError, PeerError, WindowMemoryError, input_error
 from fusco.layout.compact import WindowLayout, chunk_bytes
 from fusco.layout.heap import CHUNK_SPAN, NOTHING, Block
 from fusco.layout.records import HEADER
 from fusco.transports.bulletin import Bulletin
-
-Made = TypeVar("Made")
 
 MAX_PLAN_BLOCKS = 128
 _SAY_THREADS = 128
@@ -88,24 +86,27 @@ class Session:
         self.bulletin = Bulletin(world.group, world.timeout_s)
         self._allocator = TorchAllocator(self.bulletin, topology, self.device)
         self.heap = SymmetricHeap(self.num_ranks, self.device)
-        offsets = self.layout.offsets()
-        self.window = self._allocate_everywhere("Shuffle", "windows", offsets["end"])
-        self.window.memory.zero_()
-        torch.cuda.current_stream().synchronize()
-        self._make_tables()
-        self.constants = self._constants(offsets)
+        self.window = self._allocate_everywhere("Shuffle", "windows", self.layout.offsets()["end"])
         self.call = structs.Call()
         self.order = Order(self.device)
-        self.one = torch.zeros(1, dtype=torch.uint8, device=self.device)
-        self._say = self.launcher(Variant(name="agree"))
         self._ticket = 0
         self._num_growths = 0
-        pending = self._tables["state"].view(torch.int32)[_PENDING : _PENDING + 1]
-        self.failures = Failures(world, self.bulletin, self._failure, pending, self._head_of)
         # No rank's kernels may write before every window is clear.
-        self.bulletin.meet("clear windows")
+        self.make_ready("tables", self._make_tables)
 
-    def _make_tables(self) -> None:
+    def make_ready(self, topic: str, make: Callable[[], Made]) -> Made:
+        """What a rank needs before any may begin, or an error on every rank."""
+        made, problems = make_on_all(make, lambda text: self.bulletin.swap(topic, text))
+        if problems or made is None:
+            raise EngineUnavailableError(
+                f"Shuffle: engine 'cuda' has no {topic} on all ranks ({problems}); free memory, or "
+                "use engine='reference'"
+            )
+        return made
+
+    def _make_tables(self) -> bool:
+        self.window.memory.zero_()
+        torch.cuda.current_stream().synchronize()
         topology, device = self.world.topology, self.device
         facts = topology.tensors("cpu")
         num_counts = topology.num_experts + self.num_ranks
@@ -140,6 +141,12 @@ class Session:
         reports = pinned.numpy()[failure_len:].reshape(structs.REPORTS, report_len)
         self._reports_at = reports.ctypes.data
         self._reports = [each.data for each in reports]  # read faster than numpy's
+        self.one = torch.zeros(1, dtype=torch.uint8, device=device)
+        self.constants = self._constants(self.layout.offsets())
+        self._say = self.launcher(Variant(name="agree"))
+        pending = self._tables["state"].view(torch.int32)[_PENDING : _PENDING + 1]
+        self.failures = Failures(self.world, self.bulletin, self._failure, pending, self._head_of)
+        return True
 
     def _constants(self, offsets: dict[str, int]) -> structs.World:
         topology = self.world.topology
@@ -253,21 +260,15 @@ class Session:
         """As much memory on every rank, or an error on every rank."""
 
         def on_all(step: str, make: Callable[[], Made]) -> Made:
-            made, problem = None, ""
-            try:
-                made = make()
-            except RuntimeError as error:  # of the driver, which torch does not tell apart
-                problem = str(error) or "out of memory"
-            texts = self.bulletin.swap(f"{topic}, {step}", problem)
             # Those that waited for one that failed have failed too.
-            problems = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
-            if problems:
+            made, problems = make_on_all(
+                make, lambda text: self.bulletin.swap(f"{topic}, {step}", text)
+            )
+            if problems or made is None:
                 raise WindowMemoryError(
                     f"{operation}: no {size} bytes more for the windows of all ranks "
-                    f"({'; '.join(problems)}); free memory, dispatch fewer tokens, or balance the "
-                    "routing"
+                    f"({problems}); free memory, dispatch fewer tokens, or balance the routing"
                 )
-            assert made is not None, "there was no problem"
             return made
 
         memory = on_all("allocated", lambda: self._allocate(size))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusco.engines.agreement import Call
+from fusco.engines.agreement import Call, make_on_all
 from fusco.engines.base import VALUE_ROW_BYTES, World
 from fusco.engines.mail import share_records, share_text
 from fusco.engines.node import Node, NodeBlocks
@@ -98,23 +98,15 @@ class Session:
 
     def _on_all(self, make: Callable[[], SliceTransport]) -> SliceTransport:
         """What is made, if all ranks make theirs; else all raise the same error."""
-        made: SliceTransport | None = None
-        problem: Exception | None = None
-        try:
-            made = make()
-        except (MemoryError, RuntimeError) as error:
-            problem = error
-        told = "" if problem is None else str(problem) or "out of memory"
-        texts = share_text(self.mailbox, told, "Shuffle")
-        problems = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
+        made, problems = make_on_all(make, lambda text: share_text(self.mailbox, text, "Shuffle"))
         if made is None or problems:
             if made is not None:
                 made.close(is_lost=False)
             self.node.close()
             raise EngineUnavailableError(
                 "Shuffle: engine 'two_level' cannot join the nodes of all ranks "
-                f"({'; '.join(problems)}); use engine='reference'"
-            ) from problem
+                f"({problems}); use engine='reference'"
+            )
         return made
 
     def _make_transport(self, slot_bytes: int) -> SliceTransport:
