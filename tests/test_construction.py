@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import torch.distributed as dist
 
 import fusco
 from fusco.engines import probe
+from fusco.engines.cpu import session
 from fusco.testing.cases import Case, draw, expect_round_trip
 from fusco.testing.ranks import RankPool, subgroup
 
@@ -216,3 +219,27 @@ def test_an_unknown_processor_has_no_cpu_engine(monkeypatch: pytest.MonkeyPatch)
     (found,) = [each for each in probe() if each.name == "cpu"]
     assert not found.available
     assert "abacus" in found.reason
+
+
+def make_without(rank: int, what: str) -> None:
+    """A rank cannot make what all need for engine cpu, and then it can."""
+    group = subgroup(MEMBERS)
+    if group is None:
+        return
+
+    fail = mock.Mock(side_effect=OSError("there is none"))
+    fail.open = fail
+    begin = time.monotonic()
+    without = mock.patch.object(session, what, fail) if rank == MEMBERS[1] else nullcontext()
+    # Ranks have numbers of their own in a group.
+    expected = pytest.raises(fusco.EngineUnavailableError, match="rank 1: there is none")
+    with without, expected:
+        CASE.shuffle(group, "cpu")
+    assert time.monotonic() - begin < PROMPT_S
+    with CASE.shuffle(group, "cpu") as shuffle:
+        expect_round_trip(shuffle, draw(CASE), group.rank())
+
+
+@pytest.mark.parametrize("what", ["_warmed_up", "Window", "Control", "Mapping"])
+def test_what_a_rank_cannot_make_is_missed_by_all(pool: RankPool, what: str) -> None:
+    pool.run(make_without, what)

@@ -66,13 +66,16 @@ def _signature(form: str) -> int:
 
 
 def make_on_all(
-    make: Callable[[], Made], swap: Callable[[str], Sequence[str]]
+    make: Callable[[], Made],
+    swap: Callable[[str], Sequence[str]],
+    ranks: Sequence[int] | None = None,
 ) -> tuple[Made | None, str]:
     """Make something on every rank, or learn on every rank that it is not there on some.
 
     Args:
         make: makes it, or raises.
-        swap: tells all ranks a text and returns everybody's, by rank.
+        swap: tells all ranks a text and returns everybody's, in their order.
+        ranks: all of them; None: those of the group.
 
     Returns:
         what this rank made, and what went wrong on which ranks; empty where nothing did.
@@ -83,7 +86,8 @@ def make_on_all(
     except Exception as error:  # noqa: BLE001 (whatever it is, the others wait for this rank)
         problem = str(error) or type(error).__name__
     texts = swap(problem)
-    return made, "; ".join([f"rank {rank}: {text}" for rank, text in enumerate(texts) if text])
+    told = zip(ranks or range(len(texts)), texts, strict=True)
+    return made, "; ".join([f"rank {rank}: {text}" for rank, text in told if text])
 
 
 def is_agreed(records: npt.NDArray[np.int64]) -> bool:

@@ -29,11 +29,14 @@ def share_records(mailbox: Mailbox, call: Call, record: Tensor) -> Tensor:
     raise disagreement(call, records.numpy(), texts, mailbox.group.rank())
 
 
-def share_text(mailbox: Mailbox, text: str, operation: str) -> list[str]:
-    """What every rank says here, cut to `TEXT_BYTES`."""
+def share_text(
+    mailbox: Mailbox, text: str, operation: str, ranks: Sequence[int] | None = None
+) -> list[str]:
+    """What each of the ranks says here, cut to `TEXT_BYTES`; None: all of the group."""
     encoded = text.encode()[:TEXT_BYTES].ljust(TEXT_BYTES)
     mine = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
-    texts = mailbox.share(mine, range(mailbox.group.size()), operation=operation)
+    everybody = range(mailbox.group.size()) if ranks is None else ranks
+    texts = mailbox.share(mine, everybody, operation=operation)
     return [row.tobytes().decode(errors="ignore").rstrip() for row in np.asarray(texts)]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +12,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fusco.engines.agreement import Call, disagreement
+from fusco.engines.agreement import Call, Made, disagreement, make_on_all
 from fusco.engines.base import World
 from fusco.engines.cpu.control import Control, Stage
 from fusco.engines.cpu.kernels.reduce import new_terms
 from fusco.engines.cpu.kernels.warm import warm_up
 from fusco.engines.cpu.plans import Tables
 from fusco.engines.cpu.window import Mapping, Window
+from fusco.engines.mail import share_text
 from fusco.errors import EngineUnavailableError, WindowMemoryError
 from fusco.layout.blocks import Ints
 from fusco.layout.heap import NOTHING, Block
@@ -81,9 +84,9 @@ class Session:
         self._ranks = tuple(range(world.topology.num_ranks)) if ranks is None else ranks
         self.rank = self._ranks.index(world.topology.rank)
         mailbox = Mailbox(world.group, max(world.timeout_s, _COMPILE_S), wait_s, world.channel)
-        self._warm_up(mailbox)
-        self.window = Window(_INITIAL_WINDOW_BYTES)
-        self.control = Control(self._ranks, self.rank, world.record_len, world.timeout_s, wait_s)
+        # One rank compiles the kernels, then the others find them on disk.
+        self._on_all(mailbox, lambda: self.rank != 0 or _warmed_up())
+        self.window, self.control = self._on_all(mailbox, lambda: self._make_memory(wait_s))
         self._windows = self._connect(mailbox)
         self.addresses = np.array([mapping.address for mapping in self._windows])
         self.sizes = np.array([mapping.size for mapping in self._windows])
@@ -92,35 +95,32 @@ class Session:
             wide: new_terms(world.top_k, wide) for wide in (np.float32, np.float64)
         }
 
-    def _warm_up(self, mailbox: Mailbox) -> None:
-        """One rank compiles the kernels, then the others find them on disk."""
-        if self.rank == 0:
-            warm_up()
-        mailbox.share(
-            torch.zeros(1, dtype=torch.uint8, device="cpu"), self._ranks, operation="Shuffle"
+    def _on_all(self, mailbox: Mailbox, make: Callable[[], Made]) -> Made:
+        made, problems = make_on_all(
+            make, lambda text: share_text(mailbox, text, "Shuffle", self._ranks), self._ranks
         )
-        if self.rank != 0:
-            warm_up()
+        if problems or made is None:
+            raise EngineUnavailableError(
+                f"Shuffle: engine 'cpu' cannot be made on all ranks ({problems}); they must run as "
+                "one user and have memory left, or use engine='reference'"
+            )
+        return made
+
+    def _make_memory(self, wait_s: list[float]) -> tuple[Window, Control]:
+        _warmed_up()
+        world = self.world
+        control = Control(self._ranks, self.rank, world.record_len, world.timeout_s, wait_s)
+        return Window(_INITIAL_WINDOW_BYTES), control
 
     def _connect(self, mailbox: Mailbox) -> list[Mapping]:
         mine = [os.getpid(), self.control.mapping.file, self.window.mapping.file]
         theirs = mailbox.share(torch.tensor(mine, device="cpu"), self._ranks, operation="Shuffle")
         processes, controls, windows = theirs.T.tolist()
-        problem = ""
-        try:
-            opened = [Mapping.open(*each) for each in zip(processes, controls, strict=True)]
-            mapped = [Mapping.open(*each) for each in zip(processes, windows, strict=True)]
-        except OSError as error:
-            problem = f"{error.strerror}: {error.filename}"
-        flag = torch.tensor([int(bool(problem))], device="cpu")
-        failed = mailbox.share(flag, self._ranks, operation="Shuffle")
-        if failed.any():
-            rank = self._ranks[int(failed.argmax())]
-            raise EngineUnavailableError(
-                f"Shuffle: engine 'cpu': rank {rank} cannot open the windows of its peers "
-                f"({problem or 'see its own error'}); ranks must run as one user, or use "
-                "engine='reference'"
-            )
+
+        def open_all(files: list[int]) -> list[Mapping]:
+            return [Mapping.open(*each) for each in zip(processes, files, strict=True)]
+
+        opened, mapped = self._on_all(mailbox, lambda: (open_all(controls), open_all(windows)))
         self.control.connect(opened, processes)
         return mapped
 
@@ -218,3 +218,9 @@ def _no_memory(operation: str, what: object) -> WindowMemoryError:
     return WindowMemoryError(
         f"{operation}: {what}; free memory, dispatch fewer tokens, or balance the routing"
     )
+
+
+@functools.cache
+def _warmed_up() -> bool:
+    warm_up()
+    return True
