@@ -7,14 +7,15 @@ no kernels of our own. Ranks wait for each other on the host, after their stream
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from fusco.engines.agreement import Made, make_on_all
 from fusco.engines.base import World
 from fusco.engines.cuda.lists import by_rank, list_sums, scatter_rows
 from fusco.engines.cuda.node_memory import CudaMemory, NodeHeap, NodeMemory
+from fusco.engines.mail import share_text
 from fusco.engines.node import Node, NodeBlocks
 from fusco.layout.blocks import Ints, Sections
 from fusco.layout.compact import chunk_bytes
@@ -22,8 +23,6 @@ from fusco.layout.heap import Block, align
 from fusco.layout.segments import as_bytes, bytes_per_row, from_segments
 from fusco.transports.mailbox import Mailbox
 from fusco.transports.progress import Progress
-
-Made = TypeVar("Made")
 
 
 class CudaNode(Node):
@@ -92,19 +91,11 @@ class CudaNode(Node):
 
     def _on_all(self, operation: str, size: int, make: Callable[[], Made]) -> Made:
         """What is made, if all ranks of the node make theirs; else all raise a MemoryError."""
-        made, problem = None, ""
-        try:
-            made = make()
-        except RuntimeError as error:  # of the driver, which torch does not tell apart
-            problem = str(error) or "out of memory"
-        flag = torch.tensor([int(bool(problem))], device="cpu")
-        failed = self._mailbox.share(flag, self.ranks, operation=operation)
-        if made is None or failed.any():
-            rank = self.ranks[int(failed[:, 0].argmax())]
-            raise MemoryError(
-                f"rank {rank} cannot grow its window by {size} bytes: "
-                f"{problem or 'see its own error'}"
-            )
+        made, problems = make_on_all(
+            make, lambda text: share_text(self._mailbox, text, operation, self.ranks), self.ranks
+        )
+        if problems or made is None:
+            raise MemoryError(f"no {size} bytes more for the windows of a node ({problems})")
         return made
 
     def release(self, block: Block) -> None:
