@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -73,10 +74,18 @@ def test_missing_matplotlib_is_told_first(tmp_path: Path, monkeypatch: pytest.Mo
     assert not (tmp_path / "out").exists()
 
 
-def steps(*losses: float) -> list[StepRecord]:
+def steps(*losses: float, ties: tuple[int, ...] = ()) -> list[StepRecord]:
+    """Records of these losses; in step i of `ties` that many choices are others than usual."""
     return [
-        StepRecord(step=i, loss=loss, balance_loss=1.0, held_out_loss=loss + 1, time_ms=1.0)
-        for i, loss in enumerate(losses)
+        StepRecord(
+            step=i,
+            loss=loss,
+            balance_loss=1.0,
+            expert_counts=(10 + number, 10 - number),
+            held_out_loss=loss + 1,
+            time_ms=1.0,
+        )
+        for i, (loss, number) in enumerate(zip_longest(losses, ties, fillvalue=0))
     ]
 
 
@@ -106,3 +115,18 @@ def test_runs_that_differ_too_much_are_reported(at: int, difference: float, agre
         return
     with pytest.raises(FuscoError, match="differ by up to"):
         agreement.check()
+
+
+def test_after_a_tie_runs_may_drift() -> None:
+    losses = [2.0] * compare.NUM_EARLY_STEPS
+    other = [*losses[:5], *(loss + compare.TOLERANCE / 2 for loss in losses[5:])]
+    agreement = compare.compare(steps(*losses), steps(*other, ties=(0,) * 5 + (2, 0, 30)))
+    assert (agreement.num_alike, agreement.num_ties, agreement.early) == (5, 2, 0.0)
+    agreement.check()
+    # Not before it, and only where few choices differ.
+    other[4] += 2 * compare.EARLY_TOLERANCE
+    with pytest.raises(FuscoError, match="first training losses"):
+        compare.compare(steps(*losses), steps(*other, ties=(0,) * 5 + (2,))).check()
+    many = steps(*losses, ties=(0,) * 5 + (compare.MOST_TIES + 1,))
+    with pytest.raises(FuscoError, match=r"after 5 steps .* differ in 9 choices"):
+        compare.compare(steps(*losses), many).check()

@@ -55,12 +55,17 @@ def print_stage(console: Console, heading: str) -> None:
 
 def print_agreement(console: Console, agreement: Agreement) -> None:
     """How far the two runs are apart."""
+    first = min(agreement.num_alike, NUM_EARLY_STEPS)
     console.print(
         f"  [green]The losses agree[/green]: max difference {agreement.train:.0e} nats "
         f"in training, {agreement.held_out:.0e} held out\n"
-        f"  (tolerance {EARLY_TOLERANCE:.0e} in the first {NUM_EARLY_STEPS} steps, {TOLERANCE:.0e} "
-        "in all)"
+        f"  (tolerance {EARLY_TOLERANCE:.0e} in the first {first} steps, {TOLERANCE:.0e} in all)"
     )
+    if agreement.num_ties:
+        console.print(
+            f"  After {agreement.num_alike} steps experts tied for {agreement.num_ties} choices, "
+            "which fell differently; from there on the runs drift apart"
+        )
 
 
 def print_speed(console: Console, measurements: Sequence[Measurement]) -> None:

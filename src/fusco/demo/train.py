@@ -68,11 +68,16 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """One step; losses in nats a byte over the global batch."""
+    """One step; losses in nats a byte over the global batch.
+
+    Attributes:
+        expert_counts: how often its tokens chose each expert, layer by layer.
+    """
 
     step: int
     loss: float
     balance_loss: float
+    expert_counts: tuple[int, ...]
     held_out_loss: float | None
     time_ms: float
 
@@ -94,6 +99,7 @@ class Trainer:
             self.model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), fused=True
         )
         self.step = 0
+        self._counts_LE = torch.empty(0)  # of the step in progress, over the global batch
 
     def advance(self) -> StepRecord:
         """Trains one step, and evaluates where the configuration says so."""
@@ -111,6 +117,7 @@ class Trainer:
             step=self.step,
             loss=loss,
             balance_loss=balance_loss,
+            expert_counts=tuple(self._counts_LE.flatten().int().tolist()),
             held_out_loss=self.evaluate() if evaluate else None,
             time_ms=time_ms,
         )
@@ -159,6 +166,7 @@ class Trainer:
         counts_LE = torch.stack([routing.expert_counts() for routing in routings])
         if self.num_ranks > 1:
             dist.all_reduce(counts_LE)
+        self._counts_LE = counts_LE
         fractions_LE = counts_LE / counts_LE.sum(-1, keepdim=True)
         probabilities_LE = torch.stack([routing.mean_probability for routing in routings])
         return counts_LE.shape[1] * (fractions_LE * probabilities_LE).sum(-1).mean()
