@@ -63,8 +63,8 @@ def print_agreement(console: Console, agreement: Agreement) -> None:
     )
     if agreement.num_ties:
         console.print(
-            f"  After {agreement.num_alike} steps experts tied for {agreement.num_ties} choices, "
-            "which fell differently; from there on the runs drift apart"
+            f"  After {agreement.num_alike} steps experts tied: of all choices "
+            f"{agreement.num_ties} fell differently, and from there on the runs drift apart"
         )
 
 
