@@ -240,6 +240,6 @@ def make_without(rank: int, what: str) -> None:
         expect_round_trip(shuffle, draw(CASE), group.rank())
 
 
-@pytest.mark.parametrize("what", ["_warmed_up", "Window", "Control", "Mapping"])
+@pytest.mark.parametrize("what", ["_warm_up_once", "Window", "Control", "Mapping"])
 def test_what_a_rank_cannot_make_is_missed_by_all(pool: RankPool, what: str) -> None:
     pool.run(make_without, what)

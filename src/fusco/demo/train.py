@@ -99,7 +99,6 @@ class Trainer:
             self.model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), fused=True
         )
         self.step = 0
-        self._counts_LE = torch.empty(0)  # of the step in progress, over the global batch
 
     def advance(self) -> StepRecord:
         """Trains one step, and evaluates where the configuration says so."""
@@ -107,7 +106,7 @@ class Trainer:
         config = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(self.step)
-        losses = self.backward()
+        losses, counts_LE = self.backward()
         self.optimizer.step()
         self.step += 1
         loss, balance_loss = self._mean_over_ranks(losses)
@@ -117,13 +116,14 @@ class Trainer:
             step=self.step,
             loss=loss,
             balance_loss=balance_loss,
-            expert_counts=tuple(self._counts_LE.flatten().int().tolist()),
+            expert_counts=tuple(counts_LE.flatten().int().tolist()),
             held_out_loss=self.evaluate() if evaluate else None,
             time_ms=time_ms,
         )
 
-    def backward(self) -> Tensor:
-        """Leaves the gradients of the global batch; returns this rank's loss and balance loss."""
+    def backward(self) -> tuple[Tensor, Tensor]:
+        """Leaves the gradients of the global batch; returns this rank's loss and balance loss, and
+        how often the global batch chose each expert, `[layers, E]`."""
         config = self.config
         batch = sample_batch(
             self.corpus.train,
@@ -133,11 +133,12 @@ class Trainer:
             sequence_length=config.model.sequence_length,
         )
         loss = self._loss(batch)
-        balance_loss = self._balance_loss()
+        counts_LE = self._expert_counts()
+        balance_loss = self._balance_loss(counts_LE)
         self.optimizer.zero_grad()
         ((loss + config.balance_coefficient * balance_loss) / self.num_ranks).backward()
         self._sum_gradients()
-        return torch.stack((loss, balance_loss)).detach()
+        return torch.stack((loss, balance_loss)).detach(), counts_LE
 
     @torch.no_grad()
     def evaluate(self) -> float:
@@ -156,17 +157,21 @@ class Trainer:
         logits = self.model(mine.inputs)
         return F.cross_entropy(logits.flatten(0, 1), mine.targets.flatten())
 
-    def _balance_loss(self) -> Tensor:
+    def _expert_counts(self) -> Tensor:
+        """How often the tokens of all ranks chose each expert, `[layers, E]`."""
+        routings = [moe.routing for moe in self.model.moe_layers()]
+        counts_LE = torch.stack([routing.expert_counts() for routing in routings])
+        if self.num_ranks > 1:
+            dist.all_reduce(counts_LE)
+        return counts_LE
+
+    def _balance_loss(self, counts_LE: Tensor) -> Tensor:
         """The Switch Transformer's auxiliary loss (arXiv 2101.03961, eq. 4), mean over the layers.
 
         `E * sum_e fraction_e * mean_probability_e`, with the fractions taken over the global batch:
         so the mean over ranks is the value that one process would compute. 1 is perfect balance.
         """
         routings = [moe.routing for moe in self.model.moe_layers()]
-        counts_LE = torch.stack([routing.expert_counts() for routing in routings])
-        if self.num_ranks > 1:
-            dist.all_reduce(counts_LE)
-        self._counts_LE = counts_LE
         fractions_LE = counts_LE / counts_LE.sum(-1, keepdim=True)
         probabilities_LE = torch.stack([routing.mean_probability for routing in routings])
         return counts_LE.shape[1] * (fractions_LE * probabilities_LE).sum(-1).mean()

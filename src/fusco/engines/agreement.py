@@ -78,7 +78,8 @@ def make_on_all(
         ranks: all of them; None: those of the group.
 
     Returns:
-        what this rank made, and what went wrong on which ranks; empty where nothing did.
+        what this rank made, None where it could not; and what went wrong on which ranks, empty
+        where nothing did.
     """
     made, problem = None, ""
     try:

@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ _INITIAL_WINDOW_BYTES = 1 << 20
 _BASE, _CAPACITY = int(Field.BASE), int(Field.CAPACITY)
 _COMPILE_S = 180.0
 """The least bound of the waits while a Shuffle is made: kernels compile once a machine."""
+_warm_up_once = functools.cache(warm_up)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -85,7 +86,7 @@ class Session:
         self.rank = self._ranks.index(world.topology.rank)
         mailbox = Mailbox(world.group, max(world.timeout_s, _COMPILE_S), wait_s, world.channel)
         # One rank compiles the kernels, then the others find them on disk.
-        self._on_all(mailbox, lambda: self.rank != 0 or _warmed_up())
+        self._on_all(mailbox, lambda: None if self.rank else _warm_up_once())
         self.window, self.control = self._on_all(mailbox, lambda: self._make_memory(wait_s))
         self._windows = self._connect(mailbox)
         self.addresses = np.array([mapping.address for mapping in self._windows])
@@ -99,22 +100,22 @@ class Session:
         made, problems = make_on_all(
             make, lambda text: share_text(mailbox, text, "Shuffle", self._ranks), self._ranks
         )
-        if problems or made is None:
+        if problems:
             raise EngineUnavailableError(
                 f"Shuffle: engine 'cpu' cannot be made on all ranks ({problems}); they must run as "
                 "one user and have memory left, or use engine='reference'"
             )
-        return made
+        return cast(Made, made)
 
     def _make_memory(self, wait_s: list[float]) -> tuple[Window, Control]:
-        _warmed_up()
+        _warm_up_once()
         world = self.world
         control = Control(self._ranks, self.rank, world.record_len, world.timeout_s, wait_s)
         return Window(_INITIAL_WINDOW_BYTES), control
 
     def _connect(self, mailbox: Mailbox) -> list[Mapping]:
         mine = [os.getpid(), self.control.mapping.file, self.window.mapping.file]
-        theirs = mailbox.share(torch.tensor(mine, device="cpu"), self._ranks, operation="Shuffle")
+        theirs = mailbox.share(torch.tensor(mine), self._ranks, operation="Shuffle")
         processes, controls, windows = theirs.T.tolist()
 
         def open_all(files: list[int]) -> list[Mapping]:
@@ -218,9 +219,3 @@ def _no_memory(operation: str, what: object) -> WindowMemoryError:
     return WindowMemoryError(
         f"{operation}: {what}; free memory, dispatch fewer tokens, or balance the routing"
     )
-
-
-@functools.cache
-def _warmed_up() -> bool:
-    warm_up()
-    return True

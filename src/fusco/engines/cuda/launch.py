@@ -101,7 +101,7 @@ def _load(variant: jit.Variant, device: int) -> tuple[Any, Any]:
 def _launch_function() -> Any:
     # NOTE: a launch through cuda.core or cuda.bindings takes several times as long as the driver's
     # own, and a small dispatch little longer than its launches. Its types are not declared, which
-    # would double the time: sizes pass as C ints, and each pointer must be a c_void_p or None.
+    # would double the time: so each argument must be a c_void_p or None.
     return ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
 
 

@@ -7,6 +7,7 @@ no kernels of our own. Ranks wait for each other on the host, after their stream
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -94,9 +95,9 @@ class CudaNode(Node):
         made, problems = make_on_all(
             make, lambda text: share_text(self._mailbox, text, operation, self.ranks), self.ranks
         )
-        if problems or made is None:
+        if problems:
             raise MemoryError(f"no {size} bytes more for the windows of a node ({problems})")
-        return made
+        return cast(Made, made)
 
     def release(self, block: Block) -> None:
         self._heap.free.release(block)

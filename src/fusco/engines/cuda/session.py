@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from copy import copy
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -97,14 +97,14 @@ class Session:
     def make_ready(self, topic: str, make: Callable[[], Made]) -> Made:
         """What a rank needs before any may begin, or an error on every rank."""
         made, problems = make_on_all(make, lambda text: self.bulletin.swap(topic, text))
-        if problems or made is None:
+        if problems:
             raise EngineUnavailableError(
                 f"Shuffle: engine 'cuda' has no {topic} on all ranks ({problems}); free memory, or "
                 "use engine='reference'"
             )
-        return made
+        return cast(Made, made)
 
-    def _make_tables(self) -> bool:
+    def _make_tables(self) -> None:
         self.window.memory.zero_()
         torch.cuda.current_stream().synchronize()
         topology, device = self.world.topology, self.device
@@ -146,7 +146,6 @@ class Session:
         self._say = self.launcher(Variant(name="agree"))
         pending = self._tables["state"].view(torch.int32)[_PENDING : _PENDING + 1]
         self.failures = Failures(self.world, self.bulletin, self._failure, pending, self._head_of)
-        return True
 
     def _constants(self, offsets: dict[str, int]) -> structs.World:
         topology = self.world.topology
@@ -264,12 +263,12 @@ class Session:
             made, problems = make_on_all(
                 make, lambda text: self.bulletin.swap(f"{topic}, {step}", text)
             )
-            if problems or made is None:
+            if problems:
                 raise WindowMemoryError(
                     f"{operation}: no {size} bytes more for the windows of all ranks "
                     f"({problems}); free memory, dispatch fewer tokens, or balance the routing"
                 )
-            return made
+            return cast(Made, made)
 
         memory = on_all("allocated", lambda: self._allocate(size))
         # Mapping what the others have allocated takes room as well.
