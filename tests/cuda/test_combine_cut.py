@@ -4,31 +4,38 @@ from __future__ import annotations
 
 import pytest
 
-from fusco.engines.cuda.combine import cut
+from fusco.engines.cuda.combine import FEW_BLOCKS, MANY_BLOCKS, Crew, cut
 from fusco.engines.cuda.kernels import structs
 
 AMPERE, HOPPER = 163 << 10, 227 << 10
 
 
 @pytest.mark.parametrize("max_shared_bytes", [AMPERE, HOPPER])
-@pytest.mark.parametrize("num_pipelines", range(1, structs.PIPELINES + 1))
+@pytest.mark.parametrize("crew", [FEW_BLOCKS, MANY_BLOCKS])
 @pytest.mark.parametrize("num_rows", [1, 8, 16, 32])
 @pytest.mark.parametrize("row_bytes", [16, 4096, 14336, 14336 + 16, 65536, 1 << 20])
 def test_pieces_cover_a_row_and_fit(
-    max_shared_bytes: int, num_pipelines: int, num_rows: int, row_bytes: int
+    max_shared_bytes: int, crew: Crew, num_rows: int, row_bytes: int
 ) -> None:
-    piece_bytes, num_slots, shared_bytes = cut(row_bytes, num_pipelines, num_rows, max_shared_bytes)
+    piece_bytes, num_slots, shared_bytes = cut(row_bytes, crew, num_rows, max_shared_bytes)
     assert piece_bytes % 16 == 0
     assert num_slots >= num_rows
-    buffers = num_pipelines * structs.SENDERS * structs.BUFFERS * piece_bytes
-    rings = num_pipelines * num_slots * piece_bytes
+    buffers = crew.num_pipelines * structs.SENDERS * piece_bytes
+    rings = crew.num_pipelines * num_slots * piece_bytes
     assert rings + buffers + structs.COMBINE_SHARED_BYTES == shared_bytes <= max_shared_bytes
 
 
+@pytest.mark.parametrize("crew", [FEW_BLOCKS, MANY_BLOCKS])
+def test_a_block_has_room_for_its_warps(crew: Crew) -> None:
+    assert crew.num_pipelines <= structs.PIPELINES
+    assert crew.num_threads <= structs.COMBINE_WARPS * 32
+
+
 def test_rows_that_fit_are_whole() -> None:
-    assert cut(4096, 1, 8, HOPPER).piece_bytes == 4096
+    assert cut(4096, FEW_BLOCKS, 8, HOPPER).piece_bytes == 4096
+    assert cut(14336, MANY_BLOCKS, 8, HOPPER).piece_bytes == 14336
 
 
 def test_more_rows_need_smaller_pieces() -> None:
-    assert cut(7168, 2, 8, HOPPER).piece_bytes == 7168
-    assert cut(7168, 2, 16, HOPPER).piece_bytes < 7168
+    assert cut(7168, FEW_BLOCKS, 8, HOPPER).piece_bytes == 7168
+    assert cut(7168, FEW_BLOCKS, 16, HOPPER).piece_bytes < 7168

@@ -18,12 +18,40 @@ from fusco.layout.heap import NOTHING
 from fusco.layout.segments import bytes_per_row
 from fusco.types import Plan
 
-_MAX_PIECE_BYTES = 2 * structs.SUMMERS * 32 * 16
-"""What a pipeline sums in one step."""
-_NUM_BUFFERS = structs.SENDERS * structs.BUFFERS
-_THREADS = (1 + structs.SUMMERS + structs.SENDERS) * 32
-"""Of a pipeline."""
-_ITEMS_AT_ONCE = 4
+_TOKENS_AN_ITEM = 16
+"""How many tokens a pipeline has for each that it takes at a time."""
+
+
+class Crew(NamedTuple):
+    """The warps of a block.
+
+    Attributes:
+        num_pipelines: in a block.
+        num_summers: warps of each that sum; 7 divide a row of 7168 elements.
+        items_at_once: the most rows to sum that each takes at a time.
+    """
+
+    num_pipelines: int
+    num_summers: int
+    items_at_once: int
+
+    @property
+    def piece_bytes(self) -> int:
+        """What the summing warps of a pipeline sum in one step, at the most: two vectors a
+        thread."""
+        return 2 * self.num_summers * 32 * 16
+
+    @property
+    def num_threads(self) -> int:
+        """Of a block."""
+        return self.num_pipelines * (1 + self.num_summers + structs.SENDERS) * 32
+
+
+# Tuned on H200 at hidden 7168 in bfloat16. Of few blocks each has much to do, and does more of it
+# at once by two pipelines. Of many, the one that ends last keeps all waiting, and one pipeline is
+# sooner done with a row.
+FEW_BLOCKS = Crew(num_pipelines=2, num_summers=7, items_at_once=3)
+MANY_BLOCKS = Crew(num_pipelines=1, num_summers=14, items_at_once=2)
 
 
 class Cut(NamedTuple):
@@ -50,9 +78,10 @@ class Combiner:
         self._session = session
         self._args = structs.CombineArgs()
         self._kernels = session.launchers("combine", self._args)
-        # Few blocks have much to do each; of many, the one that ends last keeps all waiting.
         is_few = session.num_sms <= session.max_sms // 2
-        self._num_pipelines = structs.PIPELINES if is_few else 1
+        self._crew = crew = FEW_BLOCKS if is_few else MANY_BLOCKS
+        self._num_pipelines = session.num_sms * crew.num_pipelines
+        self._args.num_summers = crew.num_summers
         self._parts: dict[str, list[_Part]] = {}
 
     def combine(
@@ -64,7 +93,7 @@ class Combiner:
         row_values: Tensor | None,
     ) -> Returned:
         """See `Engine.combine`."""
-        session, args = self._session, self._args
+        session, args, crew = self._session, self._args, self._crew
         stream = session.order.begin()
         # A kernel is loaded before anything is published, for that may fail.
         parts = self._parts.get(call.form) or self._parts_of(call.form, rows)
@@ -81,14 +110,15 @@ class Combiner:
         args.row_weights = _address(row_weights)
         _, _, args.pairs, args.links = Addresses.of(plan, stream)
         args.num_tokens = num_tokens
-        # Where there is little to do for each block, it takes less at a time.
-        args.items_at_once = min(_ITEMS_AT_ONCE, num_tokens // (150 * session.num_sms) + 1)
+        # Where there is little to do for each pipeline, it takes less at a time.
+        share = num_tokens // self._num_pipelines
+        args.items_at_once = min(crew.items_at_once, share // _TOKENS_AN_ITEM + 1)
         for number, (part, each, out) in enumerate(zip(parts, rows, sums, strict=True)):
             args.part, args.is_last = number, number == len(rows) - 1
             args.rows, args.out = each.data_ptr(), out.data_ptr()
             kernel, args.row_bytes, args.returns_at, pieces = part
             args.piece_bytes, args.num_slots, shared_bytes = pieces
-            kernel(stream, session.num_sms, self._num_pipelines * _THREADS, shared_bytes)
+            kernel(stream, session.num_sms, crew.num_threads, shared_bytes)
             args.row_values = args.pair_values = 0
         return Returned(sums=sums, pair_values=pair_values)
 
@@ -101,24 +131,24 @@ class Combiner:
         returns_at, parts = session.constants.returns_at, []
         for each in rows:
             size = bytes_per_row(each)
-            pieces = cut(size, self._num_pipelines, need, session.max_shared_bytes)
+            pieces = cut(size, self._crew, need, session.max_shared_bytes)
             parts.append(_Part(self._kernels(each.dtype), size, returns_at, pieces))
             returns_at += session.layout.num_returns * size
         self._parts[form] = parts
         return parts
 
 
-def cut(row_bytes: int, num_pipelines: int, num_rows: int, max_shared_bytes: int) -> Cut:
+def cut(row_bytes: int, crew: Crew, num_rows: int, max_shared_bytes: int) -> Cut:
     """Cut rows into as few pieces as let `num_rows` rows of a piece lie in each pipeline."""
-    room = (max_shared_bytes - structs.COMBINE_SHARED_BYTES) // num_pipelines
-    num_pieces = -(-row_bytes // _MAX_PIECE_BYTES)
+    room = (max_shared_bytes - structs.COMBINE_SHARED_BYTES) // crew.num_pipelines
+    num_pieces = -(-row_bytes // crew.piece_bytes)
     while True:
         piece_bytes = round_up(-(-row_bytes // num_pieces), 16)
-        num_slots = room // piece_bytes - _NUM_BUFFERS
+        num_slots = room // piece_bytes - structs.SENDERS
         if num_slots >= num_rows:
             break
         num_pieces += 1
-    num_places = num_pipelines * (num_slots + _NUM_BUFFERS)
+    num_places = crew.num_pipelines * (num_slots + structs.SENDERS)
     return Cut(piece_bytes, num_slots, num_places * piece_bytes + structs.COMBINE_SHARED_BYTES)
 
 

@@ -167,21 +167,12 @@ __device__ __forceinline__ void report_to_host(const World& world, const Call& c
   report->ticket = call.ticket;
 }
 
-// Called by every block when it is done; true for the last one, which may reset what all share.
-__device__ __forceinline__ bool is_last_block(State& state) {
-  __shared__ bool is_last;
-  __syncthreads();
-  if (threadIdx.x == 0) is_last = add_acq_rel_gpu(&state.finished, 1) == gridDim.x - 1;
-  __syncthreads();
-  return is_last;
-}
-
-// The end of a kernel; `epoch` is the last operation that is over. True for the one thread that
-// comes last.
+// The end of a kernel, called by every block; `epoch` is the last operation that is over. True for
+// one thread of the block that comes last, which may reset what all share.
 __device__ __forceinline__ bool finish(State& state, u32 epoch) {
   __syncthreads();
   let_next_kernel_begin();
-  if (!is_last_block(state) || threadIdx.x != 0) return false;
+  if (threadIdx.x != 0 || add_acq_rel_gpu(&state.finished, 1) != gridDim.x - 1) return false;
   state.finished = 0;
   for (u32& queue : state.queue) queue = 0;
   state.epoch = epoch;

@@ -16,13 +16,12 @@
 __device__ __forceinline__ void send_sums(Pipeline& shared, const CombineArgs& args, int sender,
                                           u32 epoch, const u8* sums) {
   for (u32 number = 0;; ++number) {
-    const u32 buffer = sender * kBuffers + number % kBuffers;
-    shared.sum_full[buffer].wait(number / kBuffers & 1);
-    const Sent sent = shared.sent[buffer];
+    shared.sum_full[sender].wait(number & 1);
+    const Sent sent = shared.sent[sender];
     if (sent.size < 0) return;
-    drain(sent.out, sums + buffer * args.piece_bytes, sent.size, sent.flag != nullptr);
+    drain(sent.out, sums + sender * args.piece_bytes, sent.size, sent.flag != nullptr);
     if (lane_id() == 0 && sent.flag) store_release(sent.flag, epoch);
-    shared.sum_empty[buffer].arrive();
+    shared.sum_empty[sender].arrive();
   }
 }
 
@@ -41,24 +40,25 @@ __device__ __forceinline__ void clear_sums(const World& world, const CombineArgs
 }
 
 // A combine of several tensors is several kernels, of which the first agrees for all.
-extern "C" __global__ void __launch_bounds__(kPipelines * kPipelineWarps * kWarp, 1)
+extern "C" __global__ void __launch_bounds__(kCombineWarps* kWarp, 1)
     combine(const __grid_constant__ World world, const __grid_constant__ Call call,
             const __grid_constant__ CombineArgs args) {
   extern __shared__ __align__(128) u8 dynamic[];
-  const i32 num_slots = args.num_slots + kSenders * kBuffers;  // of a pipeline
-  const int num_pipelines = blockDim.x / (kPipelineWarps * kWarp);
+  const i32 num_slots = args.num_slots + kSenders;  // of a pipeline
+  const int pipeline_warps = 1 + args.num_summers + kSenders,
+            num_pipelines = blockDim.x / (pipeline_warps * kWarp);
   Shared& shared =
       *reinterpret_cast<Shared*>(dynamic + num_pipelines * num_slots * args.piece_bytes);
   if (threadIdx.x < num_pipelines) {
     Pipeline& pipeline = shared.pipelines[threadIdx.x];
     for (int i = 0; i < kPieces; ++i) {
       pipeline.full[i].init(kFillArrivals);
-      pipeline.empty[i].init(kSummers);
+      pipeline.empty[i].init(args.num_summers);
     }
-    for (int i = 0; i < kSenders * kBuffers; ++i) {
+    for (int i = 0; i < kSenders; ++i) {
       // By every thread that touches sums: one lane after a __syncwarp would do, but racecheck does
       // not follow that.
-      pipeline.sum_full[i].init(kSummingThreads);
+      pipeline.sum_full[i].init(args.num_summers * kWarp);
       pipeline.sum_empty[i].init(kWarp);
     }
 #if FUSCO_BULK
@@ -84,14 +84,14 @@ extern "C" __global__ void __launch_bounds__(kPipelines * kPipelineWarps * kWarp
     verdict = agree(world, call, epoch, links.number, look_up_peers);
   } else {
     look_up_peers();
+    __syncthreads();
   }
-  __syncthreads();
   if (verdict == kGo) {
     if (blockIdx.x == 0 && threadIdx.x < world.num_ranks) {
       reinterpret_cast<u64*>(world.sent_bytes)[threadIdx.x] +=
           shared.peers[threadIdx.x].arrivals * static_cast<i64>(args.row_bytes);
     }
-    const int number = warp_id() / kPipelineWarps, warp = warp_id() % kPipelineWarps;
+    const int number = warp_id() / pipeline_warps, warp = warp_id() % pipeline_warps;
     Pipeline& pipeline = shared.pipelines[number];
     u8* rows = dynamic + number * num_slots * args.piece_bytes;
     u8* sums = rows + args.num_slots * args.piece_bytes;
@@ -107,10 +107,10 @@ extern "C" __global__ void __launch_bounds__(kPipelines * kPipelineWarps * kWarp
         }
       }
       fetcher.fetch_end();
-    } else if (warp <= kSummers) {
-      sum_items(pipeline, args, threadIdx.x - (number * kPipelineWarps + 1) * kWarp, rows, sums);
+    } else if (warp <= args.num_summers) {
+      sum_items(pipeline, args, threadIdx.x - (number * pipeline_warps + 1) * kWarp, rows, sums);
     } else {
-      send_sums(pipeline, args, warp - 1 - kSummers, epoch, sums);
+      send_sums(pipeline, args, warp - 1 - args.num_summers, epoch, sums);
     }
   }
   if (verdict != kGo) clear_sums(world, args);

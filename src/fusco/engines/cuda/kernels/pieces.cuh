@@ -34,8 +34,8 @@ struct Peer {
 // What the warps of a pipeline share.
 struct Pipeline {
   Barrier full[kPieces], empty[kPieces];
-  Barrier sum_full[kSenders * kBuffers], sum_empty[kSenders * kBuffers];
-  Sent sent[kSenders * kBuffers];
+  Barrier sum_full[kSenders], sum_empty[kSenders];
+  Sent sent[kSenders];
   Piece pieces[kPieces];
 };
 
@@ -45,6 +45,3 @@ struct Shared {
 };
 
 static_assert(sizeof(Shared) <= kCombineSharedBytes, "see structs.py");
-
-constexpr int kSummingThreads = kSummers * kWarp;
-constexpr int kPipelineWarps = 1 + kSummers + kSenders;

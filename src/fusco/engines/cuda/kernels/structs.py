@@ -15,15 +15,13 @@ MAX_PARTS = 4
 REPORTS = 8
 """Places in which kernels report to the host, taken in turn."""
 PIPELINES = 2
-"""Pipelines in a block of a combine."""
+"""Pipelines in a block of a combine, at the most."""
 PIECES = 16
 """Pieces of work that a pipeline has under way at the most."""
-SUMMERS = 7
-"""Warps of a pipeline that sum; 7 divide a row of 7168 elements."""
 SENDERS = 2
-"""Warps of a pipeline that send sums."""
-BUFFERS = 2
-"""Sums that each of them has under way."""
+"""Warps of a pipeline that send sums, each one at a time."""
+COMBINE_WARPS = 20
+"""In a block of a combine, at the most; with more they would have too few registers."""
 
 
 class Verdict(IntEnum):
@@ -154,7 +152,7 @@ class CombineArgs(ctypes.Structure):
         ("piece_bytes", c_int32),
         ("num_slots", c_int32),
         ("items_at_once", c_int32),
-        ("unused", c_int32),
+        ("num_summers", c_int32),
     )
 
 
@@ -251,9 +249,8 @@ def declarations() -> str:
         "kBlockAlignment": BLOCK_ALIGNMENT,
         "kPipelines": PIPELINES,
         "kPieces": PIECES,
-        "kSummers": SUMMERS,
         "kSenders": SENDERS,
-        "kBuffers": BUFFERS,
+        "kCombineWarps": COMBINE_WARPS,
         "kCombineSharedBytes": COMBINE_SHARED_BYTES,
         **{f"k{each.name.title()}": each for each in Verdict},
         "kReady": Status.READY,

@@ -4,9 +4,6 @@
 #include "element.cuh"
 #include "pieces.cuh"
 
-// Every how many bytes a thread has a vector.
-constexpr int kStride = kSummingThreads * 16;
-
 // The rows of a piece, as a thread sees them that sums kVectors of its vectors.
 template <int kVectors>
 struct Rows {
@@ -14,6 +11,7 @@ struct Rows {
 
   const Piece& piece;
   const u8* first;  // the thread's first vector of the first row
+  i32 stride;       // every how many bytes it has another
   i32 piece_bytes, ring_bytes, num_before_wrap;
 
   // All are read before any is needed, since an addition waits for the one before.
@@ -28,7 +26,7 @@ struct Rows {
       if (kHasWeights) weight[j] = piece.weights[row];
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
-        vector[j][v] = *reinterpret_cast<const Vector*>(at + v * kStride);
+        vector[j][v] = *reinterpret_cast<const Vector*>(at + v * stride);
       }
     }
 #pragma unroll
@@ -90,10 +88,10 @@ struct Rows {
     add<false>(sum, own_end, end);
   }
 
-  __device__ __forceinline__ static void store(u8* to, const Sum& sum) {
+  __device__ __forceinline__ void store(u8* to, const Sum& sum) const {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      *reinterpret_cast<Vector*>(to + v * kStride) = narrow(sum[v]);
+      *reinterpret_cast<Vector*>(to + v * stride) = narrow(sum[v]);
     }
   }
 
@@ -122,31 +120,30 @@ struct Rows {
 __device__ __forceinline__ void sum_items(Pipeline& shared, const CombineArgs& args, int thread,
                                           const u8* rows, u8* sums) {
   const u32 num_pieces = (args.row_bytes + args.piece_bytes - 1) / args.piece_bytes;
-  const i32 ring_bytes = args.num_slots * args.piece_bytes;
+  const i32 stride = args.num_summers * kWarp * 16, ring_bytes = args.num_slots * args.piece_bytes;
   int num_ends = 0;
   for (u32 item = 0; num_ends < kSenders; ++item) {
     i32 size = 0;
     for (u32 i = 0; i < num_pieces; ++i) {
       const u32 number = item * num_pieces + i, place = number % kPieces;
-      const u32 given = item / kSenders * num_pieces + i;  // to this sender before
-      const u32 buffer = item % kSenders * kBuffers + given % kBuffers;
+      const u32 sender = item % kSenders, given = item / kSenders * num_pieces + i;  // it before
       shared.full[place].wait(number / kPieces & 1);
       const Piece& piece = shared.pieces[place];
       size = piece.size;
       if (size >= 0 || i == 0) {
-        shared.sum_empty[buffer].wait(given / kBuffers & 1 ^ 1);
-        if (thread == 0) shared.sent[buffer] = Sent{piece.out, piece.flag, size};
+        shared.sum_empty[sender].wait(given & 1 ^ 1);
+        if (thread == 0) shared.sent[sender] = Sent{piece.out, piece.flag, size};
       }
-      u8* sum = sums + buffer * args.piece_bytes;
+      u8* sum = sums + sender * args.piece_bytes;
       const u8* first = rows + piece.slot * args.piece_bytes;
       const i32 num_before_wrap = args.num_slots - piece.slot;
       const int num_vectors = piece.node_ends ? 1 : 2;
-      for (i32 at = thread * 16; at < size; at += num_vectors * kStride) {
-        const Rows<1> one{piece, first + at, args.piece_bytes, ring_bytes, num_before_wrap};
-        const Rows<2> two{piece, first + at, args.piece_bytes, ring_bytes, num_before_wrap};
+      for (i32 at = thread * 16; at < size; at += num_vectors * stride) {
+        const Rows<1> one{piece, first + at, stride, args.piece_bytes, ring_bytes, num_before_wrap};
+        const Rows<2> two{piece, first + at, stride, args.piece_bytes, ring_bytes, num_before_wrap};
         if (piece.node_ends) {
           one.sum_nodes_to(sum + at);
-        } else if (at + kStride < size) {
+        } else if (at + stride < size) {
           two.sum_to(sum + at);
         } else {
           one.sum_to(sum + at);
@@ -155,7 +152,7 @@ __device__ __forceinline__ void sum_items(Pipeline& shared, const CombineArgs& a
       publish_to_copies();
       __syncwarp();
       if (lane_id() == 0) shared.empty[place].arrive();
-      if (size >= 0 || i == 0) shared.sum_full[buffer].arrive();
+      if (size >= 0 || i == 0) shared.sum_full[sender].arrive();
     }
     num_ends += size < 0;
   }
