@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from fusco.engines.cuda.combine import FEW_BLOCKS, MANY_BLOCKS, Crew, cut
+from fusco.engines.cuda.combine import ONE_PIPELINE, TWO_PIPELINES, Crew, cut
 from fusco.engines.cuda.kernels import structs
 
 AMPERE, HOPPER = 163 << 10, 227 << 10
 
 
 @pytest.mark.parametrize("max_shared_bytes", [AMPERE, HOPPER])
-@pytest.mark.parametrize("crew", [FEW_BLOCKS, MANY_BLOCKS])
+@pytest.mark.parametrize("crew", [TWO_PIPELINES, ONE_PIPELINE])
 @pytest.mark.parametrize("num_rows", [1, 8, 16, 32])
 @pytest.mark.parametrize("row_bytes", [16, 4096, 14336, 14336 + 16, 65536, 1 << 20])
 def test_pieces_cover_a_row_and_fit(
@@ -25,17 +25,17 @@ def test_pieces_cover_a_row_and_fit(
     assert rings + buffers + structs.COMBINE_SHARED_BYTES == shared_bytes <= max_shared_bytes
 
 
-@pytest.mark.parametrize("crew", [FEW_BLOCKS, MANY_BLOCKS])
+@pytest.mark.parametrize("crew", [TWO_PIPELINES, ONE_PIPELINE])
 def test_a_block_has_room_for_its_warps(crew: Crew) -> None:
     assert crew.num_pipelines <= structs.PIPELINES
     assert crew.num_threads <= structs.COMBINE_WARPS * 32
 
 
 def test_rows_that_fit_are_whole() -> None:
-    assert cut(4096, FEW_BLOCKS, 8, HOPPER).piece_bytes == 4096
-    assert cut(14336, MANY_BLOCKS, 8, HOPPER).piece_bytes == 14336
+    assert cut(4096, TWO_PIPELINES, 8, HOPPER).piece_bytes == 4096
+    assert cut(14336, ONE_PIPELINE, 8, HOPPER).piece_bytes == 14336
 
 
 def test_more_rows_need_smaller_pieces() -> None:
-    assert cut(7168, FEW_BLOCKS, 8, HOPPER).piece_bytes == 7168
-    assert cut(7168, FEW_BLOCKS, 16, HOPPER).piece_bytes < 7168
+    assert cut(7168, TWO_PIPELINES, 8, HOPPER).piece_bytes == 7168
+    assert cut(7168, TWO_PIPELINES, 16, HOPPER).piece_bytes < 7168

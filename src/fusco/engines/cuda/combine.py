@@ -18,7 +18,7 @@ from fusco.layout.heap import NOTHING
 from fusco.layout.segments import bytes_per_row
 from fusco.types import Plan
 
-_TOKENS_AN_ITEM = 16
+_TOKENS_AN_ITEM = 24
 """How many tokens a pipeline has for each that it takes at a time."""
 
 
@@ -47,11 +47,11 @@ class Crew(NamedTuple):
         return self.num_pipelines * (1 + self.num_summers + structs.SENDERS) * 32
 
 
-# Tuned on H200 at hidden 7168 in bfloat16. Of few blocks each has much to do, and does more of it
-# at once by two pipelines. Of many, the one that ends last keeps all waiting, and one pipeline is
-# sooner done with a row.
-FEW_BLOCKS = Crew(num_pipelines=2, num_summers=7, items_at_once=3)
-MANY_BLOCKS = Crew(num_pipelines=1, num_summers=14, items_at_once=2)
+# Tuned on H200 in bfloat16 at hidden 7168, 2880 and 2048. A block does most by two pipelines. But
+# of many blocks the one that ends last keeps all waiting, and one pipeline, which has room for
+# large rows whole, is sooner done with each.
+TWO_PIPELINES = Crew(num_pipelines=2, num_summers=7, items_at_once=3)
+ONE_PIPELINE = Crew(num_pipelines=1, num_summers=14, items_at_once=2)
 
 
 class Cut(NamedTuple):
@@ -68,6 +68,8 @@ class _Part(NamedTuple):
     kernel: Launcher
     row_bytes: int
     returns_at: int
+    crew: Crew
+    num_threads: int
     pieces: Cut
 
 
@@ -78,10 +80,7 @@ class Combiner:
         self._session = session
         self._args = structs.CombineArgs()
         self._kernels = session.launchers("combine", self._args)
-        is_few = session.num_sms <= session.max_sms // 2
-        self._crew = crew = FEW_BLOCKS if is_few else MANY_BLOCKS
-        self._num_pipelines = session.num_sms * crew.num_pipelines
-        self._args.num_summers = crew.num_summers
+        self._has_many_blocks = session.num_sms > session.max_sms // 2
         self._parts: dict[str, list[_Part]] = {}
 
     def combine(
@@ -93,7 +92,7 @@ class Combiner:
         row_values: Tensor | None,
     ) -> Returned:
         """See `Engine.combine`."""
-        session, args, crew = self._session, self._args, self._crew
+        session, args = self._session, self._args
         stream = session.order.begin()
         # A kernel is loaded before anything is published, for that may fail.
         parts = self._parts.get(call.form) or self._parts_of(call.form, rows)
@@ -110,15 +109,16 @@ class Combiner:
         args.row_weights = _address(row_weights)
         _, _, args.pairs, args.links = Addresses.of(plan, stream)
         args.num_tokens = num_tokens
-        # Where there is little to do for each pipeline, it takes less at a time.
-        share = num_tokens // self._num_pipelines
-        args.items_at_once = min(crew.items_at_once, share // _TOKENS_AN_ITEM + 1)
         for number, (part, each, out) in enumerate(zip(parts, rows, sums, strict=True)):
             args.part, args.is_last = number, number == len(rows) - 1
             args.rows, args.out = each.data_ptr(), out.data_ptr()
-            kernel, args.row_bytes, args.returns_at, pieces = part
+            kernel, args.row_bytes, args.returns_at, crew, num_threads, pieces = part
             args.piece_bytes, args.num_slots, shared_bytes = pieces
-            kernel(stream, session.num_sms, crew.num_threads, shared_bytes)
+            args.num_summers = crew.num_summers
+            # Where there is little to do for each pipeline, it takes less at a time.
+            share = num_tokens // (session.num_sms * crew.num_pipelines)
+            args.items_at_once = min(crew.items_at_once, share // _TOKENS_AN_ITEM + 1)
+            kernel(stream, session.num_sms, num_threads, shared_bytes)
             args.row_values = args.pair_values = 0
         return Returned(sums=sums, pair_values=pair_values)
 
@@ -131,8 +131,11 @@ class Combiner:
         returns_at, parts = session.constants.returns_at, []
         for each in rows:
             size = bytes_per_row(each)
-            pieces = cut(size, self._crew, need, session.max_shared_bytes)
-            parts.append(_Part(self._kernels(each.dtype), size, returns_at, pieces))
+            is_large = self._has_many_blocks and size > TWO_PIPELINES.piece_bytes
+            crew = ONE_PIPELINE if is_large else TWO_PIPELINES
+            pieces = cut(size, crew, need, session.max_shared_bytes)
+            kernel = self._kernels(each.dtype)
+            parts.append(_Part(kernel, size, returns_at, crew, crew.num_threads, pieces))
             returns_at += session.layout.num_returns * size
         self._parts[form] = parts
         return parts

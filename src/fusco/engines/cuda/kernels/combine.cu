@@ -34,6 +34,7 @@ __device__ __forceinline__ void clear_sums(const World& world, const CombineArgs
   for (i64 i = first; i < num_vectors; i += stride) {
     store_vector(reinterpret_cast<Vector*>(args.out) + i, Vector{});
   }
+#pragma unroll 1
   for (i64 i = first; i < num_values; i += stride) {
     reinterpret_cast<float*>(args.pair_values)[i] = 0;
   }
@@ -49,17 +50,16 @@ extern "C" __global__ void __launch_bounds__(kCombineWarps* kWarp, 1)
             num_pipelines = blockDim.x / (pipeline_warps * kWarp);
   Shared& shared =
       *reinterpret_cast<Shared*>(dynamic + num_pipelines * num_slots * args.piece_bytes);
-  if (threadIdx.x < num_pipelines) {
-    Pipeline& pipeline = shared.pipelines[threadIdx.x];
-    for (int i = 0; i < kPieces; ++i) {
-      pipeline.full[i].init(kFillArrivals);
-      pipeline.empty[i].init(args.num_summers);
-    }
-    for (int i = 0; i < kSenders; ++i) {
+  static_assert(kPieces <= kWarp && kSenders <= kPieces, "a lane for each");
+  if (warp_id() < num_pipelines && lane_id() < kPieces) {
+    Pipeline& pipeline = shared.pipelines[warp_id()];
+    pipeline.full[lane_id()].init(kFillArrivals);
+    pipeline.empty[lane_id()].init(args.num_summers);
+    if (lane_id() < kSenders) {
       // By every thread that touches sums: one lane after a __syncwarp would do, but racecheck does
       // not follow that.
-      pipeline.sum_full[i].init(args.num_summers * kWarp);
-      pipeline.sum_empty[i].init(kWarp);
+      pipeline.sum_full[lane_id()].init(args.num_summers * kWarp);
+      pipeline.sum_empty[lane_id()].init(kWarp);
     }
 #if FUSCO_BULK
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

@@ -66,6 +66,7 @@ struct RowSlot {
 
   // Fills it with zeros.
   __device__ __forceinline__ void clear(i32 size) {
+#pragma unroll 1
     for (i32 at = lane_id() * 16; at < size; at += kWarp * 16) {
       *reinterpret_cast<Vector*>(bytes + at) = Vector{};
     }

@@ -138,6 +138,7 @@ struct Dispatch {
         i32* slots = links.slots(world, rank, segment);
         slots[index] = to_slot;
         if (is_first) {
+#pragma unroll 1
           for (int i = count; i < top_k; ++i) slots[i] = -1;
         }
       } else {
@@ -226,10 +227,8 @@ struct Dispatch {
   __device__ __forceinline__ void receive_all(State& state) const {
     const u32 num_others = world.num_ranks - 1;
     if (num_others == 0) return;
-    i32 most = 0;
-    for (int rank = 0; rank < world.num_ranks; ++rank) {
-      if (rank != world.rank) most = max(most, links.arrivals[rank]);
-    }
+    const bool is_other = lane_id() < world.num_ranks && lane_id() != world.rank;
+    const u32 most = __reduce_max_sync(kFullWarp, is_other ? links.arrivals[lane_id()] : 0);
     const u32 end = num_others * most;
     if (!is_needed(end, !sends_first())) return;
     Claim claim{&state.queue[1]};
@@ -291,6 +290,7 @@ __device__ __forceinline__ void find_places(const World& world, const DispatchAr
   }
   if (blockIdx.x == 0) {
     i64 row_bytes = 0;
+#pragma unroll 1
     for (int part = 0; part < args.num_parts; ++part) row_bytes += args.row_bytes[part];
     for (int rank = threadIdx.x; rank < world.num_ranks; rank += blockDim.x) {
       reinterpret_cast<u64*>(world.sent_bytes)[rank] += links.sends[rank] * row_bytes;

@@ -356,10 +356,8 @@ struct Fetcher {
   // would hold what peers wait for, and its own rank's other blocks wait for peers.
   __device__ __forceinline__ void give_back_all(State& state) {
     const u32 num_others = world.num_ranks - 1;
-    i32 most = 0;
-    for (int rank = 0; rank < world.num_ranks; ++rank) {
-      if (rank != world.rank) most = max(most, peers[rank].arrivals);
-    }
+    const bool is_other = lane_id() < world.num_ranks && lane_id() != world.rank;
+    const u32 most = __reduce_max_sync(kFullWarp, is_other ? peers[lane_id()].arrivals : 0);
     const u32 end = num_others * most;
     take_all(
         Queue(&state.queue[0], num_items, end), [&](u32 first) { return arrived(first, end); },

@@ -40,6 +40,7 @@ __device__ __forceinline__ i64 rows_of_block(const World& world, const Links& li
 // the last are the row weights.
 __device__ __forceinline__ i64 part_at(const i32* row_bytes, int part, i64 num_rows) {
   i64 at = 0;
+#pragma unroll 1
   for (int i = 0; i < part; ++i) at += round_up(num_rows * row_bytes[i], kBlockAlignment);
   return at;
 }

@@ -14,43 +14,28 @@ struct Rows {
   i32 stride;       // every how many bytes it has another
   i32 piece_bytes, ring_bytes, num_before_wrap;
 
-  // All are read before any is needed, since an addition waits for the one before.
-  template <bool kHasWeights, int kRows>
-  __device__ __forceinline__ void add_some(Sum& sum, i32 begin) const {
-    float weight[kRows];
-    Vector vector[kRows][kVectors];
-#pragma unroll
-    for (int j = 0; j < kRows; ++j) {
-      const i32 row = begin + j;
+  // One row after the other: several at once need code for every number of rows, for which the
+  // caches of instructions have no room.
+  template <bool kHasWeights>
+  __device__ __forceinline__ void add(Sum& sum, i32 begin, i32 end) const {
+#pragma unroll 1
+    for (i32 row = begin; row < end; ++row) {
       const u8* at = first + row * piece_bytes - (row < num_before_wrap ? 0 : ring_bytes);
-      if (kHasWeights) weight[j] = piece.weights[row];
+      const float weight = kHasWeights ? piece.weights[row] : 1;
+      Vector vector[kVectors];
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
-        vector[j][v] = *reinterpret_cast<const Vector*>(at + v * stride);
+        vector[v] = *reinterpret_cast<const Vector*>(at + v * stride);
       }
-    }
-#pragma unroll
-    for (int j = 0; j < kRows; ++j) {
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
 #pragma unroll
         for (int i = 0; i < kPerVector; ++i) {
-          const Wide value = widen(vector[j][v], i);
-          sum[v][i] = add_exact(sum[v][i], kHasWeights ? multiply_exact(value, weight[j]) : value);
+          const Wide value = widen(vector[v], i);
+          sum[v][i] = add_exact(sum[v][i], kHasWeights ? multiply_exact(value, weight) : value);
         }
       }
     }
-  }
-
-  template <bool kHasWeights>
-  __device__ __forceinline__ void add(Sum& sum, i32 begin, i32 end) const {
-#pragma unroll 1
-    for (; begin + 4 <= end; begin += 4) add_some<kHasWeights, 4>(sum, begin);
-    if (begin + 2 <= end) {
-      add_some<kHasWeights, 2>(sum, begin);
-      begin += 2;
-    }
-    if (begin < end) add_some<kHasWeights, 1>(sum, begin);
   }
 
   __device__ __forceinline__ static void add_rounded(Sum& sum, const Vector (&rounded)[kVectors]) {
