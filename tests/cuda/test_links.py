@@ -66,11 +66,17 @@ def test_links(num_tokens: int, num_ranks: int, max_tokens: int, top_k: int) -> 
 @pytest.mark.parametrize(("row_bytes", "num_rows"), BLOCKS)
 def test_block(row_bytes: tuple[int, ...], num_rows: int) -> None:
     *starts, end = part_starts(row_bytes, num_rows)
-    setup = f"const i32 row_bytes[] = {{{', '.join(map(str, (*row_bytes, 0)))}}};\n"
-    checks = [
-        (f"part_at(row_bytes, {part}, {num_rows})", start) for part, start in enumerate(starts)
-    ]
-    checks.append((f"block_bytes(row_bytes, {len(row_bytes)}, {num_rows})", end))
+    setup = f"constexpr i32 row_bytes[] = {{{', '.join(map(str, (*row_bytes, 0)))}}};\n"
+    checks = []
+
+    def check(name: str, what: str, value: int) -> None:
+        nonlocal setup
+        setup += f"constexpr i64 {name} = {what};\n"
+        checks.append((name, value))
+
+    for part, start in enumerate(starts):
+        check(f"part_{part}", f"part_at(row_bytes, {part}, {num_rows})", start)
+    check("end", f"block_bytes(row_bytes, {len(row_bytes)}, {num_rows})", end)
     expect(checks, setup)
 
 

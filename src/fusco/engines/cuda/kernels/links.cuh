@@ -38,13 +38,14 @@ __device__ __forceinline__ i64 rows_of_block(const World& world, const Links& li
 
 // Where part `part` begins in the block of a rank that receives `num_rows` rows; the part behind
 // the last are the row weights.
-__device__ __forceinline__ i64 part_at(const i32* row_bytes, int part, i64 num_rows) {
+__device__ __forceinline__ constexpr i64 part_at(const i32* row_bytes, int part, i64 num_rows) {
   i64 at = 0;
 #pragma unroll 1
   for (int i = 0; i < part; ++i) at += round_up(num_rows * row_bytes[i], kBlockAlignment);
   return at;
 }
 
-__device__ __forceinline__ i64 block_bytes(const i32* row_bytes, int num_parts, i64 num_rows) {
+__device__ __forceinline__ constexpr i64 block_bytes(const i32* row_bytes, int num_parts,
+                                                     i64 num_rows) {
   return part_at(row_bytes, num_parts, num_rows) + round_up(num_rows * 4, kBlockAlignment);
 }
