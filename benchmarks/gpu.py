@@ -63,6 +63,7 @@ def steps(num_ranks: int, trace: Path | None) -> Iterator[Step]:
     yield Step(name="zipf", config=replace(model, pattern="zipf"))
     yield Step(name="imbalanced", config=replace(model, pattern="imbalanced", **two_nodes))
     yield Step(name="single-node", config=replace(model, pattern="single-node", **two_nodes))
+    yield Step(name="hidden 2,048", config=replace(model, hidden_size=2048))
     if trace is not None:
         recorded = load_trace(trace)
         yield Step(

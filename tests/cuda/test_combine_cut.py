@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fusco.engines.cuda.combine import ONE_PIPELINE, TWO_PIPELINES, Crew, cut
+from fusco.engines.cuda.combine import ONE_PIPELINE, TWO_PIPELINES, Crew, assign, cut
 from fusco.engines.cuda.kernels import structs
 
 AMPERE, HOPPER = 163 << 10, 227 << 10
@@ -39,3 +39,18 @@ def test_rows_that_fit_are_whole() -> None:
 def test_more_rows_need_smaller_pieces() -> None:
     assert cut(7168, TWO_PIPELINES, 8, HOPPER).piece_bytes == 7168
     assert cut(7168, TWO_PIPELINES, 16, HOPPER).piece_bytes < 7168
+
+
+@pytest.mark.parametrize(
+    ("row_bytes", "num_rows", "has_many_blocks", "crew"),
+    [
+        (7168, 8, True, TWO_PIPELINES),
+        (14336, 8, True, ONE_PIPELINE),
+        (14336, 8, False, TWO_PIPELINES),
+        (7168, 16, True, ONE_PIPELINE),  # of which two pipelines have no room for as many
+    ],
+)
+def test_who_sums(row_bytes: int, num_rows: int, has_many_blocks: bool, crew: Crew) -> None:
+    got, pieces = assign(row_bytes, num_rows, HOPPER, has_many_blocks=has_many_blocks)
+    assert got == crew
+    assert pieces == cut(row_bytes, crew, num_rows, HOPPER)

@@ -19,7 +19,7 @@ from fusco.layout.segments import bytes_per_row
 from fusco.types import Plan
 
 _TOKENS_AN_ITEM = 24
-"""How many tokens a pipeline has for each that it takes at a time."""
+"""A pipeline takes one more item at a time for each so many tokens that it has."""
 
 
 class Crew(NamedTuple):
@@ -27,8 +27,8 @@ class Crew(NamedTuple):
 
     Attributes:
         num_pipelines: in a block.
-        num_summers: warps of each that sum; 7 divide a row of 7168 elements.
-        items_at_once: the most rows to sum that each takes at a time.
+        num_summers: warps of each that sum; 7 and 14 divide 7168 elements of 2 bytes.
+        items_at_once: the most that each takes at a time, of tokens to sum or segments to return.
     """
 
     num_pipelines: int
@@ -36,9 +36,8 @@ class Crew(NamedTuple):
     items_at_once: int
 
     @property
-    def piece_bytes(self) -> int:
-        """What the summing warps of a pipeline sum in one step, at the most: two vectors a
-        thread."""
+    def max_piece_bytes(self) -> int:
+        """What the summing warps of a pipeline sum in one step: two vectors a thread."""
         return 2 * self.num_summers * 32 * 16
 
     @property
@@ -48,8 +47,8 @@ class Crew(NamedTuple):
 
 
 # Tuned on H200 in bfloat16 at hidden 7168, 2880 and 2048. A block does most by two pipelines. But
-# of many blocks the one that ends last keeps all waiting, and one pipeline, which has room for
-# large rows whole, is sooner done with each.
+# of many blocks the one that ends last keeps all waiting, and where two would have to cut rows, one
+# pipeline is sooner done with each.
 TWO_PIPELINES = Crew(num_pipelines=2, num_summers=7, items_at_once=3)
 ONE_PIPELINE = Crew(num_pipelines=1, num_summers=14, items_at_once=2)
 
@@ -131,9 +130,9 @@ class Combiner:
         returns_at, parts = session.constants.returns_at, []
         for each in rows:
             size = bytes_per_row(each)
-            is_large = self._has_many_blocks and size > TWO_PIPELINES.piece_bytes
-            crew = ONE_PIPELINE if is_large else TWO_PIPELINES
-            pieces = cut(size, crew, need, session.max_shared_bytes)
+            crew, pieces = assign(
+                size, need, session.max_shared_bytes, has_many_blocks=self._has_many_blocks
+            )
             kernel = self._kernels(each.dtype)
             parts.append(_Part(kernel, size, returns_at, crew, crew.num_threads, pieces))
             returns_at += session.layout.num_returns * size
@@ -141,10 +140,20 @@ class Combiner:
         return parts
 
 
+def assign(
+    row_bytes: int, num_rows: int, max_shared_bytes: int, *, has_many_blocks: bool
+) -> tuple[Crew, Cut]:
+    """The warps for rows of that size, and how they are cut; see `cut`."""
+    pieces = cut(row_bytes, TWO_PIPELINES, num_rows, max_shared_bytes)
+    if has_many_blocks and pieces.piece_bytes < row_bytes:
+        return ONE_PIPELINE, cut(row_bytes, ONE_PIPELINE, num_rows, max_shared_bytes)
+    return TWO_PIPELINES, pieces
+
+
 def cut(row_bytes: int, crew: Crew, num_rows: int, max_shared_bytes: int) -> Cut:
     """Cut rows into as few pieces as let `num_rows` rows of a piece lie in each pipeline."""
     room = (max_shared_bytes - structs.COMBINE_SHARED_BYTES) // crew.num_pipelines
-    num_pieces = -(-row_bytes // crew.piece_bytes)
+    num_pieces = -(-row_bytes // crew.max_piece_bytes)
     while True:
         piece_bytes = round_up(-(-row_bytes // num_pieces), 16)
         num_slots = room // piece_bytes - structs.SENDERS

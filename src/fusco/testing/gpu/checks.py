@@ -29,7 +29,7 @@ from fusco.testing.gpu.static import (
     overflow,
     static_rows,
 )
-from fusco.testing.gpu.trips import held_for_many_layers, random_trips, trips, tuple_of_four
+from fusco.testing.gpu.trips import held_for_many_layers, random_trips, trips, tuples
 from fusco.testing.gradients import expect_gradients
 from fusco.testing.mistakes import (
     CASE,
@@ -158,6 +158,13 @@ GPU_CHECKS: tuple[Check, ...] = (
         fn=trips(hidden_size=7168, dtype=torch.float32, num_tokens=(9, 4), top_k=3),
     ),
     Check(
+        name="wide-rows-few-sms",
+        description="rows in several pieces, which few multiprocessors sum by two pipelines each",
+        fn=trips(
+            num_sms=8, hidden_size=7168, dtype=torch.bfloat16, num_tokens=(30, 0, 41), top_k=8
+        ),
+    ),
+    Check(
         name="model-rows",
         description="rows of a large model, top-8",
         fn=trips(
@@ -186,7 +193,12 @@ GPU_CHECKS: tuple[Check, ...] = (
         description="a group of NCCL alone gets this engine by itself (a GPU a rank)",
         fn=_nccl_group,
     ),
-    Check(name="tuple-of-four", description="four tensors at once", fn=tuple_of_four),
+    Check(name="tuple-of-four", description="four tensors at once", fn=tuples(4, 48, 12, 32)),
+    Check(
+        name="tuple-wide-narrow",
+        description="tensors that blocks of different sizes sum",
+        fn=tuples(3584, 112),
+    ),
     Check(
         name="held", description="rows of many dispatches stay as they are", fn=held_for_many_layers
     ),

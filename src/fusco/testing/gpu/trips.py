@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -61,14 +62,14 @@ def random_case(random: Random, num_ranks: int, device: str) -> Case:
     )
 
 
-def expect_round_trips(case: Case, group: Group, engine: str) -> None:
+def expect_round_trips(case: Case, group: Group, engine: str, num_sms: int | None = None) -> None:
     """Two routings and a reused plan equal the dense answer; all calls come before comparisons."""
     rank = dist.get_rank(group)
     rounds = [draw(case), draw(case, 1)]
     rounds.append(draw(case, 2).routed_as(rounds[0]))
     dispatched: list[fusco.Dispatched[Any]] = []
     sums = []
-    with case.shuffle(group, engine) as shuffle:
+    with case.shuffle(group, engine, num_sms=num_sms) as shuffle:
         for number, inputs in enumerate(rounds):
             x, weights = inputs.x[rank], inputs.weights_of(rank)
             if number == 2:
@@ -95,7 +96,7 @@ def random_trips(seed: int, num_cases: int) -> Callable[[Group, str], None]:
     return check
 
 
-def trips(**changes: Any) -> Callable[[Group, str], None]:
+def trips(num_sms: int | None = None, **changes: Any) -> Callable[[Group, str], None]:
     """A check of one case; `num_tokens` is repeated over the ranks, `num_experts` is a rank's."""
 
     def check(group: Group, engine: str) -> None:
@@ -106,24 +107,27 @@ def trips(**changes: Any) -> Callable[[Group, str], None]:
             "num_experts": common["num_experts"] * num_ranks,
         }
         case = Case(**common | by_rank, device=device_of(engine))
-        expect_round_trips(case, group, engine)
+        expect_round_trips(case, group, engine, num_sms=num_sms)
 
     return check
 
 
-def tuple_of_four(group: Group, engine: str) -> None:
-    """Four tensors of several widths in one dispatch, and in one combine."""
+def tuples(*widths: int) -> Callable[[Group, str], None]:
+    """A check of fp32 tensors of these widths in one dispatch, and in one combine."""
+    return partial(_expect_tuples, widths)
+
+
+def _expect_tuples(widths: tuple[int, ...], group: Group, engine: str) -> None:
     rank = dist.get_rank(group)
     case = Case(
         num_tokens=sizes((25, 3, 0), group),
-        hidden_size=96,
+        hidden_size=sum(widths),
         top_k=5,
         num_experts=3 * dist.get_world_size(group),
         device=device_of(engine),
     )
     inputs = draw(case)
     host = inputs.host or inputs
-    widths = (4, 48, 12, 32)
 
     def parts(rows: Any) -> tuple[Tensor, ...]:
         return tuple(each.contiguous() for each in rows.split(widths, dim=1))

@@ -167,8 +167,8 @@ __device__ __forceinline__ void report_to_host(const World& world, const Call& c
   report->ticket = call.ticket;
 }
 
-// The end of a kernel, called by every block; `epoch` is the last operation that is over. True for
-// one thread of the block that comes last, which may reset what all share.
+// The end of a kernel, called by all threads; `epoch` is the last operation that is over. True for
+// one thread, of the block that comes last, when what all blocks share is reset.
 __device__ __forceinline__ bool finish(State& state, u32 epoch) {
   __syncthreads();
   let_next_kernel_begin();

@@ -1,9 +1,9 @@
 // Combine: the rank of an expert sums a token's rows there and sends one row, its partial, to the
 // token's rank, which adds the partials up in the order of the contract (engines/base.py).
 //
-// A block is a few pipelines. The first warp of each takes segments to return or tokens to sum,
-// items, and fetches piece by piece of their rows into shared memory; others sum these there; the
-// last few send the sums on, an item each in turn. Half of the pipelines begin with returning,
+// A block is one or two pipelines. The first warp of each takes segments to return or tokens to
+// sum, items, and fetches piece by piece of their rows into shared memory; others sum these there;
+// the last few send the sums on, an item each in turn. Half of the pipelines begin with returning,
 // which never waits for other ranks, and go on with summing, which does.
 
 #include "agree.cuh"
@@ -41,15 +41,15 @@ __device__ __forceinline__ void clear_sums(const World& world, const CombineArgs
 }
 
 // A combine of several tensors is several kernels, of which the first agrees for all.
-extern "C" __global__ void __launch_bounds__(kCombineWarps* kWarp, 1)
+extern "C" __global__ void __launch_bounds__(kWarp* kCombineWarps, 1)
     combine(const __grid_constant__ World world, const __grid_constant__ Call call,
             const __grid_constant__ CombineArgs args) {
   extern __shared__ __align__(128) u8 dynamic[];
-  const i32 num_slots = args.num_slots + kSenders;  // of a pipeline
+  const i32 num_rooms = args.num_slots + kSenders;  // for pieces of rows and of sums, a pipeline
   const int pipeline_warps = 1 + args.num_summers + kSenders,
             num_pipelines = blockDim.x / (pipeline_warps * kWarp);
   Shared& shared =
-      *reinterpret_cast<Shared*>(dynamic + num_pipelines * num_slots * args.piece_bytes);
+      *reinterpret_cast<Shared*>(dynamic + num_pipelines * num_rooms * args.piece_bytes);
   static_assert(kPieces <= kWarp && kSenders <= kPieces, "a lane for each");
   if (warp_id() < num_pipelines && lane_id() < kPieces) {
     Pipeline& pipeline = shared.pipelines[warp_id()];
@@ -93,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(kCombineWarps* kWarp, 1)
     }
     const int number = warp_id() / pipeline_warps, warp = warp_id() % pipeline_warps;
     Pipeline& pipeline = shared.pipelines[number];
-    u8* rows = dynamic + number * num_slots * args.piece_bytes;
+    u8* rows = dynamic + number * num_rooms * args.piece_bytes;
     u8* sums = rows + args.num_slots * args.piece_bytes;
     if (warp == 0) {
       Fetcher fetcher(world, call, args, links, epoch, shared.peers, pipeline, rows);

@@ -1,7 +1,7 @@
 // What the kernels are made of: words that other GPUs see, bounded waits, and row copies.
 //
-// Loops that a thread passes once are not unrolled (`#pragma unroll 1`), for the warps of a block
-// share small caches of instructions, which are empty when a kernel begins.
+// The warps of a block share small caches of instructions, which are empty when a kernel begins: a
+// loop that need not be fast is not unrolled (`#pragma unroll 1`) where that makes it much smaller.
 #pragma once
 
 using u8 = unsigned char;

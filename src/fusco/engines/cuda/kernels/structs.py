@@ -21,7 +21,7 @@ PIECES = 16
 SENDERS = 2
 """Warps of a pipeline that send sums, each one at a time."""
 COMBINE_WARPS = 20
-"""In a block of a combine, at the most; with more they would have too few registers."""
+"""In a block of a combine, at the most: with more, kernels without bulk copies lack registers."""
 
 
 class Verdict(IntEnum):

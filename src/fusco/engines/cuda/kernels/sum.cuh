@@ -1,4 +1,4 @@
-// The second stage of a combine: a few warps sum the rows of each piece.
+// The second stage of a combine: most of the warps sum the rows of each piece.
 #pragma once
 
 #include "element.cuh"
@@ -111,7 +111,7 @@ __device__ __forceinline__ void sum_items(Pipeline& shared, const CombineArgs& a
     i32 size = 0;
     for (u32 i = 0; i < num_pieces; ++i) {
       const u32 number = item * num_pieces + i, place = number % kPieces;
-      const u32 sender = item % kSenders, given = item / kSenders * num_pieces + i;  // it before
+      const u32 sender = item % kSenders, given = item / kSenders * num_pieces + i;  // to it before
       shared.full[place].wait(number / kPieces & 1);
       const Piece& piece = shared.pieces[place];
       size = piece.size;
