@@ -12,6 +12,7 @@ import torch.distributed as dist
 import fusco
 from conftest import CUDA
 from fusco.api import _tensors_in
+from fusco.plans import Plan
 from fusco.testing.cases import device_of, draw, expect_round_trip
 from fusco.testing.mistakes import (
     CASE,
@@ -23,7 +24,6 @@ from fusco.testing.mistakes import (
     make_mistake,
 )
 from fusco.testing.ranks import RankPool, subgroup
-from fusco.types import Plan
 
 MEMBERS = (1, 2, 3)
 

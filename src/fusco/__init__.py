@@ -18,9 +18,10 @@ from fusco.errors import (
 if TYPE_CHECKING:
     from fusco.api import Shuffle
     from fusco.exchanges import exchange
+    from fusco.plans import Plan
     from fusco.sizing import BufferSizes, buffer_size_hint
     from fusco.topology import Topology
-    from fusco.types import Ablation, Dispatched, Plan, Segments, Stats
+    from fusco.types import Ablation, Dispatched, Segments, Stats
 
 __version__ = "0.1.0"
 
@@ -48,12 +49,12 @@ __all__ = [
 _HOMES = {
     "Shuffle": "fusco.api",
     "exchange": "fusco.exchanges",
+    "Plan": "fusco.plans",
     "BufferSizes": "fusco.sizing",
     "buffer_size_hint": "fusco.sizing",
     "Topology": "fusco.topology",
     "Ablation": "fusco.types",
     "Dispatched": "fusco.types",
-    "Plan": "fusco.types",
     "Segments": "fusco.types",
     "Stats": "fusco.types",
 }

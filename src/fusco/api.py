@@ -15,20 +15,21 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from fusco import eager, fakes, ops  # noqa: F401 - fakes are for tracers
-from fusco.checks import Limits, check_like, is_combine, is_dispatch
+from fusco.checks import check_like, is_combine, is_dispatch
 from fusco.configuration import Configuration, as_placement
 from fusco.engines import make_engine
 from fusco.engines.base import ENGINES, Engine, World
 from fusco.errors import EngineUnavailableError, InputError, closed_error
 from fusco.groups import resolve_group
+from fusco.known import KnownCalls
 from fusco.layout.records import Operation
 from fusco.meeting import meet
+from fusco.plans import Plan
 from fusco.profiling import stage
 from fusco.topology import Topology
-from fusco.types import Ablation, AnyRows, Dispatched, Plan, Rows, Stats, as_tuple, like
+from fusco.types import Ablation, AnyRows, Dispatched, Stats, as_tuple, like
 
 _KEYS = itertools.count()
-_MAX_KNOWN = 1024
 
 
 class Shuffle:
@@ -148,9 +149,10 @@ class Shuffle:
                 "max_recv_tokens, or use engine='cuda'"
             )
         self._engine: Engine = make_engine(meeting.engine, world)
-        self._limits = Limits.of(self._engine)
-        # What has been checked, and what of it is the same on all ranks, in words.
-        self._known: dict[tuple[Any, ...], tuple[str, ...]] = {}
+        known_calls = KnownCalls(self._engine)
+        # Bound once, so that a call that is known gets no further look-up.
+        self._checked_dispatch = known_calls.checked_dispatch
+        self._checked_combine = known_calls.checked_combine
         ENGINES[self._key] = self._engine
 
     @property
@@ -404,48 +406,6 @@ class Shuffle:
         moves its tokens with the same one."""
         return self
 
-    def _checked_dispatch(
-        self, x: Rows, topk_idx: Tensor | None, topk_weights: Tensor | None, plan: Plan | None
-    ) -> tuple[str, ...] | None:
-        """Check. Of plain tensors: which gradients are wanted, and the form of the call."""
-        key = _key_of(x, topk_idx, topk_weights) if plan is None else None
-        known = None if key is None else self._known.get(key)
-        if known is None:
-            ops.check(
-                self._engine,
-                Operation.DISPATCH if plan is None else Operation.DISPATCH_PLANNED,
-                lambda: self._limits.check_dispatch(x, topk_idx, topk_weights, plan),
-            )
-            if key is not None:
-                rows = as_tuple(x)
-                grads = ops.wanted_gradients(rows, topk_weights)
-                known = self._know(key, (grads, ops.form_of(rows, topk_weights, grads)))
-        return known
-
-    def _checked_combine(
-        self, expert_outputs: Rows, dispatched: Dispatched[Any], weighted: bool
-    ) -> tuple[str, ...] | None:
-        """Check. Of plain tensors: the form of the call without gradients, and with them."""
-        key = _key_of_outputs(expert_outputs, dispatched, weighted, self._key)
-        known = None if key is None else self._known.get(key)
-        if known is None:
-            ops.check(
-                self._engine,
-                Operation.COMBINE,
-                lambda: self._limits.check_combine(expert_outputs, dispatched, weighted=weighted),
-            )
-            if key is not None:
-                rows = as_tuple(expert_outputs)
-                weights = dispatched.row_weights if weighted else None
-                both = ops.NO_GRADIENTS, ops.WITH_GRADIENTS
-                known = self._know(key, tuple([ops.form_of(rows, weights, each) for each in both]))
-        return known
-
-    def _know(self, key: tuple[Any, ...], known: tuple[str, ...]) -> tuple[str, ...]:
-        if len(self._known) < _MAX_KNOWN:
-            self._known[key] = known
-        return known
-
     def _require_open(self) -> None:
         if self._engine.is_closed:
             raise closed_error()
@@ -477,38 +437,3 @@ def _wide(topk_idx: Tensor | None) -> Tensor:
     assert topk_idx is not None, "checked before"
     # Of other types the operators tell the user.
     return topk_idx.to(torch.int64) if topk_idx.dtype == torch.int32 else topk_idx
-
-
-def _key_of(x: Any, topk_idx: Any, topk_weights: Any) -> tuple[Any, ...] | None:
-    """All that is checked of plain tensors, for those who come again; None where it is more."""
-    if type(x) is not Tensor or type(topk_idx) is not Tensor or type(topk_weights) is not Tensor:
-        return None
-    ids, weights, has_grad = topk_idx, topk_weights, torch.is_grad_enabled()
-    return (
-        *(x.shape, x.dtype, x.device, x.layout, has_grad and x.requires_grad),
-        *(ids.shape, ids.dtype, ids.device, ids.layout),
-        *(weights.shape, weights.dtype, weights.device, weights.layout),
-        has_grad and weights.requires_grad,
-    )
-
-
-def _key_of_outputs(
-    outputs: Any, dispatched: Any, weighted: bool, shuffle: int
-) -> tuple[Any, ...] | None:
-    """The same for a combine, where a plan of this Shuffle has as many rows."""
-    if type(outputs) is not Tensor or type(dispatched) is not Dispatched:
-        return None
-    if type(weighted) is not bool:
-        return None
-    plan, weights = dispatched.plan, dispatched.row_weights
-    if not isinstance(plan, Plan) or plan.key != shuffle:
-        return None
-    if type(weights) is not Tensor or weights.dtype != torch.float32:
-        return None
-    num_rows, shape = (plan.num_rows,), outputs.shape
-    if shape[:1] != num_rows or weights.shape != num_rows:
-        return None
-    return (
-        *(shape[1:], outputs.dtype, outputs.device, outputs.layout),
-        *(plan.device, weights.device, weights.layout, weighted),
-    )

@@ -12,7 +12,8 @@ from torch import Tensor
 from fusco.engines.base import Engine
 from fusco.errors import input_error
 from fusco.layout.segments import bytes_per_row, describe_format
-from fusco.types import Dispatched, Plan, Rows, as_tuple
+from fusco.plans import Plan
+from fusco.types import Dispatched, Rows, as_tuple
 
 SUMMABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SUMMABLE_NAMES = "float16, bfloat16, float32 or float64"

@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from fusco import ops
 from fusco.engines.base import Delivery, Engine
+from fusco.plans import Plan
 from fusco.profiling import stage
-from fusco.types import Plan
 
 
 def dispatch(

@@ -12,7 +12,7 @@ from torch import Tensor
 from fusco.engines.base import Engine
 from fusco.layout.compact import links_len
 from fusco.ops import LIBRARY, engine_of
-from fusco.types import NUM_PLAN_TENSORS, NUM_SLICED_TENSORS, Plan, SlicedPlan
+from fusco.plans import NUM_PLAN_TENSORS, NUM_SLICED_TENSORS, Plan, SlicedPlan
 
 
 @torch.library.register_fake("fusco::dispatch", lib=LIBRARY)

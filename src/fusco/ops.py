@@ -23,7 +23,7 @@ from fusco.engines.ids import find_bad_id
 from fusco.errors import InputError, closed_error
 from fusco.layout.records import Operation
 from fusco.layout.segments import describe_format
-from fusco.types import Plan
+from fusco.plans import Plan
 
 # torch.library.custom_op would do, but its first call imports the compiler, two seconds of work.
 LIBRARY = torch.library.Library("fusco", "DEF")

@@ -22,8 +22,8 @@ from fusco.bench.batches import Batch
 from fusco.bench.patterns import TokenRouting
 from fusco.bench.same import expect_same
 from fusco.errors import FuscoError, InputError
+from fusco.plans import CompactPlan
 from fusco.testing.ranks import RankPool
-from fusco.types import CompactPlan
 
 CONFIG = BenchConfig(
     num_ranks=8,

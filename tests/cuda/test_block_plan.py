@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fusco.engines.cuda.plans import Addresses, BlockPlan
 from fusco.layout.compact import BLOCK_ALIGNMENT, PlanLayout
 from fusco.ops import _apart
-from fusco.types import CompactPlan, Plan
+from fusco.plans import CompactPlan, Plan
 
 STREAM = 5
 small = st.integers(1, 9)

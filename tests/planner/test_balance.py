@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusco import Topology
+from fusco.legs import Counts
 from fusco.planner import assign_forwarders, choose_forwarders
 from fusco.planner.balance import assign_by_received, received_load
-from fusco.types import Counts
 
 
 def counts_of(loads: list[list[int]]) -> Counts:

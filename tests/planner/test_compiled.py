@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fusco import Ablation, Topology
 from fusco.engines.cpu import plans
+from fusco.legs import Arrival, Leg
 from fusco.planner import count_pairs, plan_cluster, sort_pairs
-from fusco.types import Arrival, Leg
 from tests.planner.test_delivery import clusters
 
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from fusco import Ablation, Topology
 from fusco.cost import Hardware, predict
+from fusco.legs import Arrival, Leg
 from fusco.planner import plan_cluster
-from fusco.types import Arrival, Leg, SegmentPlan
+from fusco.plans import SegmentPlan
 
 Pair = tuple[int, int, int]
 
@@ -167,9 +168,9 @@ def test_plans_survive_as_tensors(
 
 def test_a_thousand_ranks() -> None:
     """1,024 ranks in 128 nodes, 2,048 experts: one rank's plan, from the counts of all."""
+    from fusco.legs import Counts
     from fusco.planner import count_pairs, plan_sends, sort_pairs
     from fusco.topology import contiguous_placement
-    from fusco.types import Counts
 
     num_ranks, num_experts = 1024, 2048
     topology = Topology(

@@ -22,8 +22,8 @@ from fusco.engines.two_level.plans import (
     unpack_lists,
 )
 from fusco.engines.two_level.torch_planner import TorchPlanner
+from fusco.legs import Arrival, Counts, Leg
 from fusco.planner import Sends
-from fusco.types import Arrival, Counts, Leg
 from tests.planner.test_delivery import clusters
 
 

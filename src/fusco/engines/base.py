@@ -17,8 +17,9 @@ from fusco.engines.gradients import weigh_gradients
 from fusco.engines.meter import Meter
 from fusco.errors import FuscoError, PeerError, closed_error, input_error
 from fusco.layout.records import HEADER
+from fusco.plans import Plan, SegmentPlan
 from fusco.topology import Topology
-from fusco.types import Ablation, Plan, SegmentPlan, Segments, Stats
+from fusco.types import Ablation, Segments, Stats
 
 Result = TypeVar("Result")
 TEXT_BYTES = 2048

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fusco.legs import Arrival, Counts, Leg, Partials
 from fusco.planner import HopSizes, Sends, SortedPairs
-from fusco.types import Arrival, Counts, Leg, Partials
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

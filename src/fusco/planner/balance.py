@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fusco.legs import Counts
 from fusco.planner.sorting import offsets
 from fusco.topology import Topology
-from fusco.types import Counts
 
 
 def assign_forwarders(counts: Counts, topology: Topology, *, balance: bool) -> Tensor:

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fusco.legs import Arrival, Counts, Forwarding, Leg
 from fusco.planner.counts import count_pairs, sort_pairs
 from fusco.planner.legs import shipment
 from fusco.planner.plan import Sends, assemble, finish, plan_relay, plan_sends
 from fusco.planner.traffic import HopSizes
+from fusco.plans import SegmentPlan
 from fusco.topology import Topology
-from fusco.types import Ablation, Arrival, Counts, Forwarding, Leg, SegmentPlan
+from fusco.types import Ablation
 
 
 def plan_cluster(

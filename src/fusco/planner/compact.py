@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fusco.layout.compact import Links
 from fusco.planner.sorting import offsets
+from fusco.plans import CompactPlan
 from fusco.topology import Topology
-from fusco.types import CompactPlan
 
 
 def plan_compact(

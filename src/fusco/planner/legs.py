@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fusco.legs import Arrival, Leg
 from fusco.planner.sorting import offsets, stable_argsort
 from fusco.planner.traffic import HopSizes
-from fusco.types import Arrival, Leg
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fusco.legs import Arrival, Counts, Forwarding, Leg
 from fusco.planner.counts import SortedPairs
 from fusco.planner.legs import Descriptors, HopPairs, describe, mirror
 from fusco.planner.sorting import offsets, stable_argsort
 from fusco.planner.traffic import HopSizes, Traffic, measure_traffic
+from fusco.plans import SegmentPlan
 from fusco.topology import Topology
-from fusco.types import Ablation, Arrival, Counts, Forwarding, Leg, SegmentPlan
+from fusco.types import Ablation
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fusco.legs import Counts
 from fusco.planner.balance import choose_forwarders
 from fusco.topology import Topology
-from fusco.types import Ablation, Counts
+from fusco.types import Ablation
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from fusco.layout.compact import Links
+from fusco.legs import Arrival, Leg
 from fusco.planner import offsets
+from fusco.plans import CompactPlan, SegmentPlan
 from fusco.topology import Topology
-from fusco.types import Arrival, CompactPlan, Leg, SegmentPlan
 
 
 def expand_cluster(plans: Sequence[CompactPlan], topology: Topology) -> list[SegmentPlan]:

@@ -19,7 +19,8 @@ from fusco.engines.cpu.session import Session
 from fusco.layout.blocks import Ints
 from fusco.layout.heap import NOTHING
 from fusco.layout.segments import bytes_per_row, from_segments
-from fusco.types import Plan, Segments, Stats
+from fusco.plans import Plan
+from fusco.types import Segments, Stats
 
 
 class CpuEngine(Engine):

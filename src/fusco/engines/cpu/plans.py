@@ -13,7 +13,8 @@ from torch import Tensor
 from fusco.engines.base import World
 from fusco.engines.cpu.kernels import plan as kernels
 from fusco.layout.blocks import Ints
-from fusco.types import Arrival, Leg, Plan, SegmentPlan
+from fusco.legs import Arrival, Leg
+from fusco.plans import Plan, SegmentPlan
 
 
 class LegArrays(NamedTuple):

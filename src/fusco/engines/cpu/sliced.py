@@ -19,8 +19,8 @@ from fusco.engines.cpu.kernels.sliced import (
 )
 from fusco.engines.sliced import Counted, SlicedPlanner
 from fusco.layout.blocks import Ints
+from fusco.legs import Arrival, Counts, Leg, Partials
 from fusco.planner import HopSizes, Sends, expert_layout, measure_traffic
-from fusco.types import Arrival, Counts, Leg, Partials
 
 
 class CompiledPlanner(SlicedPlanner):

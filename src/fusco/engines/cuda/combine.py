@@ -16,7 +16,7 @@ from fusco.engines.cuda.session import Session
 from fusco.layout.compact import round_up
 from fusco.layout.heap import NOTHING
 from fusco.layout.segments import bytes_per_row
-from fusco.types import Plan
+from fusco.plans import Plan
 
 _TOKENS_AN_ITEM = 24
 """A pipeline takes one more item at a time for each so many tokens that it has."""

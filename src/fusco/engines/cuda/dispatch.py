@@ -22,7 +22,7 @@ from fusco.errors import EngineUnavailableError, WindowMemoryError, input_error
 from fusco.layout.compact import PlanLayout, part_starts
 from fusco.layout.heap import Block, Heap
 from fusco.layout.segments import bytes_per_row
-from fusco.types import Plan
+from fusco.plans import Plan
 
 _GO = int(Verdict.GO)  # members of enumerations are slow to look up
 _PLAN_THREADS = 512

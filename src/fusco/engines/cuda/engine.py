@@ -18,7 +18,8 @@ from fusco.engines.cuda.kernels.structs import MAX_PARTS
 from fusco.engines.cuda.session import Session
 from fusco.errors import EngineUnavailableError
 from fusco.layout.compact import Links
-from fusco.types import CompactPlan, Plan, Segments, Stats
+from fusco.plans import CompactPlan, Plan
+from fusco.types import Segments, Stats
 
 Result = TypeVar("Result")
 Arguments = ParamSpec("Arguments")

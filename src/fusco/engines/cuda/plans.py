@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusco.layout.compact import PlanLayout
-from fusco.types import CompactPlan, Plan
+from fusco.plans import CompactPlan, Plan
 
 
 class Addresses(NamedTuple):

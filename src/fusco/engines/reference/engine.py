@@ -16,11 +16,13 @@ from fusco.engines.segments import check_exchange, exchange_payload
 from fusco.groups import group_device_types
 from fusco.layout.records import HEADER
 from fusco.layout.segments import as_segments, bytes_per_row, from_segments
+from fusco.legs import Counts, Forwarding
 from fusco.planner import count_pairs, plan_relay, plan_sends, sort_pairs
 from fusco.planner.plan import finish
+from fusco.plans import Plan, SegmentPlan
 from fusco.profiling import stage
 from fusco.transports.mailbox import Mailbox
-from fusco.types import Counts, Forwarding, Plan, SegmentPlan, Segments, Stats
+from fusco.types import Segments, Stats
 
 
 class ReferenceEngine(Engine):

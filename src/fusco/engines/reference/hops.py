@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fusco.legs import Arrival, Leg
 from fusco.planner import HopSizes, assemble
 from fusco.planner.legs import shipment
 from fusco.transports.mailbox import Mailbox
-from fusco.types import Arrival, Leg
 
 
 def ship_slots(mailbox: Mailbox, leg: Leg, sizes: HopSizes, *, operation: str) -> Arrival:

@@ -14,8 +14,8 @@ from fusco.engines.two_level.unfused import combine_whole
 from fusco.layout.blocks import Sections
 from fusco.layout.records import HEADER
 from fusco.layout.segments import bytes_per_row, without_gaps
+from fusco.plans import SlicedPlan
 from fusco.profiling import stage
-from fusco.types import SlicedPlan
 
 
 def combine(

@@ -10,9 +10,9 @@ from torch import Tensor
 from fusco.engines.node import Node, NodeBlocks
 from fusco.engines.two_level.lanes import SliceSize, lanes_of, make_lanes
 from fusco.layout.segments import bytes_per_row, from_segments
+from fusco.plans import SlicedPlan
 from fusco.topology import Topology
 from fusco.transports.slices import Cargo
-from fusco.types import SlicedPlan
 
 
 class CombineCargo(Cargo):

@@ -29,9 +29,10 @@ from fusco.engines.two_level.unfused import dispatch_whole, pairs_to_node
 from fusco.layout.blocks import Ints, Sections
 from fusco.layout.records import HEADER
 from fusco.layout.segments import bytes_per_row, from_segments, without_gaps
+from fusco.legs import Arrival, Counts, Leg
 from fusco.planner import Sends, offsets
+from fusco.plans import SlicedPlan
 from fusco.profiling import stage
-from fusco.types import Arrival, Counts, Leg, SlicedPlan
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

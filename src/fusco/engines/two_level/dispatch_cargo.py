@@ -11,9 +11,9 @@ from torch import Tensor
 from fusco.engines.node import NodeBlocks
 from fusco.engines.two_level.lanes import lanes_of, make_lanes
 from fusco.layout.segments import as_segments, as_words
+from fusco.legs import Arrival, Leg
 from fusco.topology import Topology
 from fusco.transports.slices import Cargo
-from fusco.types import Arrival, Leg
 
 
 class DispatchCargo(Cargo):

@@ -19,7 +19,8 @@ from fusco.engines.two_level.session import Session
 from fusco.engines.two_level.torch_planner import TorchPlanner
 from fusco.layout.records import HEADER
 from fusco.layout.segments import bytes_per_row
-from fusco.types import Plan, Segments, SlicedPlan, Stats
+from fusco.plans import Plan, SlicedPlan
+from fusco.types import Segments, Stats
 
 MakeNode = Callable[[World, list[float], tuple[int, ...]], Node]
 MakePlanner = Callable[[World], SlicedPlanner]

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fusco.legs import Arrival, Leg, Partials
 from fusco.planner import HopSizes, Traffic, offsets
 from fusco.planner.legs import mirror
-from fusco.types import Arrival, Leg, Partials
 
 
 @dataclass(frozen=True, kw_only=True)

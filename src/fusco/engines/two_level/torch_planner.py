@@ -9,8 +9,8 @@ from torch import Tensor
 from fusco.engines.base import World
 from fusco.engines.sliced import Counted, SlicedPlanner
 from fusco.engines.two_level.plans import final_lists, held_lists, read_partials
+from fusco.legs import Arrival, Counts, Leg, Partials
 from fusco.planner import HopSizes, Sends, count_pairs, plan_relay, plan_sends, sort_pairs
-from fusco.types import Arrival, Counts, Leg, Partials
 
 
 class TorchPlanner(SlicedPlanner):

@@ -17,7 +17,7 @@ from fusco.engines.node import NodeBlocks
 from fusco.engines.two_level.session import Session
 from fusco.layout.segments import as_segments, bytes_per_row, from_segments
 from fusco.planner import offsets
-from fusco.types import SlicedPlan
+from fusco.plans import SlicedPlan
 
 
 def pairs_to_node(plan: SlicedPlan, num_ranks: int) -> Tensor:

@@ -10,10 +10,10 @@ import torch.distributed as dist
 import fusco
 from fusco.layout.compact import Links
 from fusco.planner import plan_compact
+from fusco.plans import CompactPlan, Plan, SegmentPlan
 from fusco.testing.cases import device_of, draw, expect_same
 from fusco.testing.expand import expand_cluster
 from fusco.testing.gpu.trips import random_case
-from fusco.types import CompactPlan, Plan, SegmentPlan
 
 Group = dist.ProcessGroup | None
 
