@@ -149,10 +149,7 @@ class Shuffle:
                 "max_recv_tokens, or use engine='cuda'"
             )
         self._engine: Engine = make_engine(meeting.engine, world)
-        known_calls = KnownCalls(self._engine)
-        # Bound once, so that a call that is known gets no further look-up.
-        self._checked_dispatch = known_calls.checked_dispatch
-        self._checked_combine = known_calls.checked_combine
+        self._calls = KnownCalls(self._engine)
         ENGINES[self._key] = self._engine
 
     @property
@@ -245,7 +242,7 @@ class Shuffle:
             is_traced, known = torch.compiler.is_compiling(), None
             # A compiler knows no values and cannot tell other ranks: operators check their own.
             if not (is_traced and is_dispatch(x, topk_idx, topk_weights, plan)):
-                known = self._checked_dispatch(x, topk_idx, topk_weights, plan)
+                known = self._calls.checked_dispatch(x, topk_idx, topk_weights, plan)
             rows = as_tuple(x)
             grads = known[0] if known else ops.wanted_gradients(rows, topk_weights)
             if not is_traced and ops.is_eager((*rows, topk_idx, topk_weights)):
@@ -329,7 +326,7 @@ class Shuffle:
         with stage("combine"):
             is_traced, known = torch.compiler.is_compiling(), None
             if not (is_traced and is_combine(expert_outputs, dispatched)):
-                known = self._checked_combine(expert_outputs, dispatched, weighted)
+                known = self._calls.checked_combine(expert_outputs, dispatched, weighted)
             rows = as_tuple(expert_outputs)
             row_weights = dispatched.row_weights if weighted else None
             anchor, has_graph = None, False
