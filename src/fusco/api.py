@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from fusco import eager, fakes, ops  # noqa: F401 - fakes are for tracers
+from fusco import calls, eager, fakes, ops  # noqa: F401 - fakes are for tracers
 from fusco.checks import check_like, is_combine, is_dispatch
 from fusco.configuration import Configuration, as_placement
 from fusco.engines import make_engine
@@ -222,7 +222,7 @@ class Shuffle:
         if not async_op:
             return self._dispatch(x, topk_idx, topk_weights, plan)
         tensors = _tensors_in(x, topk_idx, topk_weights, plan)
-        return ops.run_beside(
+        return calls.run_beside(
             self._engine,
             Operation.DISPATCH if plan is None else Operation.DISPATCH_PLANNED,
             lambda: self._dispatch(x, topk_idx, topk_weights, plan),
@@ -244,11 +244,11 @@ class Shuffle:
             if not (is_traced and is_dispatch(x, topk_idx, topk_weights, plan)):
                 known = self._calls.checked_dispatch(x, topk_idx, topk_weights, plan)
             rows = as_tuple(x)
-            grads = known[0] if known else ops.wanted_gradients(rows, topk_weights)
-            if not is_traced and ops.is_eager((*rows, topk_idx, topk_weights)):
+            grads = known[0] if known else calls.wanted_gradients(rows, topk_weights)
+            if not is_traced and calls.is_eager((*rows, topk_idx, topk_weights)):
                 # The operators' own work takes longer than that of a small dispatch.
-                form = known[1] if known else ops.form_of(rows, topk_weights, grads)
-                run = ops.run_dispatch if grads == ops.NO_GRADIENTS else eager.dispatch
+                form = known[1] if known else calls.form_of(rows, topk_weights, grads)
+                run = calls.run_dispatch if grads == calls.NO_GRADIENTS else eager.dispatch
                 routing = _wide(topk_idx) if plan is None else plan
                 got, row_weights, plan = run(rows, routing, topk_weights, self._engine, form)
             elif plan is not None:
@@ -312,7 +312,7 @@ class Shuffle:
         if not async_op:
             return self._combine(expert_outputs, dispatched, weighted)
         tensors = _tensors_in(expert_outputs, dispatched)
-        return ops.run_beside(
+        return calls.run_beside(
             self._engine,
             Operation.COMBINE,
             lambda: self._combine(expert_outputs, dispatched, weighted),
@@ -338,17 +338,17 @@ class Shuffle:
                 has_graph = _first_with_graph(inputs) is not None
             sums: Sequence[Tensor]
             plan = dispatched.plan
-            grads = ops.WITH_GRADIENTS if has_graph else ops.NO_GRADIENTS
-            if is_traced or not ops.is_eager((*rows, row_weights, anchor)):
+            grads = calls.WITH_GRADIENTS if has_graph else calls.NO_GRADIENTS
+            if is_traced or not calls.is_eager((*rows, row_weights, anchor)):
                 sums = ops.combine(
                     list(rows), row_weights, anchor, plan.to_tensors(), self._key, grads
                 )
             else:
-                form = known[has_graph] if known else ops.form_of(rows, row_weights, grads)
+                form = known[has_graph] if known else calls.form_of(rows, row_weights, grads)
                 if has_graph:
                     sums = eager.combine(rows, row_weights, anchor, plan, self._engine, form)
                 else:
-                    sums = ops.run_combine(rows, row_weights, plan, self._engine, form).sums
+                    sums = calls.run_combine(rows, row_weights, plan, self._engine, form).sums
         return like(expert_outputs, sums)
 
     def synchronize(self) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fusco import ops
+from fusco import calls
 from fusco.engines.base import Delivery, Engine
 from fusco.plans import Plan
 from fusco.profiling import stage
@@ -25,7 +25,7 @@ def dispatch(
     engine: Engine,
     form: str,
 ) -> Delivery:
-    """See `ops.run_dispatch`; with their graph."""
+    """See `calls.run_dispatch`; with their graph."""
     delivered: list[Delivery] = []
     *got, row_weights = _Dispatch.apply(  # type: ignore[no-untyped-call]
         delivered, routing, engine, form, topk_weights, *rows
@@ -63,22 +63,22 @@ class _Dispatch(torch.autograd.Function):
         topk_weights: Tensor | None,
         *rows: Tensor,
     ) -> tuple[Tensor, ...]:
-        delivery = ops.run_dispatch(rows, routing, topk_weights, engine, form)
+        delivery = calls.run_dispatch(rows, routing, topk_weights, engine, form)
         delivered.append(delivery)
         ctx.plan, ctx.engine = delivery.plan, engine
         *_, ctx.needs_weights = ctx.needs_input_grad[:_NUM_OTHERS]
         ctx.needs = ctx.needs_input_grad[_NUM_OTHERS:]
-        return tuple(ops.as_results((*delivery.rows, delivery.row_weights)))
+        return tuple(calls.as_results((*delivery.rows, delivery.row_weights)))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        wanted, values = ops.to_gather(
+        wanted, values = calls.to_gather(
             grads[:-1], grads[-1], ctx.needs, needs_weights=ctx.needs_weights
         )
         with stage("dispatch_backward"):
-            got = ops.run_dispatch_backward(tuple(wanted), values, ctx.plan, ctx.engine)
-        return (None, None, None, None, got.pair_values, *ops.gathered(got.sums, ctx.needs))
+            got = calls.run_dispatch_backward(tuple(wanted), values, ctx.plan, ctx.engine)
+        return (None, None, None, None, got.pair_values, *calls.gathered(got.sums, ctx.needs))
 
 
 class _Combine(torch.autograd.Function):
@@ -94,8 +94,8 @@ class _Combine(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.plan, ctx.engine, ctx.is_weighted = plan, engine, row_weights is not None
         ctx.save_for_backward(*rows, *(() if row_weights is None else (row_weights,)))
-        returned = ops.run_combine(rows, row_weights, plan, engine, form)
-        return tuple(ops.as_results(returned.sums))
+        returned = calls.run_combine(rows, row_weights, plan, engine, form)
+        return tuple(calls.as_results(returned.sums))
 
     @staticmethod
     @once_differentiable
@@ -105,7 +105,7 @@ class _Combine(torch.autograd.Function):
         if ctx.is_weighted:
             *rows, row_weights = rows
         with stage("combine_backward"):
-            grad_rows, grad_weights = ops.run_combine_backward(
+            grad_rows, grad_weights = calls.run_combine_backward(
                 grads, tuple(rows), row_weights, ctx.plan, ctx.engine
             )
         return (None, None, None, None, grad_weights if ctx.is_weighted else None, *grad_rows)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusco.calls import engine_of
 from fusco.engines.base import Engine
 from fusco.layout.compact import links_len
-from fusco.ops import LIBRARY, engine_of
+from fusco.ops import LIBRARY
 from fusco.plans import NUM_PLAN_TENSORS, NUM_SLICED_TENSORS, Plan, SlicedPlan
 
 

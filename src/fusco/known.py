@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusco import ops
+from fusco import calls
 from fusco.checks import Limits
 from fusco.engines.base import Engine
 from fusco.layout.records import Operation
@@ -36,15 +36,15 @@ class KnownCalls:
         known = None if key is None else self._known.get(key)
         if known is None:
             # No lambda: its variables would cost calls that are known as well.
-            ops.check(
+            calls.check(
                 self._engine,
                 Operation.DISPATCH if plan is None else Operation.DISPATCH_PLANNED,
                 partial(self._limits.check_dispatch, x, topk_idx, topk_weights, plan),
             )
             if key is not None:
                 rows = as_tuple(x)
-                grads = ops.wanted_gradients(rows, topk_weights)
-                known = self._know(key, (grads, ops.form_of(rows, topk_weights, grads)))
+                grads = calls.wanted_gradients(rows, topk_weights)
+                known = self._know(key, (grads, calls.form_of(rows, topk_weights, grads)))
         return known
 
     def checked_combine(
@@ -54,7 +54,7 @@ class KnownCalls:
         key = _key_of_outputs(expert_outputs, dispatched, weighted, self._shuffle)
         known = None if key is None else self._known.get(key)
         if known is None:
-            ops.check(
+            calls.check(
                 self._engine,
                 Operation.COMBINE,
                 partial(self._limits.check_combine, expert_outputs, dispatched, weighted=weighted),
@@ -62,8 +62,10 @@ class KnownCalls:
             if key is not None:
                 rows = as_tuple(expert_outputs)
                 weights = dispatched.row_weights if weighted else None
-                both = ops.NO_GRADIENTS, ops.WITH_GRADIENTS
-                known = self._know(key, tuple([ops.form_of(rows, weights, each) for each in both]))
+                both = calls.NO_GRADIENTS, calls.WITH_GRADIENTS
+                known = self._know(
+                    key, tuple([calls.form_of(rows, weights, each) for each in both])
+                )
         return known
 
     def _know(self, key: tuple[Any, ...], known: tuple[str, ...]) -> tuple[str, ...]:
