@@ -158,7 +158,7 @@ GPU_CHECKS: tuple[Check, ...] = (
         fn=trips(hidden_size=7168, dtype=torch.float32, num_tokens=(9, 4), top_k=3),
     ),
     Check(
-        name="wide-rows-few-sms",
+        name="cut-rows-few-sms",
         description="rows in several pieces, which few multiprocessors sum by two pipelines each",
         fn=trips(
             num_sms=8, hidden_size=7168, dtype=torch.bfloat16, num_tokens=(30, 0, 41), top_k=8
