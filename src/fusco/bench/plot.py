@@ -82,10 +82,13 @@ def _groups(measurements: Sequence[Measurement]) -> list[_Group]:
     found: dict[str, dict[str, dict[str, Measurement]]] = {}
     patterns = list(dict.fromkeys(m.pattern for m in measurements))
     by_size = sorted(
-        measurements, key=lambda m: (patterns.index(m.pattern), m.num_ranks, m.num_tokens)
+        measurements,
+        key=lambda m: (patterns.index(m.pattern), m.num_ranks, m.num_tokens, -m.hidden_size),
     )
     for m in by_size:
         size = f"{m.num_ranks} x {m.num_tokens:,} tokens"
+        if m.hidden_size != measurements[0].hidden_size:  # which the title tells
+            size += f"\nhidden {m.hidden_size:,}"
         name = f"{m.pattern}\n{size}\ntop-{m.top_k} of {m.num_experts}"
         found.setdefault(name, {}).setdefault(_bar_name(m), {})[m.op] = m
     return [
