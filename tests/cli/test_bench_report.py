@@ -170,6 +170,17 @@ def test_plot_is_written(tmp_path: Path) -> None:
     assert path.read_text().count("<path") > 20
 
 
+def test_plot_tells_hidden_sizes_apart(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    other = [replace(m, hidden_size=m.hidden_size // 2) for m in made()]
+    both, one = tmp_path / "both.svg", tmp_path / "one.svg"
+    plot_measurements([*made(), *other], both)
+    plot_measurements(made(), one)
+    told = f"hidden {other[0].hidden_size:,}"
+    assert told in both.read_text()
+    assert told not in one.read_text()
+
+
 def test_plot_shows_small_batches_and_the_curve_of_gpus(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     gpu = [replace(m, device="cuda", engine="cuda") for m in made() if m.engine == "cpu"]

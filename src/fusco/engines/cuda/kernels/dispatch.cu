@@ -227,9 +227,8 @@ struct Dispatch {
   __device__ __forceinline__ void receive_all(State& state) const {
     const u32 num_others = world.num_ranks - 1;
     if (num_others == 0) return;
-    const bool is_other = lane_id() < world.num_ranks && lane_id() != world.rank;
-    const u32 most = __reduce_max_sync(kFullWarp, is_other ? links.arrivals[lane_id()] : 0);
-    const u32 end = num_others * most;
+    const u32 end =
+        num_others * most_arrivals(world, [&](int rank) { return links.arrivals[rank]; });
     if (!is_needed(end, !sends_first())) return;
     Claim claim{&state.queue[1]};
     claim.ask();

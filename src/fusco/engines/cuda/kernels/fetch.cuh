@@ -356,9 +356,8 @@ struct Fetcher {
   // would hold what peers wait for, and its own rank's other blocks wait for peers.
   __device__ __forceinline__ void give_back_all(State& state) {
     const u32 num_others = world.num_ranks - 1;
-    const bool is_other = lane_id() < world.num_ranks && lane_id() != world.rank;
-    const u32 most = __reduce_max_sync(kFullWarp, is_other ? peers[lane_id()].arrivals : 0);
-    const u32 end = num_others * most;
+    const u32 end =
+        num_others * most_arrivals(world, [&](int rank) { return peers[rank].arrivals; });
     take_all(
         Queue(&state.queue[0], num_items, end), [&](u32 first) { return arrived(first, end); },
         [](u32, const Arrived&) { return true; },

@@ -31,6 +31,14 @@ struct Links {
   }
 };
 
+// Called by a whole warp: the most segments that arrive from any other rank, of which `arrivals_of`
+// tells those from one.
+template <typename ArrivalsOf>
+__device__ __forceinline__ u32 most_arrivals(const World& world, ArrivalsOf arrivals_of) {
+  const bool is_other = lane_id() < world.num_ranks && lane_id() != world.rank;
+  return __reduce_max_sync(kFullWarp, is_other ? arrivals_of(lane_id()) : 0);
+}
+
 // The rows that a rank's block is laid out for: those it receives, or as many as it always has.
 __device__ __forceinline__ i64 rows_of_block(const World& world, const Links& links, int rank) {
   return world.static_rows ? world.static_rows : links.rows[rank];
