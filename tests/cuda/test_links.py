@@ -2,44 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import fields
 
 import pytest
 import torch
+from evaluated import CompileError, expect
 
-from fusco.engines.cuda import jit
-from fusco.engines.cuda.kernels.structs import declarations
 from fusco.layout.compact import Links, links_len, part_starts
-
-core = pytest.importorskip("cuda.core")
-CompileError = core._utils.cuda_utils.NVRTCError
 
 LINKS_AT = 1 << 20
 SHAPES = [(1, 1, 1, 1), (0, 2, 7, 3), (5, 3, 8, 2), (4096, 8, 8192, 8), (100_000, 72, 131_072, 16)]
 """Tokens, ranks, the most tokens, top-k."""
 BLOCKS = [((), 3), ((16,), 0), ((16,), 9), ((14336, 448), 1001), ((7168, 224, 16, 64), 1 << 20)]
 """Bytes of a row of each tensor, and rows."""
-
-
-def expect(checks: Sequence[tuple[str, int]], setup: str) -> None:
-    """Each expression is the number, as the compiler finds out; it runs nothing.
-
-    A call of what is nowhere defined does not link, unless it is known never to be reached.
-    Functions that are not constexpr have no static_assert.
-    """
-    declared = "".join(f"__device__ void differs_{i}();\n" for i in range(len(checks)))
-    tests = "".join(
-        f"  if (static_cast<i64>({what}) != {value}ll) differs_{i}();  // {what}\n"
-        for i, (what, value) in enumerate(checks)
-    )
-    source = f'{declarations()}#include "links.cuh"\n{declared}__global__ void check() {{\n'
-    options = core.ProgramOptions(arch="sm_90a", std="c++17", include_path=str(jit.source_folder()))
-    program = core.Program(f"{source}{setup}{tests}}}\n", "c++", options)
-    try:
-        program.compile("cubin")
-    finally:
-        program.close()
 
 
 @pytest.mark.parametrize(("num_tokens", "num_ranks", "max_tokens", "top_k"), SHAPES)
@@ -60,7 +35,7 @@ def test_links(num_tokens: int, num_ranks: int, max_tokens: int, top_k: int) -> 
     for rank, segment in {(0, 0), (num_ranks - 1, max_tokens - 1), (num_ranks // 2, 0)}:
         slots = parts.arrival_slot[rank, segment]
         checks.append(at(f"links.slots(world, {rank}, {segment})", slots))
-    expect(checks, setup)
+    expect("links.cuh", checks, setup)
 
 
 @pytest.mark.parametrize(("row_bytes", "num_rows"), BLOCKS)
@@ -77,10 +52,10 @@ def test_block(row_bytes: tuple[int, ...], num_rows: int) -> None:
     for part, start in enumerate(starts):
         check(f"part_{part}", f"part_at(row_bytes, {part}, {num_rows})", start)
     check("end", f"block_bytes(row_bytes, {len(row_bytes)}, {num_rows})", end)
-    expect(checks, setup)
+    expect("links.cuh", checks, setup)
 
 
 @pytest.mark.parametrize("wrong", [0, 2])
 def test_a_wrong_number_is_noticed(wrong: int) -> None:
     with pytest.raises(CompileError, match="differs_1"):
-        expect([("round_up(1, 1)", 1), ("round_up(1, 1)", wrong)], "")
+        expect("links.cuh", [("round_up(1, 1)", 1), ("round_up(1, 1)", wrong)])

@@ -18,39 +18,11 @@ from fusco.layout.heap import NOTHING
 from fusco.layout.segments import bytes_per_row
 from fusco.plans import Plan
 
-_TOKENS_AN_ITEM = 24
-"""A pipeline takes one more item at a time for each so many tokens that it has."""
-
-
-class Crew(NamedTuple):
-    """The warps of a block.
-
-    Attributes:
-        num_pipelines: in a block.
-        num_summers: warps of each that sum; 7 and 14 divide 7168 elements of 2 bytes.
-        items_at_once: the most that each takes at a time, of tokens to sum or segments to return.
-    """
-
-    num_pipelines: int
-    num_summers: int
-    items_at_once: int
-
-    @property
-    def max_piece_bytes(self) -> int:
-        """What the summing warps of a pipeline sum in one step: two vectors a thread."""
-        return 2 * self.num_summers * 32 * 16
-
-    @property
-    def num_threads(self) -> int:
-        """Of a block."""
-        return self.num_pipelines * (1 + self.num_summers + structs.SENDERS) * 32
-
-
-# Tuned on H200 in bfloat16 at hidden 7168, 2880 and 2048. A block does most by two pipelines. But
-# of many blocks the one that ends last keeps all waiting, and where two would have to cut rows, one
-# pipeline is sooner done with each.
-TWO_PIPELINES = Crew(num_pipelines=2, num_summers=7, items_at_once=3)
-ONE_PIPELINE = Crew(num_pipelines=1, num_summers=14, items_at_once=2)
+_RETURNERS = 92
+"""Pipelines that keep a link busy with rows that they cut, on H200; more only keep sums waiting."""
+_MAX_PIECE_BYTES = 2 * structs.SUMMERS * 32 * 16
+"""What the summing warps of a pipeline sum in one step: two vectors a thread."""
+_NUM_THREADS = structs.COMBINE_WARPS * 32
 
 
 class Cut(NamedTuple):
@@ -67,8 +39,6 @@ class _Part(NamedTuple):
     kernel: Launcher
     row_bytes: int
     returns_at: int
-    crew: Crew
-    num_threads: int
     pieces: Cut
 
 
@@ -79,7 +49,6 @@ class Combiner:
         self._session = session
         self._args = structs.CombineArgs()
         self._kernels = session.launchers("combine", self._args)
-        self._has_many_blocks = session.num_sms > session.max_sms // 2
         self._parts: dict[str, list[_Part]] = {}
 
     def combine(
@@ -111,13 +80,14 @@ class Combiner:
         for number, (part, each, out) in enumerate(zip(parts, rows, sums, strict=True)):
             args.part, args.is_last = number, number == len(rows) - 1
             args.rows, args.out = each.data_ptr(), out.data_ptr()
-            kernel, args.row_bytes, args.returns_at, crew, num_threads, pieces = part
+            kernel, args.row_bytes, args.returns_at, pieces = part
             args.piece_bytes, args.num_slots, shared_bytes = pieces
-            args.num_summers = crew.num_summers
-            # Where there is little to do for each pipeline, it takes less at a time.
-            share = num_tokens // (session.num_sms * crew.num_pipelines)
-            args.items_at_once = min(crew.items_at_once, share // _TOKENS_AN_ITEM + 1)
-            kernel(stream, session.num_sms, num_threads, shared_bytes)
+            args.num_returners = num_returners(
+                session.num_sms * structs.PIPELINES,
+                num_tokens,
+                is_cut=pieces.piece_bytes < args.row_bytes,
+            )
+            kernel(stream, session.num_sms, _NUM_THREADS, shared_bytes)
             args.row_values = args.pair_values = 0
         return Returned(sums=sums, pair_values=pair_values)
 
@@ -130,37 +100,30 @@ class Combiner:
         returns_at, parts = session.constants.returns_at, []
         for each in rows:
             size = bytes_per_row(each)
-            crew, pieces = assign(
-                size, need, session.max_shared_bytes, has_many_blocks=self._has_many_blocks
-            )
-            kernel = self._kernels(each.dtype)
-            parts.append(_Part(kernel, size, returns_at, crew, crew.num_threads, pieces))
+            pieces = cut(size, need, session.max_shared_bytes)
+            parts.append(_Part(self._kernels(each.dtype), size, returns_at, pieces))
             returns_at += session.layout.num_returns * size
         self._parts[form] = parts
         return parts
 
 
-def assign(
-    row_bytes: int, num_rows: int, max_shared_bytes: int, *, has_many_blocks: bool
-) -> tuple[Crew, Cut]:
-    """The warps for rows of that size, and how they are cut; see `cut`."""
-    pieces = cut(row_bytes, TWO_PIPELINES, num_rows, max_shared_bytes)
-    if has_many_blocks and pieces.piece_bytes < row_bytes:
-        return ONE_PIPELINE, cut(row_bytes, ONE_PIPELINE, num_rows, max_shared_bytes)
-    return TWO_PIPELINES, pieces
+def num_returners(num_pipelines: int, num_tokens: int, *, is_cut: bool) -> int:
+    """How many pipelines begin with returning; the others begin with summing."""
+    half = num_pipelines // 2
+    return min(half, _RETURNERS) if is_cut and num_tokens > num_pipelines else half
 
 
-def cut(row_bytes: int, crew: Crew, num_rows: int, max_shared_bytes: int) -> Cut:
+def cut(row_bytes: int, num_rows: int, max_shared_bytes: int) -> Cut:
     """Cut rows into as few pieces as let `num_rows` rows of a piece lie in each pipeline."""
-    room = (max_shared_bytes - structs.COMBINE_SHARED_BYTES) // crew.num_pipelines
-    num_pieces = -(-row_bytes // crew.max_piece_bytes)
+    room = (max_shared_bytes - structs.COMBINE_SHARED_BYTES) // structs.PIPELINES
+    num_pieces = -(-row_bytes // _MAX_PIECE_BYTES)
     while True:
         piece_bytes = round_up(-(-row_bytes // num_pieces), 16)
         num_slots = room // piece_bytes - structs.SENDERS
         if num_slots >= num_rows:
             break
         num_pieces += 1
-    num_places = crew.num_pipelines * (num_slots + structs.SENDERS)
+    num_places = structs.PIPELINES * (num_slots + structs.SENDERS)
     return Cut(piece_bytes, num_slots, num_places * piece_bytes + structs.COMBINE_SHARED_BYTES)
 
 

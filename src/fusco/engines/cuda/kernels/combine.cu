@@ -46,19 +46,18 @@ extern "C" __global__ void __launch_bounds__(kWarp* kCombineWarps, 1)
             const __grid_constant__ CombineArgs args) {
   extern __shared__ __align__(128) u8 dynamic[];
   const i32 num_rooms = args.num_slots + kSenders;  // for pieces of rows and of sums, a pipeline
-  const int pipeline_warps = 1 + args.num_summers + kSenders,
-            num_pipelines = blockDim.x / (pipeline_warps * kWarp);
-  Shared& shared =
-      *reinterpret_cast<Shared*>(dynamic + num_pipelines * num_rooms * args.piece_bytes);
+  constexpr int kPipelineWarps = kCombineWarps / kPipelines;
+  static_assert(kPipelineWarps == 1 + kSummers + kSenders, "see structs.py");
+  Shared& shared = *reinterpret_cast<Shared*>(dynamic + kPipelines * num_rooms * args.piece_bytes);
   static_assert(kPieces <= kWarp && kSenders <= kPieces, "a lane for each");
-  if (warp_id() < num_pipelines && lane_id() < kPieces) {
+  if (warp_id() < kPipelines && lane_id() < kPieces) {
     Pipeline& pipeline = shared.pipelines[warp_id()];
     pipeline.full[lane_id()].init(kFillArrivals);
-    pipeline.empty[lane_id()].init(args.num_summers);
+    // By every thread that reads rows or sums: one lane after a __syncwarp would do, but racecheck
+    // does not follow that.
+    pipeline.empty[lane_id()].init(kSummers * kWarp);
     if (lane_id() < kSenders) {
-      // By every thread that touches sums: one lane after a __syncwarp would do, but racecheck does
-      // not follow that.
-      pipeline.sum_full[lane_id()].init(args.num_summers * kWarp);
+      pipeline.sum_full[lane_id()].init(kSummers * kWarp);
       pipeline.sum_empty[lane_id()].init(kWarp);
     }
 #if FUSCO_BULK
@@ -91,26 +90,34 @@ extern "C" __global__ void __launch_bounds__(kWarp* kCombineWarps, 1)
       reinterpret_cast<u64*>(world.sent_bytes)[threadIdx.x] +=
           shared.peers[threadIdx.x].arrivals * static_cast<i64>(args.row_bytes);
     }
-    const int number = warp_id() / pipeline_warps, warp = warp_id() % pipeline_warps;
+    const int number = warp_id() / kPipelineWarps, warp = warp_id() % kPipelineWarps;
     Pipeline& pipeline = shared.pipelines[number];
     u8* rows = dynamic + number * num_rooms * args.piece_bytes;
     u8* sums = rows + args.num_slots * args.piece_bytes;
     if (warp == 0) {
       Fetcher fetcher(world, call, args, links, epoch, shared.peers, pipeline, rows);
-      const int place = blockIdx.x * num_pipelines + number, num_places = gridDim.x * num_pipelines;
+      // Those that begin with returning are spread evenly from the first pipeline on: however few
+      // blocks run, some return what peers wait for.
+      const int place = blockIdx.x * kPipelines + number, num_places = gridDim.x * kPipelines;
+      const auto returners_before = [&](int place) {
+        return (place * args.num_returners + num_places - 1) / num_places;
+      };
+      const int num_before = returners_before(place);
+      const bool returns_first = returners_before(place + 1) > num_before;
 #pragma unroll 1
       for (int turn = 0; turn < 2; ++turn) {
-        if ((place + turn) % 2 == 0) {
+        if (returns_first == (turn == 0)) {
           fetcher.give_back_all(state);
         } else {
-          fetcher.sum_all(state, turn == 0 ? place / 2 : -1, num_places / 2);
+          fetcher.sum_all(state, turn == 0 ? place - num_before : -1,
+                          num_places - args.num_returners);
         }
       }
       fetcher.fetch_end();
-    } else if (warp <= args.num_summers) {
-      sum_items(pipeline, args, threadIdx.x - (number * pipeline_warps + 1) * kWarp, rows, sums);
+    } else if (warp <= kSummers) {
+      sum_items(pipeline, args, threadIdx.x - (number * kPipelineWarps + 1) * kWarp, rows, sums);
     } else {
-      send_sums(pipeline, args, warp - 1 - args.num_summers, epoch, sums);
+      send_sums(pipeline, args, warp - 1 - kSummers, epoch, sums);
     }
   }
   if (verdict != kGo) clear_sums(world, args);

@@ -4,38 +4,10 @@
 #include "agree.cuh"
 #include "links.cuh"
 #include "pieces.cuh"
+#include "queue.cuh"
 
-// Batches of items for a warp. They go to whoever asks, but for a first one that may be dealt out
-// to each pipeline that begins with the queue; an answer is awaited only when it is needed.
-struct Queue {
-  u32* counter;
-  const u32 batch, end, base;
-  u32 answer = 0;  // in the first lane: how far behind `base`, modulo 2^32, the next batch begins
-
-  // `place`: of this pipeline among the `num_places` that begin with the queue; negative for none.
-  __device__ __forceinline__ Queue(u32* counter, u32 batch, u32 end, int place = -1,
-                                   u32 num_places = 0)
-      : counter(counter), batch(batch), end(end), base(num_places * batch) {
-    if (place < 0) {
-      ask();
-    } else {
-      answer = place * batch - base;
-    }
-  }
-
-  // The first item of the next batch; `end` or more where there is none.
-  __device__ __forceinline__ u32 take() {
-    const u32 first = base + __shfl_sync(kFullWarp, answer, 0);
-    if (first < end) ask();
-    return first;
-  }
-
- private:
-  __device__ __forceinline__ void ask() {
-    answer = 0;
-    if (base < end && lane_id() == 0) answer = atomicAdd(counter, batch);
-  }
-};
+// Tuned on H200: the most items of a batch, and for how many of each pipeline they come singly.
+constexpr int kItems = 3, kSingles = 4;
 
 // The lanes of the fetching warp look at several items at once, `width` lanes each. What is known
 // of the items that come next is read while those before them are fetched.
@@ -48,7 +20,7 @@ struct Fetcher {
   const Peer* peers;
   Pipeline& shared;
   u8* rows_in_shared;
-  const int width, num_items;
+  const int width, max_items;
   // Pieces and slots of the ring: taken, and given back so far.
   u32 head = 0, tail = 0;
   i32 next_slot = 0, num_free;
@@ -65,7 +37,7 @@ struct Fetcher {
         shared(shared),
         rows_in_shared(rows),
         width(max(world.top_k, min(world.num_ranks, kWarp))),
-        num_items(max(1, min(kWarp / width, args.items_at_once))),
+        max_items(max(1, min(kWarp / width, kItems))),
         num_free(args.num_slots) {}
 
   __device__ __forceinline__ u64 window_of(int rank) const { return peers[rank].window; }
@@ -175,18 +147,18 @@ struct Fetcher {
     i32 segment, slot;
   };
 
-  __device__ __forceinline__ Arrived arrived(u32 first, u32 end) const {
+  __device__ __forceinline__ Arrived arrived(const Batch& batch) const {
     const int item = lane_id() / width, index = lane_id() % width;
-    const u32 number = first + item, num_others = world.num_ranks - 1;
+    const u32 number = batch.first + item, num_others = world.num_ranks - 1;
     const int rank = (world.rank + 1 + number % num_others) % world.num_ranks;
     const i32 segment = number / num_others;
     const bool is_there =
-        item < num_items && number < end && index < world.top_k && segment < peers[rank].arrivals;
+        item < batch.num_items && index < world.top_k && segment < peers[rank].arrivals;
     return Arrived{rank, segment, is_there ? links.slots(world, rank, segment)[index] : -1};
   }
 
   // The slots of a segment come first among its lanes.
-  __device__ __forceinline__ void give_back(const Arrived& its, float weight) {
+  __device__ __forceinline__ void give_back(const Batch& batch, const Arrived& its, float weight) {
     const int index = lane_id() % width;
     const bool is_there = its.slot >= 0;
     const u64 window = window_of(its.rank);
@@ -198,7 +170,7 @@ struct Fetcher {
     Item item{at_bytes<u8>(window, args.returns_at + row * args.row_bytes),
               return_flag(window, row)};
     const u32 filled = __ballot_sync(kFullWarp, is_there);
-    for (int i = 0; i < num_items; ++i) {
+    for (int i = 0; i < batch.num_items; ++i) {
       item.num_rows = item.own_end = __popc(filled & lanes_of(i));
       if (item.num_rows == 0) continue;
       const bool is_mine = lane_id() / width == i && is_there;
@@ -215,11 +187,11 @@ struct Fetcher {
     i32 row_slot;
   };
 
-  __device__ __forceinline__ Token token(u32 first) const {
+  __device__ __forceinline__ Token token(const Batch& batch) const {
     const int item = lane_id() / width, index = lane_id() % width;
-    const i64 number = static_cast<i64>(first) + item;
+    const i64 number = static_cast<i64>(batch.first) + item;
     Token its{-1, -1, -1, -1};
-    if (item >= num_items || number >= args.num_tokens) return its;
+    if (item >= batch.num_items) return its;
     if (index < world.num_ranks) {
       its.rank = peers[index].at_order;
       its.segment = links.token_segment[number * world.num_ranks + its.rank];
@@ -248,14 +220,14 @@ struct Fetcher {
 
   // Until all partials of a batch are there, which `partial` is then one of; false where a sender
   // is lost.
-  __device__ __forceinline__ bool await_partials(u32 first, const Token& its,
+  __device__ __forceinline__ bool await_partials(const Batch& batch, const Token& its,
                                                  const u8*& partial) const {
     bool has_come = true;
     if (its.segment >= 0 && its.rank != world.rank) {
       const u64 window = window_of(world.rank);
       const i64 row = peers[its.rank].return_from + its.segment;
       const u64* flag = return_flag(window, row);
-      has_come = wait_for(world, call, its.rank, first + lane_id() / width, args.num_tokens,
+      has_come = wait_for(world, call, its.rank, batch.first + lane_id() / width, args.num_tokens,
                           [&] { return load_acquire(flag) == epoch; });
       partial = at_bytes<u8>(window, args.returns_at + row * args.row_bytes);
     }
@@ -267,19 +239,19 @@ struct Fetcher {
     return has_come;
   }
 
-  // Tokens `first` and following.
-  __device__ __forceinline__ void sum(u32 first, const Token& its, const u8* partial,
+  __device__ __forceinline__ void sum(const Batch& batch, const Token& its, const u8* partial,
                                       float weight) {
     const u32 below = lanes_below(), up_to = below << 1 | 1;
     const bool is_there = its.segment >= 0, is_own = is_there && its.rank == world.rank;
     const i32 slot = own_slot(its);
     const u32 terms = __ballot_sync(kFullWarp, is_there), own = __ballot_sync(kFullWarp, is_own),
               rows = __ballot_sync(kFullWarp, slot >= 0), ends = node_ends(its, terms);
-    for (int i = 0; i < num_items && first + i < args.num_tokens; ++i) {
+    for (int i = 0; i < batch.num_items; ++i) {
       const u32 lanes = lanes_of(i), its_terms = terms & lanes, its_own = own & lanes;
       const bool is_mine = lanes >> lane_id() & 1;
       const i32 num_own = __popc(rows & lanes);
-      Item item{reinterpret_cast<u8*>(args.out) + (static_cast<i64>(first) + i) * args.row_bytes};
+      Item item{reinterpret_cast<u8*>(args.out) +
+                (static_cast<i64>(batch.first) + i) * args.row_bytes};
       // Lanes are in the order of the sum; the own rows stand where their rank's lane does. Without
       // them all lanes are below it.
       item.own_begin = __popc(its_terms & (its_own - 1));
@@ -296,22 +268,22 @@ struct Fetcher {
                    row_at(slot), weight},
             Source{is_mine && is_there && !is_own ? end - 1 : -1, partial});
     }
-    if (args.pair_values) return_values(first, its);
+    if (args.pair_values) return_values(batch, its);
   }
 
   // The lanes of each token's last rank of each node.
   __device__ __forceinline__ u32 node_ends(const Token& its, u32 terms) const {
     const int item = lane_id() / width;
-    const u32 later = item < num_items ? terms & lanes_of(item) & ~(lanes_below() << 1 | 1) : 0;
+    const u32 later = terms & lanes_of(item) & ~(lanes_below() << 1 | 1);
     const i32 node = its.rank >= 0 ? peers[its.rank].node : -1;
     const i32 next_node = __shfl_sync(kFullWarp, node, later ? __ffs(later) - 1 : lane_id());
     return __ballot_sync(kFullWarp, its.segment >= 0 && (!later || next_node != node));
   }
 
   // The values that came with the rows of a batch, to its tokens' pairs.
-  __device__ __forceinline__ void return_values(u32 first, const Token& its) const {
+  __device__ __forceinline__ void return_values(const Batch& batch, const Token& its) const {
     const int item = lane_id() / width, index = lane_id() % width, top_k = world.top_k;
-    const i64 token = static_cast<i64>(first) + item;
+    const i64 token = static_cast<i64>(batch.first) + item;
     const bool has_row = its.row_rank >= 0;
     const u32 same = __match_any_sync(kFullWarp, has_row ? item << 8 | its.row_rank : -1);
     float value = 0;
@@ -323,24 +295,28 @@ struct Fetcher {
       value = at_bytes<float>(window_of(world.rank),
                               world.values_at)[row * top_k + __popc(same & lanes_below())];
     }
-    if (item < num_items && token < args.num_tokens && index < top_k) {
+    if (item < batch.num_items && index < top_k) {
       reinterpret_cast<float*>(args.pair_values)[token * top_k + index] = value;
     }
+  }
+
+  __device__ __forceinline__ Batches batches(u32 num_items) const {
+    return Batches(num_items, max_items, kSingles * kPipelines * gridDim.x);
   }
 
   // Batch after batch, until there are none or `await` is false of one: `look` reads what is known
   // of it, and `use` fetches it. Two batches ahead are known, and the weights of the next.
   template <typename Look, typename Await, typename Use>
   __device__ __forceinline__ void take_all(Queue queue, Look look, Await await, Use use) {
-    u32 first = queue.take();
-    if (first >= queue.end) return;
+    Batch first = queue.take();
+    if (first.num_items == 0) return;
     auto its = look(first);
-    u32 second = queue.take();
+    Batch second = queue.take();
     auto next = look(second);
     float weight = weight_of(own_slot(its));
-    while (first < queue.end) {
+    while (first.num_items > 0) {
       if (!await(first, its)) return;
-      const u32 third = second < queue.end ? queue.take() : second;
+      const Batch third = second.num_items > 0 ? queue.take() : second;
       const auto after = look(third);
       const float next_weight = weight_of(own_slot(next));
       use(first, its, weight);
@@ -359,17 +335,21 @@ struct Fetcher {
     const u32 end =
         num_others * most_arrivals(world, [&](int rank) { return peers[rank].arrivals; });
     take_all(
-        Queue(&state.queue[0], num_items, end), [&](u32 first) { return arrived(first, end); },
-        [](u32, const Arrived&) { return true; },
-        [&](u32, const Arrived& its, float weight) { give_back(its, weight); });
+        Queue(&state.queue[0], batches(end)), [&](const Batch& batch) { return arrived(batch); },
+        [](const Batch&, const Arrived&) { return true; },
+        [&](const Batch& batch, const Arrived& its, float weight) {
+          give_back(batch, its, weight);
+        });
   }
 
   __device__ __forceinline__ void sum_all(State& state, int place, int num_places) {
     const u8* partial = nullptr;
     take_all(
-        Queue(&state.queue[1], num_items, args.num_tokens, place, num_places),
-        [&](u32 first) { return token(first); },
-        [&](u32 first, const Token& its) { return await_partials(first, its, partial); },
-        [&](u32 first, const Token& its, float weight) { sum(first, its, partial, weight); });
+        Queue(&state.queue[1], batches(args.num_tokens), place, num_places),
+        [&](const Batch& batch) { return token(batch); },
+        [&](const Batch& batch, const Token& its) { return await_partials(batch, its, partial); },
+        [&](const Batch& batch, const Token& its, float weight) {
+          sum(batch, its, partial, weight);
+        });
   }
 };

@@ -15,13 +15,15 @@ MAX_PARTS = 4
 REPORTS = 8
 """Places in which kernels report to the host, taken in turn."""
 PIPELINES = 2
-"""Pipelines in a block of a combine, at the most."""
+"""Pipelines in a block of a combine."""
+SUMMERS = 7
+"""Warps of a pipeline that sum; 7 divides hidden sizes of models."""
 PIECES = 16
 """Pieces of work that a pipeline has under way at the most."""
 SENDERS = 2
 """Warps of a pipeline that send sums, each one at a time."""
-COMBINE_WARPS = 20
-"""In a block of a combine, at the most: with more, kernels without bulk copies lack registers."""
+COMBINE_WARPS = PIPELINES * (1 + SUMMERS + SENDERS)
+"""In a block of a combine; with more than 20, kernels without bulk copies lack registers."""
 
 
 class Verdict(IntEnum):
@@ -151,8 +153,7 @@ class CombineArgs(ctypes.Structure):
         ("is_last", c_int32),
         ("piece_bytes", c_int32),
         ("num_slots", c_int32),
-        ("items_at_once", c_int32),
-        ("num_summers", c_int32),
+        ("num_returners", c_int32),
     )
 
 
@@ -249,6 +250,7 @@ def declarations() -> str:
         "kBlockAlignment": BLOCK_ALIGNMENT,
         "kPipelines": PIPELINES,
         "kPieces": PIECES,
+        "kSummers": SUMMERS,
         "kSenders": SENDERS,
         "kCombineWarps": COMBINE_WARPS,
         "kCombineSharedBytes": COMBINE_SHARED_BYTES,

@@ -105,7 +105,8 @@ struct Rows {
 __device__ __forceinline__ void sum_items(Pipeline& shared, const CombineArgs& args, int thread,
                                           const u8* rows, u8* sums) {
   const u32 num_pieces = (args.row_bytes + args.piece_bytes - 1) / args.piece_bytes;
-  const i32 stride = args.num_summers * kWarp * 16, ring_bytes = args.num_slots * args.piece_bytes;
+  constexpr i32 stride = kSummers * kWarp * 16;
+  const i32 ring_bytes = args.num_slots * args.piece_bytes;
   int num_ends = 0;
   for (u32 item = 0; num_ends < kSenders; ++item) {
     i32 size = 0;
@@ -135,8 +136,7 @@ __device__ __forceinline__ void sum_items(Pipeline& shared, const CombineArgs& a
         }
       }
       publish_to_copies();
-      __syncwarp();
-      if (lane_id() == 0) shared.empty[place].arrive();
+      shared.empty[place].arrive();
       if (size >= 0 || i == 0) shared.sum_full[sender].arrive();
     }
     num_ends += size < 0;
