@@ -162,7 +162,7 @@ class Dispatcher:
             # There is time until the report comes.
             with suppress(torch.OutOfMemoryError):
                 self._spare = {(stream, num_tokens): self._allocate(planning.layout)}
-            report = session.await_report(ticket)
+            report = self._await_report(ticket, form)
             if report.verdict == _GO:
                 num_rows = report.num_rows
                 break
@@ -209,7 +209,7 @@ class Dispatcher:
             if self._static_rows is not None:
                 session.failures.warn()
                 break
-            report = session.await_report(ticket)
+            report = self._await_report(ticket, form)
             if report.verdict == _GO:
                 break
             self._make_room(call, room, report)
@@ -273,6 +273,13 @@ class Dispatcher:
             )
         session.grow(call.operation.text, need)
         return _Room(heap.free.reserve(need), heap.free)
+
+    def _await_report(self, ticket: int, form: _Format) -> Report:
+        session = self._session
+        if not session.has_reported(ticket):
+            dtype, shape = form.parts[0]
+            session.heap.rehearse((1, *shape), dtype)
+        return session.await_report(ticket)
 
     def _make_room(self, call: Call, room: _Room, report: Report) -> None:
         room.home.release(room.block)

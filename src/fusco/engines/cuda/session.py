@@ -205,6 +205,10 @@ class Session:
         head: list[int] = self.window.memory[at : at + 8 * HEADER].view(torch.int64).tolist()
         return head
 
+    def has_reported(self, ticket: int) -> bool:
+        """Whether a dispatch has reported already."""
+        return self._reports[ticket % structs.REPORTS][0] == ticket
+
     def await_report(self, ticket: int) -> Report:
         """What a dispatch reports."""
         report = self._reports[ticket % structs.REPORTS]
