@@ -86,6 +86,27 @@ def test_blocks_never_overlap(steps: list[tuple[bool, int]]) -> None:
     assert sorted(largest) == sorted(CHUNKS)
 
 
+@pytest.mark.parametrize("chunks", [(), CHUNKS])
+def test_a_rehearsal_leaves_the_heap_as_it_was(
+    chunks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[torch.Size] = []
+
+    def of_cpu(region: Region, device: torch.device) -> torch.Tensor:
+        tensor = torch.from_numpy(np.asarray(region))
+        made.append(tensor.shape)
+        return tensor
+
+    monkeypatch.setattr(torch, "as_tensor", of_cpu)
+    heap = make(chunks)
+    largest = heap.free.reserve_largest()  # as while a dispatch waits
+    heap.rehearse((1, 16), torch.bfloat16)
+    assert made == [(1, 16)] * bool(chunks)
+    heap.free.release(largest)
+    sizes = [heap.free.reserve_largest().size for _ in range(4)]
+    assert sizes == [*sorted(chunks, reverse=True), 0, 0, 0, 0][:4]
+
+
 def test_the_parts_of_a_captured_block_return_for_graphs_of_the_same_pool() -> None:
     heap, home = make((4096,)), Heap(alignment=BLOCK_ALIGNMENT)
     block = heap.reserve(1024, home)

@@ -187,9 +187,7 @@ class SymmetricHeap:
         if self._chunks:
             self._over(NOTHING, shape, dtype, self.free)
 
-    def _over(
-        self, block: Block, shape: tuple[int, ...], dtype: torch.dtype, home: Heap
-    ) -> Tensor:
+    def _over(self, block: Block, shape: tuple[int, ...], dtype: torch.dtype, home: Heap) -> Tensor:
         number, start = divmod(block.base, CHUNK_SPAN)
         chunk = self._chunks[number]
         kind = _TYPES_OF_SIZE[dtype.itemsize] if dtype != torch.float32 else "<f4"
