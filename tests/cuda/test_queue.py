@@ -22,3 +22,18 @@ def test_every_item_is_in_one_batch(num_items: int, size: int) -> None:
     behind = len(sizes)
     checks += [(f"batches[{number}].num_items", 0) for number in (behind, behind + 1000)]
     expect("queue.cuh", checks, f"const Batches batches({num_items}, {size}, {num_single});\n")
+
+
+@pytest.mark.parametrize(
+    ("num_returners", "num_places"), [(92, 264), (132, 264), (24, 48), (1, 2), (3, 7)]
+)
+def test_returners_are_spread_from_the_first_on(num_returners: int, num_places: int) -> None:
+    places = [i * num_places // num_returners for i in range(num_returners)]
+    checks = [
+        (
+            f"returners_before({place}, {num_returners}, {num_places})",
+            sum(p < place for p in places),
+        )
+        for place in range(num_places + 1)
+    ]
+    expect("queue.cuh", checks)

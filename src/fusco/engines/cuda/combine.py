@@ -110,7 +110,8 @@ class Combiner:
 def num_returners(num_pipelines: int, num_tokens: int, *, is_cut: bool) -> int:
     """How many pipelines begin with returning; the others begin with summing."""
     half = num_pipelines // 2
-    return min(half, _RETURNERS) if is_cut and num_tokens > num_pipelines else half
+    has_one_item = num_tokens <= num_pipelines  # each, at the most
+    return min(half, _RETURNERS) if is_cut and not has_one_item else half
 
 
 def cut(row_bytes: int, num_rows: int, max_shared_bytes: int) -> Cut:

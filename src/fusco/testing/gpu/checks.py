@@ -159,9 +159,9 @@ GPU_CHECKS: tuple[Check, ...] = (
     ),
     Check(
         name="cut-rows-few-sms",
-        description="rows in several pieces, which few multiprocessors sum by two pipelines each",
+        description="rows in pieces, of which few multiprocessors take several at a time",
         fn=trips(
-            num_sms=8, hidden_size=7168, dtype=torch.bfloat16, num_tokens=(30, 0, 41), top_k=8
+            num_sms=2, hidden_size=7168, dtype=torch.bfloat16, num_tokens=(30, 0, 41), top_k=8
         ),
     ),
     Check(
@@ -169,6 +169,16 @@ GPU_CHECKS: tuple[Check, ...] = (
         description="rows of a large model, top-8",
         fn=trips(
             hidden_size=7168, dtype=torch.bfloat16, num_tokens=(40, 64), top_k=8, num_experts=8
+        ),
+    ),
+    Check(
+        name="batches",
+        description="rows in pieces, of which all multiprocessors take several at a time",
+        fn=trips(
+            hidden_size=3600,
+            dtype=torch.bfloat16,
+            num_tokens=(1200, 80, 0, 0, 0, 0, 0, 0),
+            top_k=4,
         ),
     ),
     Check(
@@ -196,7 +206,7 @@ GPU_CHECKS: tuple[Check, ...] = (
     Check(name="tuple-of-four", description="four tensors at once", fn=tuples(4, 48, 12, 32)),
     Check(
         name="tuple-wide-narrow",
-        description="tensors that blocks of different sizes sum",
+        description="tensors of which one comes in pieces",
         fn=tuples(3584, 112),
     ),
     Check(

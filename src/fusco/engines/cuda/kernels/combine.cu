@@ -1,10 +1,11 @@
 // Combine: the rank of an expert sums a token's rows there and sends one row, its partial, to the
 // token's rank, which adds the partials up in the order of the contract (engines/base.py).
 //
-// A block is one or two pipelines. The first warp of each takes segments to return or tokens to
-// sum, items, and fetches piece by piece of their rows into shared memory; others sum these there;
-// the last few send the sums on, an item each in turn. Half of the pipelines begin with returning,
-// which never waits for other ranks, and go on with summing, which does.
+// A block is two pipelines. The first warp of each takes segments to return or tokens to sum,
+// items, and fetches piece by piece of their rows into shared memory; others sum these there; the
+// last few send the sums on, an item each in turn. At most half of the pipelines begin with
+// returning, which never waits for other ranks, and go on with summing, which does; the others the
+// other way round.
 
 #include "agree.cuh"
 #include "fetch.cuh"
@@ -96,14 +97,10 @@ extern "C" __global__ void __launch_bounds__(kWarp* kCombineWarps, 1)
     u8* sums = rows + args.num_slots * args.piece_bytes;
     if (warp == 0) {
       Fetcher fetcher(world, call, args, links, epoch, shared.peers, pipeline, rows);
-      // Those that begin with returning are spread evenly from the first pipeline on: however few
-      // blocks run, some return what peers wait for.
-      const int place = blockIdx.x * kPipelines + number, num_places = gridDim.x * kPipelines;
-      const auto returners_before = [&](int place) {
-        return (place * args.num_returners + num_places - 1) / num_places;
-      };
-      const int num_before = returners_before(place);
-      const bool returns_first = returners_before(place + 1) > num_before;
+      const int place = blockIdx.x * kPipelines + number, num_places = gridDim.x * kPipelines,
+                num_before = returners_before(place, args.num_returners, num_places);
+      const bool returns_first =
+          returners_before(place + 1, args.num_returners, num_places) > num_before;
 #pragma unroll 1
       for (int turn = 0; turn < 2; ++turn) {
         if (returns_first == (turn == 0)) {

@@ -3,13 +3,20 @@
 
 #include "device.cuh"
 
+// How many pipelines before the `place`-th begin with returning. They are spread evenly from the
+// first one on: however few blocks run, some return what peers wait for.
+__device__ __forceinline__ constexpr int returners_before(int place, int num_returners,
+                                                          int num_places) {
+  return (place * num_returners + num_places - 1) / num_places;
+}
+
 struct Batch {
   u32 first;
   u32 num_items;
 };
 
-// Several items each but for the last ones, at least `num_single`, which come one by one, so that
-// all who take them end at once.
+// Several items each, but `num_single` or a few more at the end come one by one, so that all who
+// take them end at once.
 struct Batches {
   u32 num_items, size, num_full;
 

@@ -17,7 +17,7 @@ REPORTS = 8
 PIPELINES = 2
 """Pipelines in a block of a combine."""
 SUMMERS = 7
-"""Warps of a pipeline that sum; 7 divides hidden sizes of models."""
+"""Warps of a pipeline that sum; 7 divides 7168 elements of 2 bytes."""
 PIECES = 16
 """Pieces of work that a pipeline has under way at the most."""
 SENDERS = 2
