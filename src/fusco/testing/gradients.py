@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusco.testing import dense
-from fusco.testing.cases import Case, Inputs, draw, expect_close
+from fusco.testing.cases import Case, Inputs, draw, expect_close, expect_same
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 
@@ -40,6 +40,45 @@ def expect_gradients(
     want = _dense_gradients(inputs.host or inputs, rank)
     for name, one, other in zip(("x", "outputs", "topk_weights"), got, want, strict=False):
         expect_close(one, other, TOLERANCE[one.dtype], f"gradient of {name}")
+
+
+def expect_weighed(case: Case, group: dist.ProcessGroup | None, engine: str) -> None:
+    """Gradients of expert outputs, to the bit, and of weights, from given ones of the sums.
+
+    Args:
+        case: weighted, of rows in any floating type.
+        group: as many ranks as the case has.
+        engine: the engine to check.
+    """
+    rank, inputs = dist.get_rank(group), draw(case)
+    of_sums = draw(case, 1).routed_as(inputs)  # its rows are their gradients
+    x, weights, outputs = leaves(inputs)
+    assert weights is not None, "of a weighted case"
+    with case.shuffle(group, engine) as shuffle:
+        d = shuffle.dispatch(x[rank].detach(), inputs.topk_idx[rank], weights[rank])
+        y = shuffle.combine(outputs[rank], d)
+        got = torch.autograd.grad(y, (outputs[rank], weights[rank]), of_sums.x[rank])
+    wide = torch.float64 if case.dtype == torch.float64 else torch.float32
+    rows, row_weights = of_sums.rows(rank), inputs.row_weights(rank)
+    assert isinstance(rows, Tensor)
+    want = (rows.to(wide) * row_weights[:, None].to(wide)).to(case.dtype)
+    expect_same(got[0], want, "gradient of outputs")
+    products = _products(inputs.host or inputs, of_sums.host or of_sums, rank)
+    # Of a size that does not grow with the rows.
+    scale = case.hidden_size**-0.5
+    expect_close(got[1] * scale, (products * scale).float(), 1e-5, "gradient of topk_weights")
+
+
+def _products(inputs: Inputs, of_sums: Inputs, rank: int) -> Tensor:
+    """fp64 `[T, K]`: of each choice's expert output and the gradient of its token's sum."""
+    ranks, slots = inputs.layout.rank_TK[rank], inputs.layout.slot_TK[rank]
+    grads = of_sums.x[rank]
+    assert isinstance(grads, Tensor)
+    products = torch.zeros(ranks.shape, dtype=torch.float64)
+    for token, k in (ranks >= 0).nonzero().tolist():
+        output = inputs.outputs[int(ranks[token, k])][slots[token, k]]
+        products[token, k] = output.double() @ grads[token].double()
+    return products
 
 
 def expert(rows: Tensor, bias: Tensor) -> Tensor:

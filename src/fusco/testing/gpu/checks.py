@@ -30,7 +30,7 @@ from fusco.testing.gpu.static import (
     static_rows,
 )
 from fusco.testing.gpu.trips import held_for_many_layers, random_trips, trips, tuples
-from fusco.testing.gradients import expect_gradients
+from fusco.testing.gradients import expect_gradients, expect_weighed
 from fusco.testing.mistakes import (
     CASE,
     CUDA_MISTAKES,
@@ -59,6 +59,18 @@ def _gradients(
             **changes | {"num_tokens": sizes(tokens, group)},
         )
         expect_all(case, group, engine)
+
+    return check
+
+
+def _weighed(**changes: Any) -> Callable[[Group, str], None]:
+    def check(group: Group, engine: str) -> None:
+        case = Case(
+            num_experts=4 * dist.get_world_size(group),
+            device=device_of(engine),
+            **changes | {"num_tokens": sizes(changes.get("num_tokens", (9, 0, 20, 3)), group)},
+        )
+        expect_weighed(case, group, engine)
 
     return check
 
@@ -211,6 +223,23 @@ GPU_CHECKS: tuple[Check, ...] = (
     ),
     Check(
         name="held", description="rows of many dispatches stay as they are", fn=held_for_many_layers
+    ),
+    Check(
+        name="backward-model",
+        description="gradients of outputs and weights with rows of a large model, top-8",
+        fn=_weighed(hidden_size=7168, dtype=torch.bfloat16, num_tokens=(40, 0, 64), top_k=8),
+    ),
+    Check(
+        name="backward-wide",
+        description="gradients of rows wider than a warp's slot in shared memory",
+        fn=_weighed(hidden_size=7168, dtype=torch.float32, num_tokens=(9, 4), top_k=3),
+    ),
+    Check(
+        name="backward-half",
+        description="gradients of short rows in half precision, with padding",
+        fn=_weighed(
+            hidden_size=24, dtype=torch.float16, routing="repeated", expert_alignment=4, top_k=4
+        ),
     ),
     Check(
         name="gradients-repeated",
