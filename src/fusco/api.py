@@ -378,7 +378,8 @@ class Shuffle:
         return self._engine.empty_like(rows)
 
     def stats(self) -> Stats:
-        """What this Shuffle has done so far; not collective."""
+        """What this Shuffle has done so far; not collective. With "cuda" it warns where
+        `synchronize` has something to raise, as does `close`."""
         self._require_open()
         return self._engine.stats()
 

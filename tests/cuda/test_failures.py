@@ -175,7 +175,8 @@ def test_a_wrong_call_after_a_failure_leaves_it_pending() -> None:
 
 def test_calls_that_do_not_fit_together() -> None:
     first, second = two_ranks(wrong=-1)
-    second.failures.close()  # leaves before it has raised, but not without a word
+    with pytest.warns(UserWarning, match="dispatch|combine"):
+        second.failures.close()  # leaves before it has raised, but not without a word
     assert isinstance(first.error(), DisagreementError)
 
 
@@ -226,7 +227,7 @@ def test_what_needs_no_word_of_others(verdict: Verdict, kind: type[FuscoError], 
 def test_a_loss_is_for_good() -> None:
     rank = Rank(0, Board())
     rank.fail(Verdict.LOST, awaited=1, item=-1)
-    for call in (rank.failures.raise_lost, rank.failures.raise_pending, rank.failures.warn):
+    for call in (rank.failures.raise_lost, rank.failures.raise_pending):
         with pytest.raises(PeerError, match="rank 1 is lost"):
             call()
     assert not rank.is_settled()
@@ -245,6 +246,21 @@ def test_a_loss_says_what_did_not_come(fields: dict[str, int], says: str) -> Non
     rank.fail(Verdict.LOST, **fields)
     with pytest.raises(PeerError, match=says):
         rank.failures.raise_lost()
+
+
+def test_who_closes_before_an_overflow_was_raised_is_told() -> None:
+    rank = Rank(0, Board(), max_recv_tokens=4)
+    rank.failures.close()
+    rank.fail(Verdict.SHORT, need=9)
+    with pytest.warns(UserWarning, match="max_recv_tokens=9"):
+        rank.failures.close()
+
+
+def test_who_closes_after_a_loss_has_heard_of_it() -> None:
+    rank = Rank(0, Board())
+    rank.fail(Verdict.LOST, awaited=1)
+    rank.failures.warn()
+    rank.failures.close()
 
 
 def test_a_warning_for_each_failure() -> None:

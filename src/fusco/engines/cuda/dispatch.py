@@ -157,6 +157,7 @@ class Dispatcher:
             self._set_plan(addresses, is_planned=False)
             self._dispatch(stream, session.num_sms, form.threads, form.shared_bytes)
             if num_rows is not None:
+                session.failures.raise_lost()
                 session.failures.warn()
                 break
             # There is time until the report comes.
@@ -207,6 +208,7 @@ class Dispatcher:
             ticket = session.describe(call, room.block)
             kernel(stream, session.num_sms, form.threads, form.shared_bytes)
             if self._static_rows is not None:
+                session.failures.raise_lost()
                 session.failures.warn()
                 break
             report = self._await_report(ticket, form)

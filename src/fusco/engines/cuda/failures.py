@@ -76,6 +76,10 @@ class Failures:
         """Whether there is something to raise."""
         return bool(self._words[0])
 
+    @property
+    def _has_to_settle(self) -> bool:
+        return self.is_pending and self._words[0] != _LOST
+
     def remember(self, ticket: int, call: Call) -> None:
         """Keep what a ticket stands for."""
         if call.error is not None:
@@ -117,9 +121,8 @@ class Failures:
 
     def warn(self) -> None:
         """Say once for each failure that nothing is done until it is raised."""
-        if not self.is_pending or self._has_warned:
+        if not self._has_to_settle or self._has_warned:
             return
-        self.raise_lost()
         self._has_warned = True
         warnings.warn(
             "an earlier call of this Shuffle failed, and no call since has done anything: "
@@ -149,10 +152,21 @@ class Failures:
         raise copy(call.error) from None
 
     def close(self) -> None:
-        """Tell the others what they will ask for, if this rank leaves before it has raised."""
-        if self._told[0] == Verdict.UNLIKE:
-            failure = self._read()
+        """Tell the others what they will ask for, and warn, if this rank leaves before it has
+        raised."""
+        if not self._has_to_settle:
+            return
+        failure = self._read()
+        what = f"{Operation(failure.operation).text}: the ranks' calls did not fit together"
+        if failure.verdict == Verdict.UNLIKE:
             self._post(failure, self._call_of(failure))
+        elif failure.verdict == Verdict.SHORT:
+            what = str(self._error_of(failure))
+        warnings.warn(
+            "a Shuffle was closed before synchronize() raised why no call since has done "
+            f"anything: {what}",
+            stacklevel=2,
+        )
 
     def _settle(self) -> None:
         self._has_warned = False

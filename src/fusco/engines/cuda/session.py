@@ -334,8 +334,9 @@ class Session:
         return self.window.memory.numel() + self.heap.num_bytes
 
     def counted(self) -> Counted:
-        """What the kernels have counted so far."""
+        """What the kernels have counted so far; warns of failures that are still to raise."""
         self._wait()
+        self.failures.warn()
         state = self._tables["state"].view(torch.int32)
         return Counted(
             num_rows=int(state[_NUM_ROWS : _NUM_ROWS + 2].view(torch.int64)),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
@@ -134,6 +136,8 @@ def overflow(group: Group, engine: str) -> None:
     with case.shuffle(group, engine, max_recv_tokens=size) as shuffle:
         d = _dispatch(shuffle, inputs, rank)
         _expect_nothing(d, shuffle.combine(outputs, d))
+        with _warning("synchronize"):
+            shuffle.stats()
         # What does nothing need not be done by all.
         for _ in range(rank):
             later = _dispatch(shuffle, few, rank)
@@ -151,6 +155,9 @@ def overflow(group: Group, engine: str) -> None:
 
         text = _error_of(combine_and_wait, fusco.InputError)
         expect("plan" in text, f"a plan that was never made: {text}")
+        _dispatch(shuffle, inputs, rank)
+        with _warning(f"max_recv_tokens={need}"):
+            shuffle.close()
 
 
 def graphs_overflow(group: Group, engine: str) -> None:
@@ -192,6 +199,16 @@ def _expect_nothing(d: fusco.Dispatched[Tensor], y: Tensor) -> None:
     expect(not d.tokens_per_expert.any(), f"{d.tokens_per_expert} rows of nothing")
     expect(not d.expert_offsets.any(), f"{d.expert_offsets} are offsets of nothing")
     expect(not y.any(), "sums of nothing are not zero")
+
+
+@contextmanager
+def _warning(text: str) -> Iterator[None]:
+    """Just one comes, in which this text is."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    told = [str(each.message) for each in caught]
+    expect(len(told) == 1 and text in told[0], f"warnings: {told}")
 
 
 def _error_of(call: Callable[[], object], kind: type[Exception]) -> str:
