@@ -66,6 +66,11 @@ CASES = {
     "no-compiler": (NO_COMPILER, "auto", {}, BOTH, "cpu"),
     "no-compiler-asked": (NO_COMPILER, "cuda", {}, BOTH, "rank 1 needs cuda.core"),
     "no-windows": (NO_WINDOWS, "auto", {}, BOTH, "cpu"),
+    "top-32": (JOINED, "auto", {"top_k": 32}, BOTH, "cuda"),
+    "top-33": (JOINED, "auto", {"top_k": 33}, BOTH, "cpu"),
+    "top-33-asked": (JOINED, "cuda", {"top_k": 33}, BOTH, "it serves top_k up to 32, not 33"),
+    "top-33-nccl-only": (JOINED, "auto", {"top_k": 33}, ("cuda",), "up to 32, not 33; for other"),
+    "many-experts": (JOINED, "auto", {"num_experts": 65536}, BOTH, "cpu"),
     "no-windows-asked": (NO_WINDOWS, "cuda", {}, BOTH, "rank 1 needs memory"),
 }
 NODES = ("0", "0", "1")
@@ -102,6 +107,15 @@ def test_choice_between_nodes(pool: RankPool, name: str) -> None:
 def test_no_engine_for_gpus_exchanges(pool: RankPool, nodes: tuple[str, ...]) -> None:
     got = pool.run(choose, JOINED, "auto", {}, ("cuda",), nodes, ("cuda",))[: len(MEMBERS)]
     assert all(" serve Shuffle; for other" in text or "serves Shuffle; " in text for text in got)
+
+
+def test_many_ranks_get_another_engine() -> None:
+    def why_not(num_ranks: int) -> str:
+        greetings = [{"settings": {}}] * num_ranks
+        return meeting._why_no_cuda("Shuffle", greetings, JOINED[:1] * num_ranks, True, ())
+
+    assert why_not(32) == ""
+    assert why_not(33) == "it serves num_ranks up to 32, not 33"
 
 
 def test_ranks_that_share_a_gpu_are_joined() -> None:

@@ -72,6 +72,10 @@ def test_one_rank_alone_returns_nothing() -> None:
         ({"num_experts": 255}, "num_experts"),
         ({"hidden_size": -1}, "hidden_size"),
         ({"dtype": "bfloat16"}, "dtype"),
+        ({"top_k": 33}, "top_k: got 33, expected at most 32"),
+        ({"num_ranks": 40, "num_experts": 320}, "num_ranks: got 40, expected at most 32"),
+        ({"num_experts": 65536}, "num_experts: got 65536, expected at most 65535"),
+        ({"hidden_size": 7}, "hidden_size: got 7, expected with torch.bfloat16 a multiple of 8"),
     ],
 )
 def test_bad_arguments(changes: dict[str, Any], named: str) -> None:

@@ -67,7 +67,9 @@ class Shuffle:
             closed, so share one to capture again and again. Replays are ordered by their streams
             alone: a stream on which others follow must wait for theirs. None: outputs have as many
             rows as arrive. "cuda" only.
-        num_sms: the most multiprocessors of a GPU that an operation takes; None: all.
+        num_sms: the most multiprocessors of a GPU that an operation takes; None: all. Shuffles
+            whose operations run at the same time must fit on the GPU together, which is checked
+            for `async_op` only: kernels that keep each other out across ranks end by `timeout_s`.
         ablation: mechanisms to switch off, for measurements.
 
     Raises:

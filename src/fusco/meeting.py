@@ -238,7 +238,17 @@ def _why_no_cuda(
     for rank, reach in enumerate(reaches):
         if why := reach.no_windows or reach.no_kernels:
             return f"rank {rank} {why}"
-    return why_not_joined(dict(enumerate(reaches)))
+    return why_not_joined(dict(enumerate(reaches))) or _why_too_many(greetings)
+
+
+def _why_too_many(greetings: Sequence[Mapping[str, Any]]) -> str:
+    from fusco.engines.cuda import CudaEngine
+
+    numbers = {"num_ranks": len(greetings), **greetings[0]["settings"]}
+    for name, most in CudaEngine.most.items():
+        if numbers.get(name, 0) > most:
+            return f"it serves {name} up to {most}, not {numbers[name]}"
+    return ""
 
 
 def _why_not_apart(

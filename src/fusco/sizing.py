@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -45,6 +45,9 @@ def buffer_size_hint(
 ) -> BufferSizes:
     """Predict what a `Shuffle` with the engine "cuda" takes on each GPU, without making one.
 
+    There is no placement to give: every rank is taken to hold as many experts, which counts for
+    padding.
+
     Args:
         num_ranks: ranks of the group.
         num_experts, hidden_size, top_k, max_tokens, dtype, expert_alignment, max_recv_tokens: as
@@ -59,7 +62,8 @@ def buffer_size_hint(
         stays within `imbalance`, and no dispatch outgrows those before it, nothing else does.
 
     Raises:
-        InputError: an argument is wrong.
+        InputError: an argument is wrong, or not one that the engine serves. How many experts fit
+            into the shared memory of a GPU is not looked at.
     """
     num_ranks, num_alive = as_integer(num_ranks), as_integer(num_alive)
     for name, value in (("num_ranks", num_ranks), ("num_alive", num_alive)):
@@ -79,9 +83,17 @@ def buffer_size_hint(
         max_recv_tokens=max_recv_tokens,
     )
     layer.check(num_ranks, dtype)
+    from fusco.engines.cuda import CudaEngine
     from fusco.engines.cuda.kernels.structs import MAX_PARTS
 
-    row_bytes = layer.hidden_size * dtype.itemsize
+    numbers = {"num_ranks": num_ranks, **asdict(layer)}
+    for name, most in CudaEngine.most.items():
+        if numbers[name] > most:
+            raise _bad(name, numbers[name], f"at most {most}")
+    row_bytes, unit = layer.hidden_size * dtype.itemsize, CudaEngine.row_unit_bytes
+    if row_bytes % unit:
+        expected = f"with {dtype} a multiple of {unit // dtype.itemsize}: rows of {unit} bytes"
+        raise _bad("hidden_size", layer.hidden_size, expected)
     layout = WindowLayout(
         num_ranks=num_ranks,
         num_experts=layer.num_experts,

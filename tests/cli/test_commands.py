@@ -155,14 +155,20 @@ def test_selftest_passes_with_a_line_a_check() -> None:
 FAILING = """
 from dataclasses import replace
 from fusco.testing import conformance
+from fusco.testing.check import NotApplicable
 import torch.distributed as dist
 
 def wrong(group, engine):
     if dist.get_rank(group) == 1:
         raise AssertionError("row 3 is wrong")
 
+def elsewhere(group, engine):
+    raise NotApplicable("of other engines")
+
 first = conformance.CHECKS[0]
-conformance.CHECKS = (first, replace(first, name="wrong", fn=wrong))
+conformance.CHECKS = (
+    first, replace(first, name="wrong", fn=wrong), replace(first, name="elsewhere", fn=elsewhere)
+)
 """
 
 
@@ -174,9 +180,9 @@ def test_selftest_fails_with_1_and_says_why(tmp_path: Path) -> None:
     result = fusco_command("selftest", "--num-ranks", "2", "--engine", "reference", PYTHONPATH=path)
     assert result.returncode == 1, result.stderr
     lines = [line.split() for line in result.stdout.splitlines()]
-    assert [line[0] for line in lines] == ["pass", "FAIL", "rank", "1"]
+    assert [line[0] for line in lines] == ["pass", "FAIL", "rank", "skip", "of", "1"]
     assert "rank 1: AssertionError: row 3 is wrong" in result.stdout
-    assert "1 of 2 checks passed" in result.stdout
+    assert "1 of 2 checks passed, 1 skipped" in result.stdout
 
 
 def test_selftest_runs_under_torchrun() -> None:

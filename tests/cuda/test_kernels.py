@@ -15,7 +15,7 @@ ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
 PLAIN_COPIES = [
     replace(variant, bulk=False)
     for variant in jit.VARIANTS
-    if variant.name in ("dispatch", "combine") and variant.element in ("", "bfloat16")
+    if variant.name in ("dispatch", "combine")
 ]
 CASES = [(variant, arch) for variant in jit.VARIANTS for arch in ARCHITECTURES]
 CASES += [(variant, arch) for variant in PLAIN_COPIES for arch in ARCHITECTURES[1:]]

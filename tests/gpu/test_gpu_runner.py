@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fusco import env
+from fusco.testing.check import Verdict
 from fusco.testing.gpu import runner
 
 ALL = [1, 2, 3, 4, 8]
@@ -32,9 +33,9 @@ def test_copies_and_ranks(
 ) -> None:
     found = []
 
-    def run(pool: object, name: str, size: int, *_: object) -> list[str]:
+    def run(pool: object, name: str, size: int, *_: object) -> Verdict:
         found.append((env.BULK_COPIES.get(), size))
-        return []
+        return Verdict()
 
     for variable in (env.BULK_COPIES, env.TIMEOUT_S):
         monkeypatch.setenv(variable.name, "1")
@@ -48,25 +49,49 @@ def test_copies_and_ranks(
 def test_a_run_is_recorded(tmp_path: Path) -> None:
     output = tmp_path / "checks.jsonl"
     command = [sys.executable, "-m", "fusco.testing.gpu", "--engine", "cpu", "--ranks", "2"]
-    command += ["--only", "tuple-of-four,size-hint", "--output", str(output), "--commit", "told"]
+    only = "tuple-of-four,size-hint,nccl-group"
+    command += ["--only", only, "--output", str(output), "--commit", "told"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "2 ranks, plain copies, tuple-of-four" in ended.stdout
+    lines = ended.stdout.splitlines()
+    assert sorted(line.split()[0] for line in lines if " s  " in line) == 4 * ["pass"] + 2 * [
+        "skip"
+    ]
+    assert "      needs a GPU a rank, and an engine for them" in lines
+    assert lines[-1] == "4 of 4 checks passed, 2 skipped"
     (record,) = map(json.loads, output.read_text().splitlines())
     assert (record["checks"], record["passed"], record["failed"]) == (4, 4, [])
+    assert record["skipped"] == ["2 ranks, nccl-group", "2 ranks, plain copies, nccl-group"]
     assert record["ranks_by_copies"] == {"bulk": [2], "plain": [2]}
     assert record["commit"] == "told"
     assert {"hardware", "torch", "python", "fusco"} <= set(record)
 
 
-def test_a_failed_check_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_failed_and_skipped_checks_are_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     output = tmp_path / "checks.jsonl"
     for variable in (env.BULK_COPIES, env.TIMEOUT_S):
         monkeypatch.setenv(variable.name, "1")
-    monkeypatch.setattr(runner, "_run", lambda pool, name, size, *_: ["no"] * (size == 3))
+
+    def run(pool: object, name: str, size: int, *_: object) -> Verdict:
+        return Verdict(failures=["no"] * (size == 3), why_skipped="alone" * (size == 1))
+
+    monkeypatch.setattr(runner, "_run", run)
     monkeypatch.setattr(runner, "RankPool", lambda *_, **__: nullcontext())
     monkeypatch.setattr(sys, "argv", ["", "--only", "wide-rows", "--output", str(output)])
     assert runner.main() == 1
     record = json.loads(output.read_text())
-    assert (record["checks"], record["passed"]) == (6, 5)
+    assert (record["checks"], record["passed"]) == (5, 4)
     assert record["failed"] == ["3 ranks, wide-rows"]
+    assert record["skipped"] == ["1 ranks, wide-rows"]
+
+
+def test_a_run_of_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in (env.BULK_COPIES, env.TIMEOUT_S):
+        monkeypatch.setenv(variable.name, "1")
+    monkeypatch.setattr(runner, "_run", lambda *_: Verdict(why_skipped="alone"))
+    monkeypatch.setattr(runner, "RankPool", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(sys, "argv", ["", "--only", "wide-rows"])
+    assert runner.main() == 1

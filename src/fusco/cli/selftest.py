@@ -18,7 +18,7 @@ from fusco.cli.launch import (
 )
 
 if TYPE_CHECKING:
-    from fusco.testing.conformance import Check
+    from fusco.testing.check import Check, NotApplicable, Verdict
     from fusco.testing.ranks import RankPool
 
 
@@ -57,68 +57,54 @@ def selftest(
         raise typer.Exit(FAILURE)
 
 
-def run_check(rank: int, name: str, engine: str) -> str | None:
-    """Run one check on this rank of the default group; what failed, or None."""
+def run_check(rank: int, name: str, engine: str) -> str | NotApplicable | None:
+    """Run one check on this rank of the default group, as `Check.run`."""
     from fusco.env import TIMEOUT_S
     from fusco.testing.conformance import CHECKS
 
     # Where one rank fails before it has made all of its calls, the others wait no longer.
     os.environ.setdefault(TIMEOUT_S.name, CHECK_TIMEOUT_S)
     check = next(check for check in CHECKS if check.name == name)
-    try:
-        check.fn(None, engine)
-    except (AssertionError, RuntimeError) as error:
-        return f"rank {rank}: {type(error).__name__}: {error}"
-    return None
+    return check.run(None, engine)
 
 
 def _run_checks(engines: list[str], pool: RankPool | None) -> int:
+    from fusco.testing.check import summary
     from fusco.testing.conformance import CHECKS
 
-    num_failed = 0
+    num_failed = num_skipped = 0
     for engine in engines:
         for check in CHECKS:
             begin = time.perf_counter()
-            failures = _outcome(check, engine, pool)
+            verdict = _verdict(check, engine, pool)
             if is_speaker():
-                _print_line(check, engine, failures, time.perf_counter() - begin)
-            num_failed += bool(failures)
-    num_checks = len(engines) * len(CHECKS)
+                _print_line(check, engine, verdict, time.perf_counter() - begin)
+            num_failed += bool(verdict.failures)
+            num_skipped += bool(verdict.why_skipped)
+    num_run = len(engines) * len(CHECKS) - num_skipped
     if is_speaker():
-        typer.echo(f"{num_checks - num_failed} of {num_checks} checks passed")
+        typer.echo(summary(num_run - num_failed, num_run, num_skipped))
     return num_failed
 
 
-def _outcome(check: Check, engine: str, pool: RankPool | None) -> list[str]:
-    """What failed, on any rank."""
-    from fusco.testing.ranks import RankFailure
+def _verdict(check: Check, engine: str, pool: RankPool | None) -> Verdict:
+    from fusco.testing.check import Verdict
 
     if pool is not None:
-        try:
-            outcomes = pool.run(run_check, check.name, engine)
-        except RankFailure as failure:
-            return [
-                f"rank {rank}: {error.type_name}: {error.message}"
-                for rank, error in failure.errors.items()
-            ]
-    else:
-        import torch.distributed as dist
+        return Verdict.in_pool(pool, run_check, check.name, engine)
+    import torch.distributed as dist
 
-        outcomes = [None] * dist.get_world_size()
-        mine = run_check(dist.get_rank(), check.name, engine)
-        dist.all_gather_object(outcomes, mine)
-    return [outcome for outcome in outcomes if outcome is not None]
+    results: list[str | NotApplicable | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(results, run_check(dist.get_rank(), check.name, engine))
+    return Verdict.of(results)
 
 
-def _print_line(check: Check, engine: str, failures: list[str], seconds: float) -> None:
-    verdict = (
-        typer.style("FAIL", fg=typer.colors.RED, bold=True)
-        if failures
-        else typer.style("pass", fg=typer.colors.GREEN)
-    )
-    typer.echo(f"{verdict}  {engine:<9}  {seconds:6.2f} s  {check.name}: {check.description}")
-    for failure in failures:
-        typer.echo(f"      {failure}")
+def _print_line(check: Check, engine: str, verdict: Verdict, seconds: float) -> None:
+    color = {"FAIL": typer.colors.RED, "skip": typer.colors.YELLOW, "pass": typer.colors.GREEN}
+    word = typer.style(verdict.word, fg=color[verdict.word], bold=verdict.word == "FAIL")
+    typer.echo(f"{word}  {engine:<9}  {seconds:6.2f} s  {check.name}: {check.description}")
+    for line in verdict.lines:
+        typer.echo(f"      {line}")
 
 
 def _engines(wanted: str) -> list[str]:

@@ -7,7 +7,7 @@ keeps no other waiting. The full suite is in the project's tests.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -25,28 +25,8 @@ from fusco.testing.cases import (
     sizes,
     two_nodes,
 )
+from fusco.testing.check import Check, Group, NotApplicable
 from fusco.testing.gradients import expect_gradients
-
-Group = dist.ProcessGroup | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """One check.
-
-    Attributes:
-        name: a short, unique name.
-        description: what holds if it passes.
-        fn: called as `fn(group, engine)` by every rank of the group.
-        only: the one engine that it is about; empty: any.
-
-    `fn` raises AssertionError, on the ranks where it is so, when something does not hold.
-    """
-
-    name: str
-    description: str
-    fn: Callable[[Group, str], None]
-    only: str = ""
 
 
 def _case(group: Group, engine: str, **changes: object) -> Case:
@@ -196,9 +176,9 @@ def _several(group: Group, engine: str) -> None:
 
 def _exchange(group: Group, engine: str) -> None:
     """Rank a sends b the bytes a, b, a, b, ... of (a + b) % 5 and 3, a segment each."""
-    num_ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     if engine == "cuda":
-        return
+        raise NotApplicable("engine 'cuda' does not serve it")
+    num_ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     peers, device = range(num_ranks), device_of(engine)
     source = torch.tensor([[rank, peer] * 4 for peer in peers], dtype=torch.uint8, device=device)
     out = torch.full((num_ranks, 8), 255, dtype=torch.uint8, device=device)

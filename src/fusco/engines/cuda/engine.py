@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
+from typing import Any, ClassVar, Concatenate, NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -49,10 +49,12 @@ class CudaEngine(Engine):
     has_compact_plans = True
     row_unit_bytes = 16
     max_parts = MAX_PARTS
+    # A warp looks at all ranks or all experts of a token at once, and an id has 16 bits.
+    most: ClassVar[Mapping[str, int]] = {"num_ranks": 32, "top_k": 32, "num_experts": 65535}
+    """By name of a number, the largest that its kernels serve."""
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
-        _check_world(world)
         self._works: _Works | None = _Works(world)
 
     @property
@@ -216,17 +218,3 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
         return tensor
     dense = tensor.contiguous()
     return dense if dense.data_ptr() % 16 == 0 else dense.clone()
-
-
-def _check_world(world: World) -> None:
-    # A warp looks at all ranks or all experts of a token at once, and an id has 16 bits.
-    for what, got, most in (
-        ("ranks", world.topology.num_ranks, 32),
-        ("top_k", world.top_k, 32),
-        ("num_experts", world.topology.num_experts, 65535),
-    ):
-        if got > most:
-            raise EngineUnavailableError(
-                f"Shuffle: engine 'cuda' serves at most {most} {what}, not {got}; "
-                "use another engine"
-            )

@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 import fusco
 from fusco.testing.cases import Case, device_of, draw, expect, expect_round_trip, sizes
+from fusco.testing.check import Check, Group, NotApplicable
 from fusco.testing.compiled import expect_compiled
-from fusco.testing.conformance import Check
 from fusco.testing.gpu.order import (
     claims,
     closed,
@@ -41,7 +41,6 @@ from fusco.testing.mistakes import (
 )
 from fusco.testing.ranks import subgroup
 
-Group = dist.ProcessGroup | None
 _NUM_SEEDS = 4
 
 
@@ -80,7 +79,7 @@ def _mistakes(mistakes: Mapping[str, Mistake]) -> Callable[[Group, str], None]:
 
     def check(group: Group, engine: str) -> None:
         if dist.get_world_size(group) != len(CASE.num_tokens):
-            return
+            raise NotApplicable(f"{len(CASE.num_tokens)} ranks make these mistakes")
         failures = []
         for name, mistake in mistakes.items():
             outcome = make_mistake(mistake, group, engine)
@@ -100,7 +99,7 @@ def _nccl_group(group: Group, engine: str) -> None:
     """
     num_ranks = dist.get_world_size(group)
     if device_of(engine) != "cuda" or num_ranks > torch.cuda.device_count():
-        return
+        raise NotApplicable("needs a GPU a rank, and an engine for them")
     alone = subgroup(range(num_ranks), backend="nccl")
     case = Case(
         num_tokens=sizes((30, 0, 41), group),

@@ -21,11 +21,12 @@ import torch
 from fusco import env
 from fusco.machine import append_jsonl, circumstances
 from fusco.testing.cases import tell_nodes
+from fusco.testing.check import NotApplicable, Verdict, summary
 from fusco.testing.conformance import CHECKS
 from fusco.testing.faults import Program, expect_survival
 from fusco.testing.gpu.checks import GPU_CHECKS
 from fusco.testing.nodes import emulated_nodes, node_of_rank
-from fusco.testing.ranks import RankFailure, RankPool, subgroup
+from fusco.testing.ranks import RankPool, subgroup
 
 _ALL = {check.name: check for check in (*CHECKS, *GPU_CHECKS)}
 _FAULTS = (("kill", "combine"), ("exit", "dispatch"), ("stop", "backward"), ("idle", "combine"))
@@ -40,7 +41,7 @@ class Outcome:
     """What came of a check."""
 
     label: str
-    failures: list[str]
+    verdict: Verdict
     seconds: float
 
 
@@ -75,21 +76,23 @@ def main() -> int:
         if check.only in ("", engine) and (not wanted or any(part in check.name for part in wanted))
     ]
     no_faults = arguments.no_faults or bool(wanted)
-    num_run, failed, began = 0, [], time.monotonic()
+    num_run, failed, skipped, began = 0, [], [], time.monotonic()
     for outcome in _outcomes(engine, rounds, names, arguments.nodes, no_faults=no_faults):
-        verdict = "FAIL" if outcome.failures else "pass"
-        print(f"{verdict}  {outcome.seconds:6.2f} s  {outcome.label}", flush=True)
-        for failure in outcome.failures:
-            print(f"      {failure}", flush=True)
-        num_run += 1
-        failed += [outcome.label] if outcome.failures else []
+        verdict = outcome.verdict
+        print(f"{verdict.word}  {outcome.seconds:6.2f} s  {outcome.label}", flush=True)
+        for line in verdict.lines:
+            print(f"      {line}", flush=True)
+        num_run += not verdict.why_skipped
+        failed += [outcome.label] if verdict.failures else []
+        skipped += [outcome.label] if verdict.why_skipped else []
     num_passed = num_run - len(failed)
-    print(f"{num_passed} of {num_run} checks passed")
+    print(summary(num_passed, num_run, len(skipped)))
     if arguments.output is not None:
         record = {
             "checks": num_run,
             "passed": num_passed,
             "failed": failed,
+            "skipped": skipped,
             "engine": engine,
             "nodes": arguments.nodes,
             "ranks_by_copies": rounds,
@@ -112,8 +115,8 @@ def _rounds(copies: str, sizes: list[int]) -> dict[str, list[int]]:
 
 def run_check(
     rank: int, name: str, members: int, engine: str, nodes: tuple[int, ...] = ()
-) -> str | None:
-    """Run one check on the first ranks of the default group; what failed, or None.
+) -> str | NotApplicable | None:
+    """Run one check on the first ranks of the default group, as `Check.run`; None on the others.
 
     Args:
         rank: this one.
@@ -126,13 +129,7 @@ def run_check(
     group = subgroup(range(members))
     if torch.cuda.is_available():
         subgroup(range(members), backend="nccl")
-    if group is None:
-        return None
-    try:
-        _ALL[name].fn(group, engine)
-    except (AssertionError, RuntimeError) as error:
-        return f"rank {rank}: {type(error).__name__}: {error}"
-    return None
+    return None if group is None else _ALL[name].run(group, engine)
 
 
 def _outcomes(
@@ -178,23 +175,16 @@ def _check_all(
 ) -> Iterator[Outcome]:
     for name in names:
         begin = time.perf_counter()
-        failures = _run(pool, name, size, engine, nodes)
+        verdict = _run(pool, name, size, engine, nodes)
         seconds = time.perf_counter() - begin
-        yield Outcome(label=f"{where}, {name}", failures=failures, seconds=seconds)
+        yield Outcome(label=f"{where}, {name}", verdict=verdict, seconds=seconds)
 
 
-def _run(pool: RankPool, name: str, size: int, engine: str, nodes: tuple[int, ...]) -> list[str]:
-    try:
-        outcomes = pool.run(run_check, name, size, engine, nodes)
-    except RankFailure as failure:
-        return [
-            f"rank {rank}: {error.type_name}: {error.message}"
-            for rank, error in failure.errors.items()
-        ]
-    failures = [outcome for outcome in outcomes if outcome is not None]
-    if failures:
+def _run(pool: RankPool, name: str, size: int, engine: str, nodes: tuple[int, ...]) -> Verdict:
+    verdict = Verdict.in_pool(pool, run_check, name, size, engine, nodes)
+    if verdict.failures:
         pool.close()  # an error of a GPU stays with its process; the next run starts others
-    return failures
+    return verdict
 
 
 def _faults(engine: str, num_nodes: int | None) -> Iterator[Outcome]:
@@ -215,4 +205,5 @@ def _faults(engine: str, num_nodes: int | None) -> Iterator[Outcome]:
             except (AssertionError, OSError) as failure:
                 failures = [str(failure)]
         label = f"a rank: {fault} before {when}"
-        yield Outcome(label=label, failures=failures, seconds=time.perf_counter() - begin)
+        verdict = Verdict(failures=failures)
+        yield Outcome(label=label, verdict=verdict, seconds=time.perf_counter() - begin)
