@@ -64,6 +64,7 @@ def gpu_software() -> dict[str, str | None]:
         "driver": driver.splitlines()[0] if driver else None,
         "cuda": torch.version.cuda,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        "cuda_core": _version("cuda-core"),
         "triton": _version("triton"),
         "deep_ep": _version("deep_ep"),
     }
