@@ -73,6 +73,23 @@ def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_pa
         assert jit.cubin(VARIANT, ARCH).startswith(b"\x7fELF")
 
 
+def test_a_folder_that_cannot_be_read(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    code = jit.cubin(VARIANT, ARCH)
+    request.getfixturevalue("foreign_tmp_path")
+    # Nor may another user read the sources, perhaps.
+    monkeypatch.setattr(jit, "compile_variant", lambda *_: (code, ""))
+    with pytest.warns(UserWarning, match=f"cannot be kept: .*Permission.*{env.CACHE_DIR.name}"):
+        assert jit.cubin(VARIANT, ARCH) == code
+
+
+def test_an_entry_that_cannot_be_read() -> None:
+    jit.cubin_path(VARIANT, ARCH).mkdir(parents=True)
+    with pytest.warns(UserWarning, match="cannot be kept"):
+        assert jit.cubin(VARIANT, ARCH).startswith(b"\x7fELF")
+
+
 def test_a_full_disk_keeps_nothing(folder: Path) -> None:
     """As if it were full: no file may become larger than a page."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
