@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,23 @@ def test_all_that_the_code_depends_on_is_in_the_name(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(jit, "_OPTIONS", {**jit._OPTIONS, "fma": True})
     other_options = jit.cubin_path(VARIANT, ARCH)
     assert len({before, other_source, other_compiler, other_options}) == 4
+
+
+def test_a_patch_release_of_the_compiler_is_in_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"cuda-core": "1.0"}
+
+    def version(package: str) -> str:
+        if package not in installed:
+            raise metadata.PackageNotFoundError(package)
+        return installed[package]
+
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(jit, "_compiler", jit._compiler.__wrapped__)
+    names = {jit.cubin_path(VARIANT, ARCH)}
+    for patch in ("13.0.48", "13.0.88"):
+        installed["nvidia-cuda-nvrtc"] = patch
+        names.add(jit.cubin_path(VARIANT, ARCH))
+    assert len(names) == 3
 
 
 def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

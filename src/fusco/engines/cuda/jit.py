@@ -192,4 +192,9 @@ def _compiler() -> str:
     from cuda.bindings import nvrtc
 
     _, major, minor = nvrtc.nvrtcVersion()
-    return f"nvrtc {major}.{minor}, cuda-core {metadata.version('cuda-core')}"
+    found = [f"nvrtc {major}.{minor}"]
+    # It does not say which patch release it is, but its package does, where it comes in one.
+    for package in ("nvidia-cuda-nvrtc", "cuda-core"):
+        with suppress(metadata.PackageNotFoundError):
+            found.append(f"{package} {metadata.version(package)}")
+    return ", ".join(found)
