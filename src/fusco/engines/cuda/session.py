@@ -265,21 +265,29 @@ class Session:
     def _allocate_everywhere(self, operation: str, topic: str, size: int) -> Allocation:
         """As much memory on every rank, or an error on every rank."""
 
-        def on_all(step: str, make: Callable[[], Made]) -> Made:
+        def on_all(step: str, make: Callable[[], Made], failure: str, remedy: str) -> Made:
             # Those that waited for one that failed have failed too.
             made, problems = make_on_all(
                 make, lambda text: self.bulletin.swap(f"{topic}, {step}", text)
             )
             if problems:
-                raise WindowMemoryError(
-                    f"{operation}: no {size} bytes more for the windows of all ranks "
-                    f"({problems}); free memory, dispatch fewer tokens, or balance the routing"
-                )
+                raise WindowMemoryError(f"{operation}: {failure} ({problems}); {remedy}")
             return cast(Made, made)
 
-        memory = on_all("allocated", lambda: self._allocate(size))
-        # Mapping what the others have allocated takes room as well.
-        return on_all("mapped", lambda: self._allocator.connect(memory))
+        memory = on_all(
+            "allocated",
+            lambda: self._allocate(size),
+            f"no {size} bytes more for the windows of all ranks",
+            "free memory, dispatch fewer tokens, or balance the routing",
+        )
+        # Of a GPU that a rank cannot see, this is the first to tell that it is not reached.
+        return on_all(
+            "mapped",
+            lambda: self._allocator.connect(memory),
+            f"not every rank can map the others' {size} bytes more for the windows",
+            "look with `fusco doctor`, where it sees all GPUs, for links without peer access, or "
+            "free memory, which mapping takes too",
+        )
 
     def _allocate(self, size: int) -> Tensor:
         try:
