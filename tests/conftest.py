@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -42,3 +43,15 @@ def engine(request: pytest.FixtureRequest) -> str:
 def host_engine(request: pytest.FixtureRequest) -> str:
     """Every engine that takes tensors of the CPU."""
     return str(request.param)
+
+
+@pytest.fixture
+def foreign_tmp_path(tmp_path: Path) -> Iterator[Path]:
+    """It may be neither read nor written, not by root either, who is another user meanwhile."""
+    nobody = 65534
+    user = os.geteuid()
+    tmp_path.chmod(0)
+    os.seteuid(user or nobody)
+    yield tmp_path
+    os.seteuid(user)
+    tmp_path.chmod(0o700)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 import fusco
+from fusco import engines
 from fusco.engines import probe
 from fusco.engines.cpu import session
 from fusco.testing.cases import Case, draw, expect_round_trip
@@ -212,6 +213,37 @@ def test_an_allocator_without_symmetric_memory_has_no_cuda_engine(
     (found,) = [each for each in probe() if each.name == "cuda"]
     assert not found.available
     assert "PYTORCH_ALLOC_CONF" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("version", "cuda", "is_old"),
+    [
+        ("2.11.0+cu130", "13.0", False),
+        ("2.11.0a0+git1234567", "13.1", False),
+        ("3.0.0", "14.0", False),
+        ("2.9.1+cu130", "13.0", True),
+        ("2.11.0+cu128", "12.8", True),
+        ("2.11.0+rocm7.0", None, True),
+    ],
+)
+def test_an_old_torch_has_no_cuda_engine(
+    monkeypatch: pytest.MonkeyPatch, version: str, cuda: str | None, is_old: bool
+) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
+    monkeypatch.setattr(engines, "missing_cuda_package", lambda: "")
+    (found,) = [each for each in probe() if each.name == "cuda"]
+    assert found.available != is_old
+    expected = f"needs torch 2.11 or later for CUDA 13 or later, and this is {version} for "
+    assert is_old == found.reason.startswith(expected)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs")
+def test_without_a_gpu_the_version_does_not_matter() -> None:
+    (found,) = [each for each in probe() if each.name == "cuda"]
+    assert found.reason == "needs a CUDA device, and torch finds none"
 
 
 def test_an_unknown_processor_has_no_cpu_engine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,6 +136,18 @@ def test_without_gpus_every_rank_says_so(pool: RankPool) -> None:
         assert "engine 'cuda' cannot serve these ranks: rank 0 needs a CUDA device" in text
 
 
+@pytest.mark.parametrize("asked", ["cuda", "auto"])
+def test_ranks_tell_that_their_torch_is_too_old(
+    monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.10.0+cu128")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(meeting, "cuda_backend", lambda group: "nccl")
+    monkeypatch.setattr(meeting, "find_reach", lambda group, why: Reach(no_kernels=why))
+    reach = meeting._reach(mock.Mock(), asked)
+    assert "needs torch 2.11 or later" in reach.no_kernels
+
+
 def exchange_by_cuda(rank: int) -> str:
     nothing = torch.zeros(0, dtype=torch.uint8)
     none = [fusco.Segments(offset=torch.zeros(0), size=torch.zeros(0))] * 8

@@ -164,7 +164,9 @@ def fail_to_connect(rank: int, folder: Path) -> list[str]:
 
 def test_all_ranks_say_which_cannot_connect(pool: RankPool, tmp_path: Path) -> None:
     texts = pool.run(fail_to_connect, tmp_path)[:4]
-    assert all("rank 2: out of address space" in text for (text,) in texts[2:])
+    for (text,) in texts[2:]:
+        assert "rank 2: out of address space" in text
+        assert "`fusco doctor` for peer access" in text
     assert all("rank 2" in text for (text,) in texts)
 
 

@@ -17,7 +17,7 @@ class Reach:
 
     Attributes:
         problem: why no GPU can be used on this rank; empty: one can.
-        no_kernels: why the kernels of the CUDA engine cannot be compiled there; empty: they can.
+        no_kernels: why the kernels of the CUDA engine cannot run there; empty: they can.
         no_windows: why there is no memory that other ranks' GPUs reach; empty: there is.
         device: the rank's GPU, by its UUID; empty where there is none.
         apart: UUIDs of visible GPUs whose memory that GPU cannot reach.
@@ -37,7 +37,7 @@ def find_reach(group: dist.ProcessGroup, no_kernels: str) -> Reach:
 
     Args:
         group: the ranks.
-        no_kernels: why kernels cannot be compiled in this process, if so.
+        no_kernels: why kernels cannot run in this process, if so.
     """
     backend = cuda_backend(group)
     current = torch.cuda.current_device()

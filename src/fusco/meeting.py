@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from fusco import env
 from fusco.devices import Reach, find_reach, why_not_joined
-from fusco.engines import missing_cuda_package, probe
+from fusco.engines import probe, why_no_kernels
 from fusco.errors import DisagreementError, EngineUnavailableError, InputError, input_error
 from fusco.groups import cuda_backend, group_device_types, group_timeout_s, resolve_timeout_s
 from fusco.transports.bulletin import Bulletin
@@ -156,7 +156,7 @@ def _reach(group: dist.ProcessGroup, asked: str) -> Reach:
     if asked == "cuda" or (asked in ("auto", "two_level") and cuda_backend(group) == "nccl"):
         if not torch.cuda.is_available():
             return Reach(problem="needs a CUDA device, and torch finds none")
-        return find_reach(group, missing_cuda_package())
+        return find_reach(group, why_no_kernels())
     return Reach(problem="was not asked to use it")
 
 

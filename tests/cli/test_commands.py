@@ -13,7 +13,11 @@ import torch
 from typer.testing import CliRunner
 
 import fusco
+from fusco import engines
 from fusco.cli import app
+from fusco.engines import EngineProbe
+from fusco.engines.cuda import peers
+from fusco.engines.cuda.peers import Link
 
 SMALL = (
     *("bench", "--engine", "reference", "--num-ranks", "2", "--num-tokens", "8"),
@@ -232,6 +236,24 @@ def test_doctor_shows_links(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "cuda:0 > cuda:1" in table
     assert "writes 392, reads 300 GB/s" in table
     assert "no [peer] access" in table
+
+
+def test_doctor_shows_links_that_cannot_be_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = EngineProbe(name="cuda", available=True, reason="")
+
+    def try_link(source: int, target: int) -> Link:
+        if source == 0:
+            raise torch.OutOfMemoryError("no [64] MiB")
+        return Link(source=source, target=target, write_gbps=391.6, read_gbps=300.0)
+
+    monkeypatch.setattr(engines, "probe", lambda: (cuda,))
+    monkeypatch.setattr(peers, "try_link", try_link)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(sys.modules["fusco.cli.doctor"], "_devices", lambda: [])
+    result = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.exception
+    assert "cannot be tried: no [64] MiB" in result.output
+    assert "writes 392, reads 300 GB/s" in result.output
 
 
 def test_doctor_finds_a_bad_variable(monkeypatch: pytest.MonkeyPatch) -> None:

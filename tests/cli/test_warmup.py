@@ -65,6 +65,15 @@ def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None
     assert "Kernels are in" not in result.output
 
 
+def test_a_cache_of_another_user(request: pytest.FixtureRequest) -> None:
+    cubin_path(VARIANTS[0], "sm_90a")  # reads the sources, which another user may not
+    request.getfixturevalue("foreign_tmp_path")
+    result = CliRunner().invoke(app, ["warmup", "--arch", "sm_90a"])
+    assert result.exit_code == 2, result.exception
+    assert "kernels cannot be kept: [Errno 13] Permission denied" in result.stderr
+    assert "a folder that can be written" in result.stderr
+
+
 def test_a_kernel_that_cannot_be_kept(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     def full(file: Path, content: bytes) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

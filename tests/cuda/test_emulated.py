@@ -43,7 +43,7 @@ def test_emulated(pool: RankPool, name: str, num_ranks: int, tmp_path: Path) -> 
     assert not verdict.failures
 
 
-def make_without(rank: int, folder: Path, what: str) -> None:
+def make_without(rank: int, folder: Path, what: str, remedy: str) -> None:
     """A rank cannot make what all need, and then it can."""
     group = subgroup(range(3))
     if group is None:
@@ -55,18 +55,27 @@ def make_without(rank: int, folder: Path, what: str) -> None:
 
     with emulated(folder, in_step=False):
         without = mock.patch.object(Session, what, fail) if rank == 1 else nullcontext()
-        expected = pytest.raises(fusco.EngineUnavailableError, match="rank 1: there is none")
+        expected = pytest.raises(
+            fusco.EngineUnavailableError, match=f"rank 1: there is none.*{remedy}"
+        )
         with without, expected:
             case.shuffle(group, "reference")
         with case.shuffle(group, "reference") as shuffle:
             expect_round_trip(shuffle, draw(case), rank)
 
 
-@pytest.mark.parametrize("what", ["_make_tables", "launcher", "launchers"])
+@pytest.mark.parametrize(
+    ("what", "remedy"),
+    [
+        ("_make_tables", "free memory"),
+        ("launcher", "fusco warmup"),
+        ("launchers", "fusco warmup"),
+    ],
+)
 def test_what_a_rank_cannot_make_is_missed_by_all(
-    pool: RankPool, what: str, tmp_path: Path
+    pool: RankPool, what: str, remedy: str, tmp_path: Path
 ) -> None:
-    pool.run(make_without, tmp_path, what)
+    pool.run(make_without, tmp_path, what, remedy)
 
 
 def lose_the_last(rank: int, folder: Path, *, has_failed: bool) -> str:

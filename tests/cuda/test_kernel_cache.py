@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -66,10 +67,44 @@ def test_all_that_the_code_depends_on_is_in_the_name(monkeypatch: pytest.MonkeyP
     assert len({before, other_source, other_compiler, other_options}) == 4
 
 
+def test_a_patch_release_of_the_compiler_is_in_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"cuda-core": "1.0"}
+
+    def version(package: str) -> str:
+        if package not in installed:
+            raise metadata.PackageNotFoundError(package)
+        return installed[package]
+
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(jit, "_compiler", jit._compiler.__wrapped__)
+    names = {jit.cubin_path(VARIANT, ARCH)}
+    for patch in ("13.0.48", "13.0.88"):
+        installed["nvidia-cuda-nvrtc"] = patch
+        names.add(jit.cubin_path(VARIANT, ARCH))
+    assert len(names) == 3
+
+
 def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv(env.CACHE_DIR.name, str(tmp_path / "file"))
     with pytest.warns(UserWarning, match=env.CACHE_DIR.name):
+        assert jit.cubin(VARIANT, ARCH).startswith(b"\x7fELF")
+
+
+def test_a_folder_that_cannot_be_read(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    code = jit.cubin(VARIANT, ARCH)
+    request.getfixturevalue("foreign_tmp_path")
+    # Nor may another user read the sources, perhaps.
+    monkeypatch.setattr(jit, "compile_variant", lambda *_: (code, ""))
+    with pytest.warns(UserWarning, match=f"cannot be kept: .*Permission.*{env.CACHE_DIR.name}"):
+        assert jit.cubin(VARIANT, ARCH) == code
+
+
+def test_an_entry_that_cannot_be_read() -> None:
+    jit.cubin_path(VARIANT, ARCH).mkdir(parents=True)
+    with pytest.warns(UserWarning, match="cannot be kept"):
         assert jit.cubin(VARIANT, ARCH).startswith(b"\x7fELF")
 
 

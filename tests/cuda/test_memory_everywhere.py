@@ -41,10 +41,16 @@ def test_all_have_it() -> None:
     assert bulletin.said == ["", ""]
 
 
-@pytest.mark.parametrize("step", ["allocated", "mapped"])
-def test_another_rank_has_no_room(step: str) -> None:
+@pytest.mark.parametrize(
+    ("step", "text"),
+    [
+        ("allocated", r"no 8 bytes more .*\(rank 1: full\); free memory"),
+        ("mapped", r"not every rank can map .* 8 bytes .*\(rank 1: full\); .*fusco doctor.* peer"),
+    ],
+)
+def test_another_rank_has_no_room(step: str, text: str) -> None:
     bulletin = Bulletin(**{step: "full"})
-    with pytest.raises(WindowMemoryError, match=r"dispatch: no 8 bytes more .*rank 1: full"):
+    with pytest.raises(WindowMemoryError, match=f"dispatch: {text}"):
         Session._allocate_everywhere(session(bulletin), "dispatch", "growth 1", 8)
 
 
@@ -66,10 +72,13 @@ def test_what_this_rank_cannot_make_is_told(error: Exception) -> None:
         raise error
 
     with pytest.raises(EngineUnavailableError, match=r"no tables on all ranks \(rank 0: .*no room"):
-        Session.make_ready(session(bulletin), "tables", make)
+        Session.make_ready(session(bulletin), "tables", make, "free memory")
     assert "no room" in bulletin.said[-1]
 
 
 def test_what_another_rank_cannot_make_is_missed() -> None:
-    with pytest.raises(EngineUnavailableError, match="rank 1: full"):
-        Session.make_ready(session(Bulletin(tables="full")), "tables", lambda: "made")
+    missed = r"rank 1: full\); free memory, or"
+    with pytest.raises(EngineUnavailableError, match=missed):
+        Session.make_ready(
+            session(Bulletin(tables="full")), "tables", lambda: "made", "free memory"
+        )

@@ -106,12 +106,19 @@ def _links() -> list[dict[str, Any]]:
 
     if not any(found.name == "cuda" and found.available for found in probe()):
         return []
-    from fusco.engines.cuda.peers import try_link
+    pairs = permutations(range(torch.cuda.device_count()), 2)
+    return [_try_link(source, target) for source, target in pairs]
 
-    return [
-        asdict(try_link(source, target))
-        for source, target in permutations(range(torch.cuda.device_count()), 2)
-    ]
+
+def _try_link(source: int, target: int) -> dict[str, Any]:
+    from fusco.engines.cuda.peers import Link, try_link
+
+    try:
+        link = try_link(source, target)
+    except Exception as error:  # noqa: BLE001 (whatever it is, it is what doctor is asked for)
+        problem = f"cannot be tried: {str(error) or type(error).__name__}"
+        link = Link(source=source, target=target, problem=problem)
+    return asdict(link)
 
 
 def _shared_memory() -> dict[str, Any]:

@@ -29,19 +29,19 @@ def warmup(
     """
     with short_failures():
         architectures = _architectures(arch or [])
-        from fusco.engines.cuda.jit import VARIANTS, cache_folder, cubin, cubin_path
+        from fusco.engines.cuda.jit import VARIANTS, cache_folder, cubin, kept
 
         folder = cache_folder()
-        paths = {(a, v): cubin_path(v, a) for a in architectures for v in VARIANTS}
-        if not all(path.exists() for path in paths.values()):
+        wanted = [(variant, name) for name in architectures for variant in VARIANTS]
+        if not all(kept(*each) for each in wanted):
             _check_writable(folder)
-        for (name, variant), path in paths.items():
-            was_there = path.exists()
+        for variant, name in wanted:
+            was_there = bool(kept(variant, name))
             begin = time.perf_counter()
             size = len(cubin(variant, name))
             took = "was there" if was_there else f"{time.perf_counter() - begin:.2f} s"
             label = f"{variant.name} {variant.element}".strip()
-            if not path.exists():
+            if not kept(variant, name):
                 raise fail(f"warmup: kernel {label} cannot be kept in {folder}", FAILURE)
             typer.echo(f"{name:<8}  {label:<20}  {size >> 10:>5} KiB  {took}")
         typer.echo(f"Kernels are in {folder}")

@@ -17,6 +17,9 @@ from fusco.engines.cpu import futex
 from fusco.errors import EngineUnavailableError
 from fusco.groups import cuda_backend
 
+_OLDEST_TORCH = (2, 11)
+_OLDEST_CUDA = 13
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineProbe:
@@ -124,7 +127,25 @@ def _why_no_cpu_engine() -> str:
 def _why_no_cuda_engine() -> str:
     if not torch.cuda.is_available():
         return "needs a CUDA device, and torch finds none"
-    return why_no_windows() or missing_cuda_package()
+    return why_no_windows() or why_no_kernels()
+
+
+def why_no_kernels() -> str:
+    """Why the kernels of the CUDA engine cannot run in this process; empty: they can."""
+    return _why_old_torch() or missing_cuda_package()
+
+
+def _why_old_torch() -> str:
+    # A nightly build of a release counts as that release.
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    cuda = torch.version.cuda
+    if version >= _OLDEST_TORCH and cuda and int(cuda.split(".")[0]) >= _OLDEST_CUDA:
+        return ""
+    oldest = ".".join(map(str, _OLDEST_TORCH))
+    return (
+        f"needs torch {oldest} or later for CUDA {_OLDEST_CUDA} or later, and this is "
+        f"{torch.__version__} for {f'CUDA {cuda}' if cuda else 'no CUDA'}"
+    )
 
 
 def missing_cuda_package() -> str:

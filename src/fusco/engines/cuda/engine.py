@@ -185,10 +185,14 @@ class _Works:
     def __init__(self, world: World) -> None:
         self.session = session = Session(world)
         self.dispatcher, self.combiner = session.make_ready(
-            "kernels", lambda: (Dispatcher(session), Combiner(session))
+            "kernels", self._load_kernels, "see what `fusco doctor` and `fusco warmup` find"
         )
         self.dispatcher.check_plan()
         self.last_plan: Plan | None = None
+
+    def _load_kernels(self) -> tuple[Dispatcher, Combiner]:
+        self.session.load_kernels()
+        return Dispatcher(self.session), Combiner(self.session)
 
     def dense(self, call: Call, *tensors: Tensor | None) -> tuple[Any, ...]:
         """The same tensors, each in one piece; without memory for that all ranks raise."""

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import tempfile
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,14 +76,20 @@ def element_of(dtype: torch.dtype) -> str:
 
 def cubin(variant: Variant, arch: str) -> bytes:
     """The machine code of a kernel for an architecture such as "sm_90a", from disk if there."""
-    path = cubin_path(variant, arch)
-    kept = path.read_bytes() if path.exists() else b""
-    head, code = kept[:_HASH_BYTES], kept[_HASH_BYTES:]
-    if code and head == _hash(code):
+    if code := kept(variant, arch):
         return code
     code, _ = compile_variant(variant, arch)
-    _publish(path, _hash(code) + code)
+    _publish(cubin_path(variant, arch), _hash(code) + code)
     return code
+
+
+def kept(variant: Variant, arch: str) -> bytes:
+    """The machine code that is on disk; empty: none that is whole and may be read."""
+    content = b""
+    with suppress(OSError):
+        content = cubin_path(variant, arch).read_bytes()
+    head, code = content[:_HASH_BYTES], content[_HASH_BYTES:]
+    return code if head == _hash(code) else b""
 
 
 def cubin_path(variant: Variant, arch: str) -> Path:
@@ -185,4 +192,9 @@ def _compiler() -> str:
     from cuda.bindings import nvrtc
 
     _, major, minor = nvrtc.nvrtcVersion()
-    return f"nvrtc {major}.{minor}, cuda-core {metadata.version('cuda-core')}"
+    found = [f"nvrtc {major}.{minor}"]
+    # It does not say which patch release it is, but its package does, where it comes in one.
+    for package in ("nvidia-cuda-nvrtc", "cuda-core"):
+        with suppress(metadata.PackageNotFoundError):
+            found.append(f"{package} {metadata.version(package)}")
+    return ", ".join(found)

@@ -85,18 +85,27 @@ class CudaNode(Node):
         return block
 
     def _grow(self, operation: str, size: int) -> None:
-        memory = self._on_all(operation, size, lambda: self._memory.allocate(size))
-        # Mapping what the others have allocated takes room as well.
-        parts = self._on_all(operation, size, lambda: self._memory.connect(memory))
+        memory = self._on_all(
+            operation,
+            lambda: self._memory.allocate(size),
+            f"no {size} bytes more for the windows of a node",
+        )
+        # Of a GPU that a rank cannot see, this is the first to tell that it is not reached.
+        parts = self._on_all(
+            operation,
+            lambda: self._memory.connect(memory),
+            f"not every rank of a node can map the others' {size} bytes more for the windows, see "
+            "`fusco doctor` for peer access",
+        )
         self._heap.add(parts)
 
-    def _on_all(self, operation: str, size: int, make: Callable[[], Made]) -> Made:
+    def _on_all(self, operation: str, make: Callable[[], Made], failure: str) -> Made:
         """What is made, if all ranks of the node make theirs; else all raise a MemoryError."""
         made, problems = make_on_all(
             make, lambda text: share_text(self._mailbox, text, operation, self.ranks), self.ranks
         )
         if problems:
-            raise MemoryError(f"no {size} bytes more for the windows of a node ({problems})")
+            raise MemoryError(f"{failure} ({problems})")
         return cast(Made, made)
 
     def release(self, block: Block) -> None:

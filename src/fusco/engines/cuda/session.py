@@ -92,14 +92,14 @@ class Session:
         self._ticket = 0
         self._num_growths = 0
         # No rank's kernels may write before every window is clear.
-        self.make_ready("tables", self._make_tables)
+        self.make_ready("tables", self._make_tables, "free memory")
 
-    def make_ready(self, topic: str, make: Callable[[], Made]) -> Made:
+    def make_ready(self, topic: str, make: Callable[[], Made], remedy: str) -> Made:
         """What a rank needs before any may begin, or an error on every rank."""
         made, problems = make_on_all(make, lambda text: self.bulletin.swap(topic, text))
         if problems:
             raise EngineUnavailableError(
-                f"Shuffle: engine 'cuda' has no {topic} on all ranks ({problems}); free memory, or "
+                f"Shuffle: engine 'cuda' has no {topic} on all ranks ({problems}); {remedy}, or "
                 "use engine='reference'"
             )
         return cast(Made, made)
@@ -143,7 +143,6 @@ class Session:
         self._reports = [each.data for each in reports]  # read faster than numpy's
         self.one = torch.zeros(1, dtype=torch.uint8, device=device)
         self.constants = self._constants(self.layout.offsets())
-        self._say = self.launcher(Variant(name="agree"))
         pending = self._tables["state"].view(torch.int32)[_PENDING : _PENDING + 1]
         self.failures = Failures(self.world, self.bulletin, self._failure, pending, self._head_of)
 
@@ -168,6 +167,10 @@ class Session:
             "static_rows": self.world.max_recv_tokens or 0,
         }
         return structs.World(**known)
+
+    def load_kernels(self) -> None:
+        """Load those that are no operation's own."""
+        self._say = self.launcher(Variant(name="agree"))
 
     def launcher(self, variant: Variant, *arguments: ctypes.Structure) -> Launcher:
         """A kernel that takes the constants, the call, and `arguments`."""
@@ -262,21 +265,29 @@ class Session:
     def _allocate_everywhere(self, operation: str, topic: str, size: int) -> Allocation:
         """As much memory on every rank, or an error on every rank."""
 
-        def on_all(step: str, make: Callable[[], Made]) -> Made:
+        def on_all(step: str, make: Callable[[], Made], failure: str, remedy: str) -> Made:
             # Those that waited for one that failed have failed too.
             made, problems = make_on_all(
                 make, lambda text: self.bulletin.swap(f"{topic}, {step}", text)
             )
             if problems:
-                raise WindowMemoryError(
-                    f"{operation}: no {size} bytes more for the windows of all ranks "
-                    f"({problems}); free memory, dispatch fewer tokens, or balance the routing"
-                )
+                raise WindowMemoryError(f"{operation}: {failure} ({problems}); {remedy}")
             return cast(Made, made)
 
-        memory = on_all("allocated", lambda: self._allocate(size))
-        # Mapping what the others have allocated takes room as well.
-        return on_all("mapped", lambda: self._allocator.connect(memory))
+        memory = on_all(
+            "allocated",
+            lambda: self._allocate(size),
+            f"no {size} bytes more for the windows of all ranks",
+            "free memory, dispatch fewer tokens, or balance the routing",
+        )
+        # Of a GPU that a rank cannot see, this is the first to tell that it is not reached.
+        return on_all(
+            "mapped",
+            lambda: self._allocator.connect(memory),
+            f"not every rank can map the others' {size} bytes more for the windows",
+            "look with `fusco doctor`, where it sees all GPUs, for links without peer access, or "
+            "free memory, which mapping takes too",
+        )
 
     def _allocate(self, size: int) -> Tensor:
         try:
