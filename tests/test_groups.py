@@ -165,6 +165,7 @@ def lifetimes(rank: int, engine: str) -> list[str]:
         lambda: shuffle.dispatch(inputs.x[rank], inputs.topk_idx[rank]),
         lambda: shuffle.combine(inputs.outputs[rank], d),
         loss.backward,
+        shuffle.__enter__,
     ):
         try:
             call()
@@ -177,5 +178,5 @@ def lifetimes(rank: int, engine: str) -> list[str]:
 
 def test_closing(pool: RankPool, host_engine: str) -> None:
     for errors in pool.run(lifetimes, host_engine)[:2]:
-        assert len(errors) == 3
+        assert len(errors) == 4
         assert all("leave it open until the last backward" in text for text in errors)

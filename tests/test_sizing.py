@@ -69,6 +69,8 @@ def test_one_rank_alone_returns_nothing() -> None:
         ({"imbalance": 0.5}, "imbalance"),
         ({"imbalance": 9.0}, "imbalance"),
         ({"imbalance": float("nan")}, "imbalance"),
+        ({"imbalance": "2"}, "imbalance"),
+        ({"num_ranks": 33}, "num_ranks: got 33, expected at most 32"),
         ({"num_experts": 255}, "num_experts"),
         ({"hidden_size": -1}, "hidden_size"),
         ({"dtype": "bfloat16"}, "dtype"),

@@ -45,12 +45,13 @@ class Shuffle:
 
     Args:
         num_experts: E, over all ranks.
-        hidden_size: with `dtype`, the widest row to be moved; it sizes the windows.
+        hidden_size: with `dtype`, the widest row to be moved, of a tuple all tensors together; it
+            sizes the windows.
         top_k: K, experts a token.
         max_tokens: the most tokens a rank dispatches at once.
         group: None (the default group), a ProcessGroup or a one-dimensional DeviceMesh.
         dtype: see `hidden_size`. Rows of any dtype may be moved whose bytes fit.
-        engine: "cuda", "cpu", "reference", or "auto": the fastest that can run.
+        engine: "cuda", "cpu", "two_level", "reference", or "auto": the fastest that can run.
         ranks_per_node: ranks that share a node, in blocks, of which the last may be smaller; None:
             found by host.
         placement: `[E]`, the rank of each expert, a list, array or tensor; None: equal contiguous
@@ -70,6 +71,7 @@ class Shuffle:
         num_sms: the most multiprocessors of a GPU that an operation takes; None: all. Shuffles
             whose operations run at the same time must fit on the GPU together, which is checked
             for `async_op` only: kernels that keep each other out across ranks end by `timeout_s`.
+            Other engines than "cuda" do not look at it.
         ablation: mechanisms to switch off, for measurements.
 
     Raises:
@@ -203,12 +205,14 @@ class Shuffle:
             topk_idx: int64 or int32 `[T, K]`, expert ids; -1 for none. The same expert twice
                 gives two rows.
             topk_weights: float32 `[T, K]`; None: combine is a plain sum.
-            plan: of an earlier dispatch, instead of `topk_idx`.
+            plan: of an earlier dispatch, instead of `topk_idx`. It holds no weights: without
+                `topk_weights` combine is a plain sum.
             async_op: run on a side stream, beside what the current stream does next. Needs the
                 engine "cuda", `num_sms`, and room on the GPU for all Shuffles that use it.
 
         Returns:
-            the rows of this rank's experts, sorted by local expert, source rank, token and k; with
+            the rows of this rank's experts, sorted by local expert, source rank, token and k, their
+            weights, counts and offsets, and the plan (`fusco.Dispatched`); with
             `async_op` also the event that a stream must wait for before it uses them
             (`event.wait()`).
             With "cuda" they lie in memory of the Shuffle, of which `Tensor.record_stream` does not
@@ -391,6 +395,7 @@ class Shuffle:
         self._engine.close()
 
     def __enter__(self) -> Shuffle:
+        self._require_open()
         return self
 
     def __exit__(

@@ -188,10 +188,11 @@ def wanted_gradients(rows: Sequence[Tensor], weights: Tensor | None) -> str:
     """Which gradients a dispatch of these will be asked for, in words."""
     if not torch.is_grad_enabled():
         return NO_GRADIENTS
-    names = [str(i) for i, each in enumerate(rows) if each.requires_grad]
+    wants = [i for i, each in enumerate(rows) if each.requires_grad]
+    names = [f"x[{i}]" if len(rows) > 1 else "x" for i in wants]
     if weights is not None and weights.requires_grad:
-        names.append("weights")
-    return f"gradients of {' '.join(names)}" if names else NO_GRADIENTS
+        names.append("topk_weights")
+    return f"gradients of {' and '.join(names)}" if names else NO_GRADIENTS
 
 
 def form_of(rows: Sequence[Tensor], weights: Tensor | None, grads: str = "") -> str:

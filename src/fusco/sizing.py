@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from numbers import Real
 
 import torch
 
@@ -69,6 +70,9 @@ def buffer_size_hint(
     for name, value in (("num_ranks", num_ranks), ("num_alive", num_alive)):
         if not isinstance(value, int) or value < 1:
             raise _bad(name, value, "an integer above 0")
+    if isinstance(imbalance, bool) or not isinstance(imbalance, Real):
+        raise _bad("imbalance", imbalance, "a number")
+    imbalance = float(imbalance)
     if not (math.isfinite(imbalance) and 1 <= imbalance <= num_ranks):
         raise _bad("imbalance", imbalance, f"from 1, all alike, to {num_ranks}, one has all")
     layer = Configuration(
@@ -82,14 +86,16 @@ def buffer_size_hint(
         expert_alignment=expert_alignment,
         max_recv_tokens=max_recv_tokens,
     )
-    layer.check(num_ranks, dtype)
     from fusco.engines.cuda import CudaEngine
     from fusco.engines.cuda.kernels.structs import MAX_PARTS
 
-    numbers = {"num_ranks": num_ranks, **asdict(layer)}
-    for name, most in CudaEngine.most.items():
-        if numbers[name] > most:
-            raise _bad(name, numbers[name], f"at most {most}")
+    most = CudaEngine.most
+    if num_ranks > most["num_ranks"]:
+        raise _bad("num_ranks", num_ranks, f"at most {most['num_ranks']}")
+    layer.check(num_ranks, dtype)
+    for name in ("top_k", "num_experts"):
+        if getattr(layer, name) > most[name]:
+            raise _bad(name, getattr(layer, name), f"at most {most[name]}")
     row_bytes, unit = layer.hidden_size * dtype.itemsize, CudaEngine.row_unit_bytes
     if row_bytes % unit:
         expected = f"with {dtype} a multiple of {unit // dtype.itemsize}: rows of {unit} bytes"

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 
 from fusco import env
 from fusco.testing.check import Verdict
@@ -41,9 +42,21 @@ def test_copies_and_ranks(
         monkeypatch.setenv(variable.name, "1")
     monkeypatch.setattr(runner, "_run", run)
     monkeypatch.setattr(runner, "RankPool", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(runner, "_has_gpus", lambda engine: True)
     monkeypatch.setattr(sys, "argv", ["", "--only", "wide-rows", *arguments])
     assert runner.main() == 0
     assert found == expected
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("arguments", [[], ["--nodes", "2"]])
+def test_without_gpus_nothing_is_tried(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: Sequence[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        runner.main()
+    assert "no CUDA device" in capsys.readouterr().err
 
 
 def test_a_run_is_recorded(tmp_path: Path) -> None:
@@ -80,6 +93,7 @@ def test_failed_and_skipped_checks_are_named(
 
     monkeypatch.setattr(runner, "_run", run)
     monkeypatch.setattr(runner, "RankPool", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(runner, "_has_gpus", lambda engine: True)
     monkeypatch.setattr(sys, "argv", ["", "--only", "wide-rows", "--output", str(output)])
     assert runner.main() == 1
     record = json.loads(output.read_text())
@@ -93,5 +107,6 @@ def test_a_run_of_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(variable.name, "1")
     monkeypatch.setattr(runner, "_run", lambda *_: Verdict(why_skipped="alone"))
     monkeypatch.setattr(runner, "RankPool", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(runner, "_has_gpus", lambda engine: True)
     monkeypatch.setattr(sys, "argv", ["", "--only", "wide-rows"])
     assert runner.main() == 1

@@ -47,10 +47,14 @@ class Outcome:
 
 def main() -> int:
     """Run, print, record, and count what failed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m fusco.testing.gpu", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--engine", help='"cuda", or with --nodes "two_level"')
     parser.add_argument("--nodes", type=int, help="nodes to emulate, each with a GPU a rank")
-    parser.add_argument("--ranks", default="1,2,3,4,8", help="sizes of groups")
+    parser.add_argument(
+        "--ranks", default="1,2,3,4,8", help="sizes of groups, by comma (default: %(default)s)"
+    )
     parser.add_argument(
         "--copies",
         choices=("both", *_BULK_COPIES),
@@ -70,6 +74,8 @@ def main() -> int:
     rounds = _rounds(arguments.copies if arguments.nodes is None else "bulk", sizes)
     wanted = [part for part in arguments.only.split(",") if part]
     engine = arguments.engine or ("cuda" if arguments.nodes is None else "two_level")
+    if not _has_gpus(engine):
+        parser.error("torch finds no CUDA device; run this on a machine with GPUs")
     names = [
         check.name
         for check in _ALL.values()
@@ -104,6 +110,10 @@ def main() -> int:
         }
         append_jsonl(arguments.output, [record])
     return int(bool(failed) or num_run == 0)
+
+
+def _has_gpus(engine: str) -> bool:
+    return engine not in ("cuda", "two_level") or torch.cuda.is_available()
 
 
 def _rounds(copies: str, sizes: list[int]) -> dict[str, list[int]]:
