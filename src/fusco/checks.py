@@ -306,7 +306,7 @@ class Limits:
                 "plan",
                 got="a plan of another Shuffle",
                 expected="one that this Shuffle made",
-                remedy="dispatch with topk_idx to make one here",
+                remedy="pass what came from this Shuffle, or dispatch with topk_idx here first",
             )
 
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import fusco
 from fusco import engines
+from fusco.bench import BenchConfig
 from fusco.cli import app
 from fusco.engines import EngineProbe
 from fusco.engines.cuda import peers
@@ -109,7 +110,7 @@ def test_hosts_have_ranks_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--ranks-per-host 4", "--ranks-per-host: got 4 without --hosts"),
         ("--nic 1gbit", "--nic: got 1gbit without --hosts"),
         ("--pattern other", "pattern: got 'other'"),
-        ("--pattern trace", 'expected a trace file with pattern "trace"'),
+        ("--pattern trace", "trace: got none"),
         ("--pattern trace --trace none.npz", "trace: got none.npz, which is not there"),
         ("--dtype int8", "dtype: got 'int8'"),
         ("--ablation some", "ablation: got 'some'"),
@@ -128,6 +129,18 @@ def test_a_users_error_is_short_and_exits_with_2(arguments: str, message: str) -
     assert message in result.output
     assert "Traceback" not in result.output
     assert len(result.output.splitlines()) <= 8
+
+
+def test_a_trace_needs_its_pattern() -> None:
+    with pytest.raises(fusco.InputError, match="give --pattern trace"):
+        BenchConfig(trace=Path("recorded.npz"))
+
+
+def test_a_demo_that_can_write_nowhere_says_so() -> None:
+    result = CliRunner().invoke(app, ["demo", "--output-dir", "/proc/none"])
+    assert result.exit_code == 2
+    assert "output_dir: got /proc/none" in result.output
+    assert "Traceback" not in result.output
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

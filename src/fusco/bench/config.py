@@ -159,10 +159,14 @@ class BenchConfig:
                 expected="a divisor of num_ranks, and a nic",
                 remedy="change one of the two, or give the rate of the links",
             )
-        if (self.pattern == "trace") != (self.trace is not None):
+        if self.pattern == "trace" and self.trace is None:
             raise InputError(
-                f"bench: pattern: got {self.pattern!r} and trace {self.trace}, expected a trace "
-                'file with pattern "trace" and with no other; give both or neither'
+                'bench: trace: got none, expected a file with pattern "trace"; give --trace FILE'
+            )
+        if self.pattern != "trace" and self.trace is not None:
+            raise InputError(
+                f"bench: pattern: got {self.pattern!r}, expected 'trace' where a trace is given; "
+                "give --pattern trace"
             )
 
     @property

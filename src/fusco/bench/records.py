@@ -190,6 +190,8 @@ def read_jsonl(path: Path) -> list[Measurement]:
         except json.JSONDecodeError:
             record = None
         if not isinstance(record, dict) or not needed <= set(record) <= names:
-            raise ValueError(f"{path}, line {number}, is no measurement of this version")
+            raise ValueError(
+                f"{path}, line {number}, is no measurement of this version; --output makes them"
+            )
         measurements.append(Measurement(**record))
     return measurements

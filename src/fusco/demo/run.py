@@ -14,6 +14,7 @@ from fusco.demo.output import DemoResult, require_matplotlib, write_output
 from fusco.demo.progress import follow
 from fusco.demo.speed import measure
 from fusco.demo.train import DEFAULT_STEPS, TrainConfig
+from fusco.errors import input_error
 from fusco.machine import num_cores
 from fusco.testing.ranks import RankPool
 
@@ -40,7 +41,16 @@ def run_demo(
     require_matplotlib()
     config = TrainConfig(num_steps=steps, seed=seed)
     config.check(num_ranks)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise input_error(
+            "demo",
+            "output_dir",
+            got=str(output_dir),
+            expected="a folder that is there or can be made",
+            remedy=f"give another one ({error.strerror})",
+        ) from error
     corpus = load_corpus()
     console = Console()
     report.print_task(console, config, corpus, num_ranks)

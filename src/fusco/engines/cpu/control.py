@@ -34,6 +34,13 @@ class Stage(IntEnum):
     READ = _STAGES - 1
 
 
+_PROGRESS = {
+    Stage.PUBLISHED: "has begun",
+    Stage.GROWN: "has made room for",
+    Stage.TOLD: "has told its error in",
+    Stage.DONE: "has written all of",
+    Stage.READ: "is done with",
+}
 _OPEN, _CLOSED, _LOST = 0, 1, 2
 # Plain numbers, since enumerations take compiled loops and arrays ten times as long.
 _NUM_ALIKE, _STATUS, _READY = int(ALIKE.stop), int(Field.STATUS), int(Status.READY)
@@ -240,7 +247,7 @@ class Control:
             return "it has begun no operation"
         if Stage.STEP <= stage < Stage.DONE:
             return f"it came to step {stage - Stage.STEP} of operation {epoch}"
-        return f"it came to {Stage(stage).name.lower()} of operation {epoch}"
+        return f"it {_PROGRESS[Stage(stage)]} operation {epoch}"
 
 
 def _wrap(value: int) -> int:
