@@ -6,7 +6,7 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo test bench gpu-bench selftest lint format gpu-test gpu-soak gpu-sanitize .venv clean
+.PHONY: help demo test bench gpu-bench selftest lint format gpu-test gpu-soak gpu-sanitize has-torch .venv clean
 .DEFAULT_GOAL := help
 
 help:
@@ -36,7 +36,7 @@ bench: .venv
 
 # Needs no environment of ours and no network, for machines that have torch and GPUs only.
 OUTPUT ?= gpu-bench
-gpu-bench:
+gpu-bench: has-torch
 	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py $(OUTPUT) $(ARGS)
 
 selftest: .venv
@@ -51,13 +51,16 @@ format: .venv
 	$(BIN)/clang-format -i src/fusco/engines/cuda/kernels/*.cu*
 
 # Machines with GPUs often have torch in a Python of their own, and no network: nothing is installed.
-gpu-test:
+has-torch:
+	@$(PYTHON) -c 'import numpy, torch' 2>/dev/null || { echo "$(PYTHON) has no torch or no numpy: give one that has, such as PYTHON=.venv/bin/python"; exit 1; }
+
+gpu-test: has-torch
 	PYTHONPATH=src $(PYTHON) -m fusco.testing.gpu $(ARGS)
 
-gpu-soak:
+gpu-soak: has-torch
 	PYTHONPATH=src $(PYTHON) benchmarks/gpu_soak.py $(ARGS)
 
-gpu-sanitize:
+gpu-sanitize: has-torch
 	PYTHON=$(PYTHON) .ci/gpu-sanitize $(ARGS)
 
 .venv: $(STAMP)

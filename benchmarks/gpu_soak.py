@@ -262,6 +262,8 @@ def main() -> int:
     settings = vars(parser.parse_args())
     output, commit = settings.pop("output"), settings.pop("commit")
     load = Load(**settings)
+    if load.engine == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no CUDA device; run this on a machine with GPUs")
     began = time.monotonic()
     with RankPool(load.num_ranks, timeout_s=2 * load.seconds + 120) as pool:
         tallies: list[Tally] = pool.run(soak, load)
