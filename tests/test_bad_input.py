@@ -12,6 +12,7 @@ import torch.distributed as dist
 import fusco
 from conftest import CUDA
 from fusco.api import _tensors_in
+from fusco.checks import _kinds
 from fusco.plans import Plan
 from fusco.testing.cases import device_of, draw, expect_round_trip
 from fusco.testing.mistakes import (
@@ -89,3 +90,8 @@ def test_tensors_are_found_in_arguments_that_nobody_has_checked() -> None:
     d = fusco.Dispatched(tokens=one, row_weights=two, plan=plan)
     found = _tensors_in(one, None, 3, "x", (two, "y", [one]), one.to_sparse(), d)
     assert [id(each) for each in found] == [id(each) for each in (one, two, one, two, three)]
+
+
+def test_many_wrong_things_are_counted() -> None:
+    assert _kinds([[1.0]] * 64) == "64 of list"
+    assert _kinds([1, "a"]) == "int, str"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from fusco.types import Dispatched, Rows, as_tuple
 
 SUMMABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SUMMABLE_NAMES = "float16, bfloat16, float32 or float64"
+_MOST_NAMED = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -381,5 +382,8 @@ def _describe(tensor: Tensor) -> str:
     return f"{tensor.dtype} of shape {tuple(tensor.shape)}{layout}"
 
 
-def _kinds(rows: Iterable[object]) -> str:
-    return ", ".join(type(each).__name__ for each in rows) or "an empty tuple"
+def _kinds(rows: Sequence[object]) -> str:
+    names = [type(each).__name__ for each in rows]
+    if len(names) > _MOST_NAMED:
+        return f"{len(names)} of {', '.join(sorted(set(names)))}"
+    return ", ".join(names) or "an empty tuple"

@@ -56,7 +56,8 @@ def buffer_size_hint(
         num_alive: dispatches whose rows are alive at once, such as those of all layers that
             autograd holds; the backward of a combine is one too.
         imbalance: rows of the busiest rank over the mean, as `Stats.load_imbalance` counts them.
-            All ranks grow together, so the busiest decides.
+            All ranks grow together, so the busiest decides. With `max_recv_tokens` all have room
+            for as many, whatever this is.
 
     Returns:
         window and heap of a rank. Small tables and plans come on top; as long as the busiest rank
