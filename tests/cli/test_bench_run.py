@@ -115,7 +115,7 @@ def test_what_does_not_fit_is_refused(pool: RankPool) -> None:
         ({"baselines": ()}, "baselines"),
         ({"num_experts": 15}, "num_experts"),
         ({"ranks_per_node": 3}, "ranks_per_node"),
-        ({"pattern": "trace"}, "pattern"),
+        ({"pattern": "trace"}, "trace"),
         ({"trace": Path("some.npz")}, "pattern"),
     ],
 )
