@@ -90,13 +90,14 @@ def buffer_size_hint(
     from fusco.engines.cuda import CudaEngine
     from fusco.engines.cuda.kernels.structs import MAX_PARTS
 
-    most = CudaEngine.most
-    if num_ranks > most["num_ranks"]:
-        raise _bad("num_ranks", num_ranks, f"at most {most['num_ranks']}")
+    def check_served(**numbers: int) -> None:
+        for name, number in numbers.items():
+            if number > CudaEngine.most[name]:
+                raise _bad(name, number, f"at most {CudaEngine.most[name]}")
+
+    check_served(num_ranks=num_ranks)
     layer.check(num_ranks, dtype)
-    for name in ("top_k", "num_experts"):
-        if getattr(layer, name) > most[name]:
-            raise _bad(name, getattr(layer, name), f"at most {most[name]}")
+    check_served(top_k=layer.top_k, num_experts=layer.num_experts)
     row_bytes, unit = layer.hidden_size * dtype.itemsize, CudaEngine.row_unit_bytes
     if row_bytes % unit:
         expected = f"with {dtype} a multiple of {unit // dtype.itemsize}: rows of {unit} bytes"

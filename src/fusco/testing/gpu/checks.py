@@ -29,7 +29,7 @@ from fusco.testing.gpu.static import (
     overflow,
     static_rows,
 )
-from fusco.testing.gpu.trips import held_for_many_layers, random_trips, trips, tuples
+from fusco.testing.gpu.trips import case_of, held_for_many_layers, random_trips, trips, tuples
 from fusco.testing.gradients import expect_gradients, expect_weighed
 from fusco.testing.mistakes import (
     CASE,
@@ -48,30 +48,20 @@ def _gradients(
     expect_all: Callable[[Case, Group, str], None] = expect_gradients, **changes: Any
 ) -> Callable[[Group, str], None]:
     def check(group: Group, engine: str) -> None:
-        tokens = changes.get("num_tokens", (9, 0, 20, 3))
-        case = Case(
-            hidden_size=6,
-            top_k=4,
-            num_experts=2 * dist.get_world_size(group),
-            dtype=torch.float64,
-            device=device_of(engine),
-            **changes | {"num_tokens": sizes(tokens, group)},
-        )
-        expect_all(case, group, engine)
+        common: dict[str, Any] = {
+            "num_tokens": (9, 0, 20, 3),
+            "num_experts": 2,
+            "hidden_size": 6,
+            "top_k": 4,
+            "dtype": torch.float64,
+        }
+        expect_all(case_of(group, engine, **common | changes), group, engine)
 
     return check
 
 
 def _weighed(**changes: Any) -> Callable[[Group, str], None]:
-    def check(group: Group, engine: str) -> None:
-        case = Case(
-            num_experts=4 * dist.get_world_size(group),
-            device=device_of(engine),
-            **changes | {"num_tokens": sizes(changes.get("num_tokens", (9, 0, 20, 3)), group)},
-        )
-        expect_weighed(case, group, engine)
-
-    return check
+    return _gradients(expect_weighed, num_experts=4, **changes)
 
 
 def _mistakes(mistakes: Mapping[str, Mistake]) -> Callable[[Group, str], None]:

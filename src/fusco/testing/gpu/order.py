@@ -24,8 +24,8 @@ from fusco.testing.cases import (
     expect_same,
     sizes,
 )
+from fusco.testing.check import Group
 
-Group = dist.ProcessGroup | None
 _FEW_SMS = 8
 _LONG_S = 30.0
 _ROUNDS = 4

@@ -12,10 +12,9 @@ from fusco.layout.compact import Links
 from fusco.planner import plan_compact
 from fusco.plans import CompactPlan, Plan, SegmentPlan
 from fusco.testing.cases import device_of, draw, expect_same
+from fusco.testing.check import Group
 from fusco.testing.expand import expand_cluster
 from fusco.testing.gpu.trips import random_case
-
-Group = dist.ProcessGroup | None
 
 
 def random_plans(seed: int, num_cases: int) -> Callable[[Group, str], None]:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 import fusco
 from fusco.testing.cases import Case, Inputs, device_of, draw, expect, expect_same, sizes
+from fusco.testing.check import Group
 
 Result = TypeVar("Result")
 
-Group = dist.ProcessGroup | None
 _FEW_SMS = 8
 
 

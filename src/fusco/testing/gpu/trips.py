@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from random import Random
@@ -22,8 +22,8 @@ from fusco.testing.cases import (
     expect_same,
     sizes,
 )
+from fusco.testing.check import Group
 
-Group = dist.ProcessGroup | None
 _DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
 # Rows in units of 16 bytes: one, a few, odd, about a warp's, and more than a slot in shared memory.
 _ROW_VECTORS = (1, 3, 32, 33, 65, 200, 1100)
@@ -100,16 +100,22 @@ def trips(num_sms: int | None = None, **changes: Any) -> Callable[[Group, str], 
     """A check of one case; `num_tokens` is repeated over the ranks, `num_experts` is a rank's."""
 
     def check(group: Group, engine: str) -> None:
-        num_ranks = dist.get_world_size(group)
         common: dict[str, Any] = {"num_tokens": (30, 0, 41), "num_experts": 4} | changes
-        by_rank = {
-            "num_tokens": sizes(common["num_tokens"], group),
-            "num_experts": common["num_experts"] * num_ranks,
-        }
-        case = Case(**common | by_rank, device=device_of(engine))
-        expect_round_trips(case, group, engine, num_sms=num_sms)
+        expect_round_trips(case_of(group, engine, **common), group, engine, num_sms=num_sms)
 
     return check
+
+
+def case_of(
+    group: Group, engine: str, *, num_tokens: Sequence[int], num_experts: int, **changes: Any
+) -> Case:
+    """A case of that group: `num_tokens` is repeated over the ranks, `num_experts` is a rank's."""
+    return Case(
+        num_tokens=sizes(num_tokens, group),
+        num_experts=num_experts * dist.get_world_size(group),
+        device=device_of(engine),
+        **changes,
+    )
 
 
 def tuples(*widths: int) -> Callable[[Group, str], None]:
