@@ -256,6 +256,13 @@ def test_who_closes_before_an_overflow_was_raised_is_told() -> None:
         rank.failures.close()
 
 
+def test_who_closes_before_a_plan_was_refused_is_told() -> None:
+    rank = Rank(0, Board())
+    rank.fail(Verdict.INVALID)
+    with pytest.warns(UserWarning, match="a dispatch which raised an error"):
+        rank.failures.close()
+
+
 def test_who_closes_after_a_loss_has_heard_of_it() -> None:
     rank = Rank(0, Board())
     rank.fail(Verdict.LOST, awaited=1)

@@ -157,10 +157,11 @@ class Failures:
         if not self._has_to_settle:
             return
         failure = self._read()
-        what = f"{Operation(failure.operation).text}: the ranks' calls did not fit together"
         if failure.verdict == Verdict.UNLIKE:
             self._post(failure, self._call_of(failure))
-        elif failure.verdict == Verdict.SHORT:
+            # What others called is not asked for: nobody waits here any more.
+            what = f"{Operation(failure.operation).text}: the ranks' calls did not fit together"
+        else:
             what = str(self._error_of(failure))
         warnings.warn(
             "a Shuffle was closed before synchronize() raised why no call since has done "
