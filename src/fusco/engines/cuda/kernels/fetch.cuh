@@ -107,10 +107,10 @@ struct Fetcher {
       if (own.index >= 0) piece.weights[own.index] = own.weight;
       __syncwarp();
       Barrier& full = shared.full[place];
-      full.expect(item.num_rows * size);
+      full.expect(item.num_rows * size, teller);
       fill_each(slot_of_row(own.index), own.row + at, own.index >= 0, size, full);
       fill_each(slot_of_row(partial.index), partial.row + at, partial.index >= 0, size, full);
-      full.arrive_filled();
+      full.arrive_filled(teller);
       next_slot += item.num_rows;
       if (next_slot >= args.num_slots) next_slot -= args.num_slots;
       num_free -= item.num_rows;

@@ -23,10 +23,10 @@ struct Barrier {
   }
 
   // Called by the whole warp that fills what the barrier guards, before and after: its phase is
-  // over when `num_bytes` have come.
-  __device__ __forceinline__ void expect(i32 num_bytes) {
+  // over when `num_bytes` have come. `lane` arrives: the one that has written there itself, if any.
+  __device__ __forceinline__ void expect(i32 num_bytes, int lane = 0) {
 #if FUSCO_BULK
-    if (lane_id() == 0) {
+    if (lane_id() == lane) {
       asm volatile(
           "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&word)),
           "r"(num_bytes)
@@ -35,11 +35,11 @@ struct Barrier {
 #endif
   }
 
-  __device__ __forceinline__ void arrive_filled() {
+  __device__ __forceinline__ void arrive_filled(int lane = 0) {
 #if !FUSCO_BULK
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&word))
                  : "memory");
-    if (lane_id() == 0) arrive();  // the others' arrivals release copies, but no stores
+    if (lane_id() == lane) arrive();  // the others' arrivals release copies, but no stores
 #endif
   }
 
