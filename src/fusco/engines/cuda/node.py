@@ -62,9 +62,10 @@ class CudaNode(Node):
 
     def reserve_largest(self) -> Block:
         self._memory.begin()
-        # What was free before is written by others as soon as they know of it.
+        block = self._heap.free.reserve_largest()
+        # What was done with it before is over when others know of it, who then write.
         self._memory.settle()
-        return self._heap.free.reserve_largest()
+        return block
 
     def fit(self, operation: str, block: Block, needs: Ints, capacity: Ints) -> Block:
         need, is_short = int(needs[self._place]), needs > capacity
@@ -81,7 +82,7 @@ class CudaNode(Node):
                 self._heap.free.release(block)
             raise
         if is_short[self._place]:
-            block = self._heap.free.reserve(need)
+            block = self.reserve(need)
         return block
 
     def _grow(self, operation: str, size: int) -> None:

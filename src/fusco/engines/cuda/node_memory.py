@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusco.engines.base import World
-from fusco.engines.cuda.streams import Order
+from fusco.engines.cuda.streams import Order, OrderedHeap
 from fusco.engines.cuda.window import TorchAllocator
 from fusco.layout.blocks import Ints
 from fusco.layout.heap import CHUNK_SPAN, Block, Heap
@@ -39,6 +39,10 @@ class NodeMemory(ABC):
     @abstractmethod
     def lend(self, part: Tensor, block: Block, heap: Heap) -> Tensor:
         """The own bytes `part` as a tensor of their own, with which `block` returns to the heap."""
+
+    def make_heap(self) -> Heap:
+        """An empty one, for blocks of this memory."""
+        return Heap()
 
     @abstractmethod
     def begin(self) -> None:
@@ -92,6 +96,9 @@ class CudaMemory(NodeMemory):
         span = Span(part.data_ptr(), tuple(part.shape), "|u1", block, heap, part)
         return torch.as_tensor(span, device=self.device)
 
+    def make_heap(self) -> Heap:
+        return OrderedHeap(self._order)
+
     def begin(self) -> None:
         self._order.begin()
 
@@ -113,7 +120,7 @@ class NodeHeap:
         self._memory = memory
         self._place = place
         self._chunks: list[tuple[Tensor, ...]] = []
-        self.free = Heap()
+        self.free = memory.make_heap()
 
     @property
     def num_bytes(self) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from fusco.engines.cuda.graphs import capture_on
+from fusco.layout.heap import ALIGNMENT, Block, Heap
 from fusco.types import Dispatched, as_tuple
 
 Result = TypeVar("Result")
@@ -34,6 +36,7 @@ class Order:
         self._last_stream: torch.cuda.Stream | None = None
         self._captured: tuple[int, torch.cuda.Stream] | None = None  # last, and into which graph
         self._side: torch.cuda.Stream | None = None
+        self._uses: dict[int, torch.cuda.Event] = {}  # by the handle of their stream
 
     def begin(self) -> int:
         """The handle of the stream for the operation that begins now."""
@@ -56,6 +59,24 @@ class Order:
             if last_capture == capture and last_stream != stream:
                 stream.wait_stream(last_stream)
         self._captured = capture, stream
+
+    def note_use(self) -> None:
+        """Memory is let go that the current stream may still use; finalizers call this.
+
+        If that is the stream of the last operation, the next one follows it in any case.
+        """
+        with suppress(AttributeError, RuntimeError):  # at the end of a process; a broken device
+            handle = torch._C._cuda_getCurrentRawStream(self._index)
+            if handle != self._last and not torch.cuda.is_current_stream_capturing():
+                event = torch.cuda.Event()
+                event.record(torch.cuda.current_stream(self._device))
+                self._uses[handle] = event
+
+    def await_uses(self) -> None:
+        """Let the operation that has begun, unless it is captured, follow what `note_use` noted."""
+        while self._uses and not self.is_capturing:
+            _, event = self._uses.popitem()
+            torch.cuda.current_stream(self._device).wait_event(event)
 
     def run_beside(
         self, operation: Callable[[], Result], inputs: Iterable[Tensor]
@@ -84,6 +105,31 @@ class Order:
         """Until the last operation is done."""
         if self._last_stream is not None:
             self._last_stream.synchronize()
+
+
+class OrderedHeap(Heap):
+    """A heap of memory that streams use: an operation that takes a block follows what its last
+    tensor's stream was to do when that was dropped.
+
+    Args:
+        order: of the operations that take blocks.
+        alignment: of blocks, bytes.
+    """
+
+    def __init__(self, order: Order, alignment: int = ALIGNMENT) -> None:
+        super().__init__(alignment=alignment)
+        self._order = order
+
+    def release(self, block: Block) -> None:
+        """See `Heap.release`."""
+        self._order.note_use()  # before another thread can take the block
+        super().release(block)
+
+    def reserve_largest(self) -> Block:
+        """See `Heap.reserve_largest`."""
+        block = super().reserve_largest()
+        self._order.await_uses()
+        return block
 
 
 def _tensors_of(result: object) -> Iterable[Tensor]:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fusco.engines.cuda.graphs import CapturedHeaps
 from fusco.errors import WindowMemoryError
-from fusco.layout.compact import BLOCK_ALIGNMENT
 from fusco.layout.heap import CHUNK_SPAN, NOTHING, Block, Heap
 from fusco.layout.spans import Region, Span
 from fusco.topology import Topology
@@ -131,16 +130,21 @@ def _let_go(*memory: Tensor) -> None:
 class SymmetricHeap:
     """This rank's heap, in chunks that all ranks add together; each rank shares out its own.
 
+    Args:
+        num_ranks: how many.
+        device: of the memory.
+        free: an empty heap of blocks of `BLOCK_ALIGNMENT`.
+
     Attributes:
         free: what of the chunks is free.
         captured: what of them belongs to CUDA graphs, and no tensor uses any more.
         addresses: int64 `[most chunks, P]`, where each rank's are mapped here.
     """
 
-    def __init__(self, num_ranks: int, device: torch.device) -> None:
+    def __init__(self, num_ranks: int, device: torch.device, free: Heap) -> None:
         self._device = device
         self._chunks: list[Allocation] = []
-        self.free = Heap(alignment=BLOCK_ALIGNMENT)
+        self.free = free
         self.captured = CapturedHeaps(device)
         # One table for good: graphs hold its address. It is read also before there is a chunk, by
         # ranks that receive nothing.

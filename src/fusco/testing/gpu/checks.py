@@ -15,6 +15,7 @@ from fusco.testing.compiled import expect_compiled
 from fusco.testing.gpu.order import (
     claims,
     closed,
+    dropped_rows,
     late_errors,
     one_combine_too_many,
     other_streams,
@@ -319,6 +320,12 @@ GPU_CHECKS: tuple[Check, ...] = (
         name="two-at-once",
         description="two shuffles on side streams at once",
         fn=two_at_once,
+        only="cuda",
+    ),
+    Check(
+        name="dropped-rows",
+        description="rows that a stream still reads when they are dropped on it",
+        fn=dropped_rows,
         only="cuda",
     ),
     Check(

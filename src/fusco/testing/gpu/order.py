@@ -28,6 +28,8 @@ from fusco.testing.check import Group
 
 _FEW_SMS = 8
 _LONG_S = 30.0
+_LONG_CYCLES = 50_000_000
+"""Of a GPU, longer than a call takes."""
 _ROUNDS = 4
 
 
@@ -140,6 +142,27 @@ def two_at_once(group: Group, engine: str) -> None:
     for d, y in done:
         expect_dispatched(d, inputs, rank)
         expect_same(y, inputs.sums(rank), "combine")
+
+
+def dropped_rows(group: Group, engine: str) -> None:
+    """Rows that are dropped on a stream which still reads them are not written before it has."""
+    rank = dist.get_rank(group)
+    first, second = (draw(_case(group, engine), number) for number in range(2))
+    reader = torch.cuda.Stream()
+    with first.case.shuffle(group, engine) as shuffle:
+        for _ in range(_ROUNDS):
+            d = _dispatch(shuffle, first, rank)
+            want = d.tokens.clone()
+            reader.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(reader):
+                if device_of(engine) == "cuda":
+                    torch.cuda._sleep(_LONG_CYCLES)
+                got = d.tokens.clone()
+                del d
+            d = _dispatch(shuffle, second, rank)
+            reader.synchronize()
+            expect_same(got, want, "rows read after they were dropped")
+            expect_dispatched(d, second, rank)
 
 
 def other_streams(group: Group, engine: str) -> None:
