@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -112,3 +113,15 @@ VARIABLES: tuple[Variable[Any], ...] = (
     BULK_COPIES,
     NUMBA_CACHE_DIR,
 )
+
+
+def unknown() -> dict[str, str]:
+    """By name, what is wrong with variables that look like fusco's and are not."""
+    names = [variable.name for variable in VARIABLES]
+    problems = {}
+    for name in sorted(os.environ):
+        if name.startswith("FUSCO_") and name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            remedy = f"is {close[0]} meant?" if close else "unset it"
+            problems[name] = f"environment: {name}: fusco reads no such variable; {remedy}"
+    return problems

@@ -160,6 +160,9 @@ def test_comparison_takes_the_last_record_of_the_same_configuration() -> None:
     elsewhere = [replace(m, hardware={**m.hardware, "cpu": "another"}) for m in made()]
     assert "other hardware" in printed(made(), elsewhere)
     assert "none" in printed(made(), other)
+    quiet = Console(quiet=True)
+    assert print_comparison(made(), [*other, made()[0]], quiet)
+    assert not print_comparison(made(), other, quiet)
 
 
 def test_plot_is_written(tmp_path: Path) -> None:

@@ -278,3 +278,21 @@ def test_doctor_finds_a_bad_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     table = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200"})
     assert table.exit_code == 1
     assert "got '[soon]'" in table.output
+
+
+def test_doctor_finds_a_variable_that_nothing_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSCO_TIMEOUT", "3")
+    monkeypatch.setenv("FUSCO_XYZ", "3")
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    assert result.exit_code == 1
+    by_name = {variable["name"]: variable for variable in json.loads(result.output)["environment"]}
+    assert by_name["FUSCO_TIMEOUT"]["problem"].endswith("is FUSCO_TIMEOUT_S meant?")
+    assert by_name["FUSCO_XYZ"]["problem"].endswith("unset it")
+
+
+def test_a_comparison_with_nothing_alike_fails(tmp_path: Path) -> None:
+    record = tmp_path / "record.jsonl"
+    assert fusco_command(*SMALL, "--output", str(record)).returncode == 0
+    result = fusco_command(*SMALL, "--top-k", "1", "--compare", str(record))
+    assert result.returncode == 1, result.stderr
+    assert "has no measurement of what was measured here" in result.stderr

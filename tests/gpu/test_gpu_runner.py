@@ -102,6 +102,20 @@ def test_failed_and_skipped_checks_are_named(
     assert record["skipped"] == ["1 ranks, wide-rows"]
 
 
+def test_checks_that_are_not_there_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for variable in (env.BULK_COPIES, env.TIMEOUT_S):
+        monkeypatch.setenv(variable.name, "1")
+    monkeypatch.setattr(runner, "_has_gpus", lambda engine: True)
+    monkeypatch.setattr(sys, "argv", ["", "--only", "narrower"])
+    with pytest.raises(SystemExit, match="2"):
+        runner.main()
+    told = capsys.readouterr().err
+    assert "no check of 'cuda' has any of ['narrower'] in its name" in told
+    assert "wide-rows" in told
+
+
 def test_a_run_of_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in (env.BULK_COPIES, env.TIMEOUT_S):
         monkeypatch.setenv(variable.name, "1")

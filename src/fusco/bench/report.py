@@ -51,8 +51,9 @@ def print_comparison(
     measurements: Sequence[Measurement],
     record: Sequence[Measurement],
     console: Console | None = None,
-) -> None:
-    """Print the measurements beside the last ones of the same configuration in a record."""
+) -> bool:
+    """Print the measurements beside the last ones of the same configuration in a record; whether
+    there are any."""
     from rich.console import Console
 
     console = console or Console()
@@ -72,6 +73,7 @@ def print_comparison(
     console.print(table)
     if other_hardware:
         console.print("The record is from other hardware: compare ratios, not times.")
+    return any(_key(new) in recorded for new in measurements)
 
 
 def _configuration(measurements: Sequence[Measurement]) -> Table:

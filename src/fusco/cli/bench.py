@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fusco.cli.failures import USER_ERROR, fail, short_failures
+from fusco.cli.failures import FAILURE, USER_ERROR, fail, short_failures
 from fusco.cli.launch import (
     choose_num_ranks,
     default_num_ranks,
@@ -209,11 +209,13 @@ def _measure_and_report(config: BenchConfig, output: Path | None, compare: Path 
         with console.status(f"measuring on {config.num_ranks} ranks"):
             measurements = run_bench(config)
     print_report(measurements, console)
-    if record is not None:
-        print_comparison(measurements, record, console)
+    is_found = record is None or print_comparison(measurements, record, console)
     if output is not None:
         write_jsonl(measurements, output)
         console.print(f"Wrote {len(measurements)} measurements to {output}")
+    if not is_found:
+        message = f"bench: --compare: {compare} has no measurement of what was measured here"
+        raise fail(message, FAILURE)
 
 
 def _check_hosts(

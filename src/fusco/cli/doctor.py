@@ -131,10 +131,10 @@ def _shared_memory() -> dict[str, Any]:
 
 
 def _variables() -> list[dict[str, Any]]:
-    from fusco.env import VARIABLES
+    from fusco.env import VARIABLES, unknown
     from fusco.errors import InputError
 
-    found = []
+    found: list[dict[str, Any]] = []
     for variable in VARIABLES:
         problem = None
         try:
@@ -149,6 +149,9 @@ def _variables() -> list[dict[str, Any]]:
                 "problem": problem,
             }
         )
+    for name, problem in unknown().items():
+        value = os.environ[name]
+        found.append({"name": name, "value": value, "description": "", "problem": problem})
     return found
 
 

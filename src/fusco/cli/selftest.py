@@ -123,5 +123,8 @@ def _engines(wanted: str) -> list[str]:
             remedy="choose one of them",
         )
     if not probed[wanted].available:
-        raise EngineUnavailableError(f"selftest: engine {wanted}: {probed[wanted].reason}")
+        raise EngineUnavailableError(
+            f"selftest: engine {wanted}: {probed[wanted].reason}; "
+            "`fusco doctor` shows what was found"
+        )
     return [wanted]

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 import fusco
+from fusco.engines.cuda.peers import try_link
 from fusco.testing.cases import Case, device_of, draw, expect, expect_round_trip, sizes
 from fusco.testing.check import Check, Group, NotApplicable
 from fusco.testing.compiled import expect_compiled
@@ -101,6 +102,15 @@ def _nccl_group(group: Group, engine: str) -> None:
     with case.shuffle(alone, "auto") as shuffle:
         expect_round_trip(shuffle, draw(case), dist.get_rank(group))
         expect(shuffle.engine_name == engine, f"engine {shuffle.engine_name}")
+
+
+def _links(group: Group, engine: str) -> None:
+    """What `fusco doctor` tries, from the GPU of each rank to the next one."""
+    source, num_gpus = torch.cuda.current_device(), torch.cuda.device_count()
+    if num_gpus < 2:
+        raise NotApplicable("needs two GPUs")
+    link = try_link(source, (source + 1) % num_gpus)
+    expect(not link.problem, link.problem)
 
 
 def _size_hint(group: Group, engine: str) -> None:
@@ -204,6 +214,12 @@ GPU_CHECKS: tuple[Check, ...] = (
         name="nccl-group",
         description="a group of NCCL alone gets this engine by itself (a GPU a rank)",
         fn=_nccl_group,
+    ),
+    Check(
+        name="links",
+        description="kernels that write and read the memory of another GPU (two GPUs)",
+        fn=_links,
+        only="cuda",
     ),
     Check(name="tuple-of-four", description="four tensors at once", fn=tuples(4, 48, 12, 32)),
     Check(

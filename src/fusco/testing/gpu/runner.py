@@ -76,11 +76,10 @@ def main() -> int:
     engine = arguments.engine or ("cuda" if arguments.nodes is None else "two_level")
     if not _has_gpus(engine):
         parser.error("torch finds no CUDA device; run this on a machine with GPUs")
-    names = [
-        check.name
-        for check in _ALL.values()
-        if check.only in ("", engine) and (not wanted or any(part in check.name for part in wanted))
-    ]
+    known = [check.name for check in _ALL.values() if check.only in ("", engine)]
+    names = [name for name in known if not wanted or any(part in name for part in wanted)]
+    if not names:
+        parser.error(f"no check of {engine!r} has any of {wanted} in its name: {known}")
     no_faults = arguments.no_faults or bool(wanted)
     num_run, failed, skipped, began = 0, [], [], time.monotonic()
     for outcome in _outcomes(engine, rounds, names, arguments.nodes, no_faults=no_faults):
