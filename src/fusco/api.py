@@ -216,8 +216,8 @@ class Shuffle:
             `async_op` also the event that a stream must wait for before it uses them
             (`event.wait()`).
             With "cuda" they lie in memory of the Shuffle, of which `Tensor.record_stream` does not
-            know: before they are dropped, the stream of the next calls must wait for others that
-            use them (`torch.cuda.current_stream().wait_stream(other)`).
+            know: the stream that is current when they are dropped must wait for others that use
+            them (`torch.cuda.current_stream().wait_stream(other)`).
 
         Raises:
             InputError: an argument is wrong on some rank; raised on all.

@@ -93,14 +93,11 @@ class Combiner:
 
     def _parts_of(self, form: str, rows: tuple[Tensor, ...]) -> list[_Part]:
         session = self._session
-        top_k, num_ranks = session.world.top_k, session.num_ranks
-        # All rows of a token must fit, and should twice where it goes to every rank, so that one is
-        # fetched while the other is summed.
-        need = max(top_k, 2 * -(-top_k // num_ranks))
         returns_at, parts = session.constants.returns_at, []
         for each in rows:
             size = bytes_per_row(each)
-            pieces = cut(size, need, session.max_shared_bytes)
+            # All rows of a token must fit.
+            pieces = cut(size, session.world.top_k, session.max_shared_bytes)
             parts.append(_Part(self._kernels(each.dtype), size, returns_at, pieces))
             returns_at += session.layout.num_returns * size
         self._parts[form] = parts

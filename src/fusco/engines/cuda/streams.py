@@ -65,9 +65,11 @@ class Order:
 
         If that is the stream of the last operation, the next one follows it in any case.
         """
-        with suppress(AttributeError, RuntimeError):  # at the end of a process; a broken device
-            handle = torch._C._cuda_getCurrentRawStream(self._index)
-            if handle != self._last and not torch.cuda.is_current_stream_capturing():
+        handle = torch._C._cuda_getCurrentRawStream(self._index)
+        if handle == self._last:
+            return
+        with suppress(RuntimeError):  # of a broken device
+            if not torch.cuda.is_current_stream_capturing():
                 event = torch.cuda.Event()
                 event.record(torch.cuda.current_stream(self._device))
                 self._uses[handle] = event
