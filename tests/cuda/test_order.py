@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,7 +44,9 @@ class Device:
         self._waits: list[tuple[int, int]] = []
         self._streams = [Stream(handle, self._waits) for handle in range(4)]
         self._current, self._graph = self._streams[0], 0
-        self._order = Order(torch.device("cuda", 0))
+        patch.setattr(streams, "_TRAFFIC", defaultdict(streams._Traffic))
+        patch.setattr(streams, "_CAPTURED", {})
+        self._order = self.other_order()
         self.heap = OrderedHeap(self._order)
         self.heap.add(0, 1024)
         patch.setattr(torch.cuda, "current_stream", lambda _: self._current)
@@ -53,12 +56,20 @@ class Device:
         raw = SimpleNamespace(_cuda_getCurrentRawStream=lambda _: self._current.handle)
         patch.setattr(torch, "_C", raw)
 
-    def begin(self, handle: int, graph: int = 0) -> list[tuple[int, int]]:
+    def other_order(self, *, has_room: bool = False) -> Order:
+        """Of another Shuffle."""
+        order = Order(torch.device("cuda", 0))
+        order.has_room = has_room
+        return order
+
+    def begin(
+        self, handle: int, graph: int = 0, order: Order | None = None
+    ) -> list[tuple[int, int]]:
         """The waits of an operation that begins; `graph` numbers what it is captured into."""
         self._waits.clear()
         self.go_to(handle, graph)
-        assert self._order.begin() == handle
-        return list(self._waits)
+        assert (order or self._order).begin() == handle
+        return sorted(self._waits)
 
     def go_to(self, handle: int, graph: int = 0) -> None:
         """Change the stream."""
@@ -123,3 +134,35 @@ def test_what_is_captured_waits_for_nothing_outside(device: Device) -> None:
     device.heap.release(everything)
     device.begin(1)
     assert device.reserve() == [(1, 2)]
+
+
+@pytest.mark.parametrize("graph", [0, 1])
+def test_shuffles_without_room_beside_each_other_take_turns(device: Device, graph: int) -> None:
+    other = device.other_order()
+    assert device.begin(0, graph) == []
+    assert device.begin(1, graph, other) == [(1, 0)]
+    assert device.begin(1, graph, other) == []
+    assert device.begin(1, graph) == [(1, 0)]
+    assert device.begin(2, graph, other) == [(2, 1)]
+
+
+def test_shuffles_with_room_run_beside_each_other_but_not_beside_others(device: Device) -> None:
+    one, two = (device.other_order(has_room=True) for _ in range(2))
+    assert device.begin(0) == []
+    assert device.begin(1, order=one) == [(1, 0)]
+    assert device.begin(2, order=two) == [(2, 0)]
+    assert device.begin(1, order=one) == [(1, 0)]
+    assert device.begin(3, order=one) == [(3, 0), (3, 1)]  # in its own order
+    assert device.begin(0) == [(0, 1), (0, 2), (0, 3)]
+    assert device.begin(0) == []
+    one.close()
+    assert device.begin(2, order=two) == [(2, 0)]
+    two.close()
+    assert device.begin(0) == []
+
+
+def test_nobody_waits_for_a_shuffle_that_is_closed(device: Device) -> None:
+    other = device.other_order()
+    device.begin(1, order=other)
+    other.close()
+    assert device.begin(0) == []

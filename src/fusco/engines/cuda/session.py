@@ -317,6 +317,7 @@ class Session:
                 remedy="make the Shuffles with smaller num_sms=",
             )
         _SHARING.add(self)
+        self.order.has_room = True
 
     def close(self) -> None:
         """Give up the room on the device, and the windows; the heap's chunks go when no tensor uses
@@ -325,6 +326,7 @@ class Session:
         # Kernels still report, each within a bound; a broken device has nothing to wait for.
         with suppress(RuntimeError):
             self._wait()
+        self.order.close()
         # At once, even if an error that somebody keeps holds this object.
         del self.window, self.heap
         self.failures.close()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -16,25 +18,68 @@ from fusco.types import Dispatched, as_tuple
 Result = TypeVar("Result")
 
 
+class _Traffic:
+    """On which streams the operations of all Shuffles are, on one device or in one of its captures.
+
+    Attributes:
+        last: handle of the stream of the last operation.
+    """
+
+    def __init__(self) -> None:
+        self.last: int | None = None
+        # Since the last operation that needs the device for itself, and with it.
+        self._streams: dict[int, torch.cuda.Stream] = {}
+        self._alone: torch.cuda.Stream | None = None
+        self._last_of: WeakKeyDictionary[Order, torch.cuda.Stream] = WeakKeyDictionary()
+
+    def join(self, order: Order, handle: int, stream: torch.cuda.Stream) -> None:
+        """Let an operation on this stream follow those that it must not run beside."""
+        before = [*self._streams.values()] if not order.has_room else [self._alone]
+        for other in {*before, self._last_of.get(order)}:
+            if other is not None and other != stream:
+                stream.wait_stream(other)
+        if not order.has_room:
+            self._streams, self._alone = {}, stream
+        self._last_of[order] = self._streams[handle] = stream
+        self.last = handle
+
+    def leave(self, order: Order) -> None:
+        """Forget the operations of one that is done."""
+        stream = self._last_of.pop(order, None)
+        if stream is not None and stream not in self._last_of.values():
+            self._streams = {at: each for at, each in self._streams.items() if each != stream}
+            self._alone = None if self._alone == stream else self._alone
+
+
+_TRAFFIC: defaultdict[int, _Traffic] = defaultdict(_Traffic)
+"""By the index of a device."""
+_CAPTURED: dict[int, tuple[int, _Traffic]] = {}
+"""Likewise, of the last capture, with its number."""
+
+
 class Order:
     """Keeps operations in the order of their calls, whatever stream they are made on.
 
     Kernels of one stream need nothing for that, so it is only on a change of streams that the new
     one waits for the old: for the last operation, and for what has used its results since, whose
-    memory may be written again. The operations of a CUDA graph are ordered likewise, among
-    themselves: when they run, its replays say.
+    memory may be written again. So it is with another Shuffle's, unless both fit on the device
+    together: of kernels that wait for peers, one would keep out the other that a peer waits for.
+    The operations of a CUDA graph are ordered likewise, among themselves: when they run, its
+    replays say.
 
     Attributes:
         is_capturing: whether the operation that began last is captured into a CUDA graph.
+        has_room: whether there is room on the device for these operations beside those of others.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._index = device.index
         self.is_capturing = False
+        self.has_room = False
+        self._traffic = _TRAFFIC[self._index]
         self._last: int | None = None
         self._last_stream: torch.cuda.Stream | None = None
-        self._captured: tuple[int, torch.cuda.Stream] | None = None  # last, and into which graph
         self._side: torch.cuda.Stream | None = None
         self._uses: dict[int, torch.cuda.Event] = {}  # by the handle of their stream
 
@@ -44,21 +89,20 @@ class Order:
         handle: int = torch._C._cuda_getCurrentRawStream(self._index)
         self.is_capturing = torch.cuda.is_current_stream_capturing()
         if self.is_capturing:
-            self._begin_captured(capture_on(handle))
-        elif handle != self._last:
             stream = torch.cuda.current_stream(self._device)
-            if self._last_stream is not None:
-                stream.wait_stream(self._last_stream)
+            self._captured(capture_on(handle)).join(self, handle, stream)
+        elif not handle == self._last == self._traffic.last:
+            stream = torch.cuda.current_stream(self._device)
+            self._traffic.join(self, handle, stream)
             self._last, self._last_stream = handle, stream
         return handle
 
-    def _begin_captured(self, capture: int) -> None:
-        stream = torch.cuda.current_stream(self._device)
-        if self._captured is not None:
-            last_capture, last_stream = self._captured
-            if last_capture == capture and last_stream != stream:
-                stream.wait_stream(last_stream)
-        self._captured = capture, stream
+    def _captured(self, capture: int) -> _Traffic:
+        number, traffic = _CAPTURED.get(self._index, (None, None))
+        if traffic is None or number != capture:
+            traffic = _Traffic()
+            _CAPTURED[self._index] = capture, traffic
+        return traffic
 
     def note_use(self) -> None:
         """Memory is let go that the current stream may still use; finalizers call this.
@@ -107,6 +151,10 @@ class Order:
         """Until the last operation is done."""
         if self._last_stream is not None:
             self._last_stream.synchronize()
+
+    def close(self) -> None:
+        """Nothing follows, and nobody needs to wait for what was before."""
+        self._traffic.leave(self)
 
 
 class OrderedHeap(Heap):

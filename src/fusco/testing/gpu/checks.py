@@ -20,6 +20,7 @@ from fusco.testing.gpu.order import (
     late_errors,
     one_combine_too_many,
     other_streams,
+    taking_turns,
     two_at_once,
 )
 from fusco.testing.gpu.plans import random_plans
@@ -336,6 +337,12 @@ GPU_CHECKS: tuple[Check, ...] = (
         name="two-at-once",
         description="two shuffles on side streams at once",
         fn=two_at_once,
+        only="cuda",
+    ),
+    Check(
+        name="taking-turns",
+        description="two shuffles that do not fit on a GPU together, on streams of their own",
+        fn=taking_turns,
         only="cuda",
     ),
     Check(

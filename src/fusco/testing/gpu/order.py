@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -30,6 +32,8 @@ _FEW_SMS = 8
 _LONG_S = 30.0
 _LONG_CYCLES = 50_000_000
 """Of a GPU, longer than a call takes."""
+_MANY_TOKENS = 1500
+"""So that all multiprocessors have some."""
 _ROUNDS = 4
 
 
@@ -144,6 +148,35 @@ def two_at_once(group: Group, engine: str) -> None:
         expect_same(y, inputs.sums(rank), "combine")
 
 
+def taking_turns(group: Group, engine: str) -> None:
+    """Kernels of two Shuffles that do not fit on a GPU together come in the order of their calls,
+    also on streams of which ranks are late with different ones."""
+    rank = dist.get_rank(group)
+    case = replace(_case(group, engine), num_tokens=(_MANY_TOKENS,) * dist.get_world_size(group))
+    inputs = draw(case)
+    current = torch.cuda.current_stream()
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    with ExitStack() as stack:
+        shuffles = [stack.enter_context(case.shuffle(group, engine)) for _ in streams]
+        for _ in range(_ROUNDS):
+            dispatched = [_dispatch(shuffle, inputs, rank) for shuffle in shuffles]
+            sums = []
+            for number, stream in enumerate(streams):
+                stream.wait_stream(current)
+                with torch.cuda.stream(stream):
+                    if number == rank % 2:
+                        _keep_busy(engine)
+                    sums.append(shuffles[number].combine(inputs.outputs[rank], dispatched[number]))
+            for stream, each in zip(streams, sums, strict=True):
+                current.wait_stream(stream)
+                expect_same(each, inputs.sums(rank), "combine")
+
+
+def _keep_busy(engine: str) -> None:
+    if device_of(engine) == "cuda":
+        torch.cuda._sleep(_LONG_CYCLES)
+
+
 def dropped_rows(group: Group, engine: str) -> None:
     """Rows that are dropped on a stream which still reads them are not written before it has."""
     rank = dist.get_rank(group)
@@ -155,8 +188,7 @@ def dropped_rows(group: Group, engine: str) -> None:
             want = d.tokens.clone()
             reader.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(reader):
-                if device_of(engine) == "cuda":
-                    torch.cuda._sleep(_LONG_CYCLES)
+                _keep_busy(engine)
                 got = d.tokens.clone()
                 del d
             d = _dispatch(shuffle, second, rank)
