@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 from unittest import mock
 
 import numpy as np
@@ -22,14 +23,14 @@ from torch import Tensor
 import fusco
 from fusco import engines
 from fusco.engines.base import Engine, World
-from fusco.engines.cuda import lists
+from fusco.engines.cuda import lists, node
 from fusco.engines.cuda.lists import list_sums
 from fusco.engines.cuda.node import CudaNode
 from fusco.engines.cuda.node_memory import NodeHeap, NodeMemory
 from fusco.engines.cuda.window import Span
 from fusco.engines.reference.sums import partial_sums
 from fusco.engines.two_level import TwoLevelEngine, combine_cargo, dispatch, session
-from fusco.layout.heap import Block, Heap
+from fusco.layout.heap import Block, Heap, Uses
 from fusco.testing.cases import Case, draw, expect_same
 from fusco.testing.conformance import CHECKS
 from fusco.testing.gpu.checks import GPU_CHECKS
@@ -58,11 +59,36 @@ class OwnMemory(NodeMemory):
         span = Span(part.data_ptr(), tuple(part.shape), "|u1", block, heap, part)
         return torch.from_numpy(np.asarray(span))
 
+    def make_heap(self) -> Heap:
+        return Heap()
+
     def begin(self) -> None:
         pass
 
     def settle(self) -> None:
         pass
+
+
+class NotedMemory(OwnMemory, Uses):
+    """Keeps in which order it was asked for what."""
+
+    def __init__(self) -> None:
+        self.steps: list[str] = []
+
+    def make_heap(self) -> Heap:
+        return Heap(uses=self)
+
+    def begin(self) -> None:
+        self.steps.append("begin")
+
+    def settle(self) -> None:
+        self.steps.append("settle")
+
+    def note_use(self) -> None:
+        self.steps.append("note")
+
+    def await_uses(self) -> None:
+        self.steps.append("await")
 
 
 class FileMemory(OwnMemory):
@@ -228,6 +254,19 @@ def test_a_rank_that_cannot_go_on_is_lost(
     assert got.pop(CULPRIT)[0] == str(problem)
     assert [text for text, _ in got] == [f"rank {CULPRIT}"] * 3
     assert max(took_s for _, took_s in got) < TIMEOUT_S / 4
+
+
+def test_others_hear_of_memory_when_what_used_it_is_done() -> None:
+    memory = NotedMemory()
+    topology = SimpleNamespace(rank=0)
+    world = SimpleNamespace(group=None, timeout_s=1.0, channel=0, topology=topology)
+    with mock.patch.object(node, "Mailbox"):
+        own = CudaNode(cast(World, world), [], (0,), lambda *_: memory)
+    own._heap.add(memory.connect(memory.allocate(1024)))
+    block = own.reserve_largest()
+    assert memory.steps == ["begin", "await", "settle"]
+    own.release(block)
+    assert memory.steps[3:] == ["note"]
 
 
 def test_a_block_returns_with_its_last_tensor() -> None:

@@ -215,7 +215,7 @@ class Shuffle:
             weights, counts and offsets, and the plan (`fusco.Dispatched`); with
             `async_op` also the event that a stream must wait for before it uses them
             (`event.wait()`).
-            With "cuda" they lie in memory of the Shuffle, of which `Tensor.record_stream` does not
+            On GPUs they lie in memory of the Shuffle, of which `Tensor.record_stream` does not
             know: the stream that is current when they are dropped must wait for others that use
             them (`torch.cuda.current_stream().wait_stream(other)`).
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +11,8 @@ import pytest
 import torch
 
 from fusco.engines.cuda import streams
-from fusco.engines.cuda.streams import Order, OrderedHeap
-from fusco.layout.heap import Block
+from fusco.engines.cuda.streams import Order
+from fusco.layout.heap import Block, Heap
 
 
 class Stream:
@@ -26,15 +27,19 @@ class Stream:
 
     def wait_event(self, event: Event) -> None:
         self._waits.append((self.handle, event.handle))
+        self.awaited = event.number
 
 
 class Event:
-    """Where a stream was."""
+    """Where a stream was; they are numbered."""
 
-    handle = -1
+    number = 0
 
     def record(self, stream: Stream) -> None:
-        self.handle = stream.handle
+        if Event.number < 0:
+            raise RuntimeError("the device is broken")
+        Event.number += 1
+        self.handle, self.number = stream.handle, Event.number
 
 
 class Device:
@@ -42,19 +47,19 @@ class Device:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self._waits: list[tuple[int, int]] = []
-        self._streams = [Stream(handle, self._waits) for handle in range(4)]
-        self._current, self._graph = self._streams[0], 0
+        self.streams = [Stream(handle, self._waits) for handle in range(4)]
+        self._current, self._graph = self.streams[0], 0
         patch.setattr(streams, "_TRAFFIC", defaultdict(streams._Traffic))
         patch.setattr(streams, "_CAPTURED", {})
-        self._order = self.other_order()
-        self.heap = OrderedHeap(self._order)
-        self.heap.add(0, 1024)
         patch.setattr(torch.cuda, "current_stream", lambda _: self._current)
+        patch.setattr(torch.cuda, "device", nullcontext)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self._graph > 0)
         patch.setattr(torch.cuda, "Event", Event)
         patch.setattr(streams, "capture_on", lambda _: self._graph)
         raw = SimpleNamespace(_cuda_getCurrentRawStream=lambda _: self._current.handle)
         patch.setattr(torch, "_C", raw)
+        self.order = self.other_order()
+        self.heap = Heap(1024, uses=self.order)
 
     def other_order(self, *, has_room: bool = False) -> Order:
         """Of another Shuffle."""
@@ -68,12 +73,12 @@ class Device:
         """The waits of an operation that begins; `graph` numbers what it is captured into."""
         self._waits.clear()
         self.go_to(handle, graph)
-        assert (order or self._order).begin() == handle
+        assert (order or self.order).begin() == handle
         return sorted(self._waits)
 
     def go_to(self, handle: int, graph: int = 0) -> None:
         """Change the stream."""
-        self._current, self._graph = self._streams[handle], graph
+        self._current, self._graph = self.streams[handle], graph
 
     def reserve(self) -> list[tuple[int, int]]:
         """The waits of an operation that has begun, and reserves what is free."""
@@ -113,13 +118,50 @@ def test_memory_is_written_after_the_streams_that_let_it_go(device: Device) -> N
     # What follows on the same stream needs no wait, nor does a stream that waits for it.
     device.heap.release(everything)
     assert device.reserve() == []
+    device.heap.release(everything)
+    assert device.begin(1) == [(1, 0)]
+    assert device.reserve() == []
     # The last of what another stream did with any of it is enough.
     device.go_to(2)
     device.heap.release(Block(0, 512))
     device.heap.release(Block(512, 512))
     device.begin(0)
     assert device.reserve() == [(0, 2)]
+    assert device.streams[0].awaited == Event.number
     device.heap.release(everything)
+    assert device.reserve() == []
+
+
+def test_memory_let_go_while_the_stream_changes_is_waited_for(device: Device) -> None:
+    device.begin(0)
+    device.reserve()
+
+    def wait_stream(other: Stream) -> None:
+        # Another thread's, just after this stream has begun to wait.
+        device.go_to(0)
+        device.heap.release(Block(0, 1024))
+        device.go_to(1)
+
+    device.streams[1].wait_stream = wait_stream  # type: ignore[method-assign]
+    device.begin(1)
+    assert device.reserve() == [(1, 0)]
+
+
+@pytest.mark.parametrize("problem", ["broken", "ending"])
+def test_memory_is_let_go_whatever_happens(
+    device: Device, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device.begin(0)
+    device.reserve()
+    device.go_to(2)
+    if problem == "broken":
+        monkeypatch.setattr(Event, "number", -1)
+    else:
+        monkeypatch.setattr(device.order, "_is_process_ending", lambda: True)
+        monkeypatch.setattr(streams, "torch", None)
+    device.heap.release(Block(0, 1024))
+    monkeypatch.undo()
+    device.go_to(0)
     assert device.reserve() == []
 
 

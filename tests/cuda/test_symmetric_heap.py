@@ -23,7 +23,7 @@ CHUNKS = (4096, 1024, 8192)
 
 
 def make(chunks: tuple[int, ...]) -> SymmetricHeap:
-    heap = SymmetricHeap(NUM_RANKS, torch.device("cpu"), Heap(alignment=BLOCK_ALIGNMENT))
+    heap = SymmetricHeap(NUM_RANKS, torch.device("cpu"))
     for index, size in enumerate(chunks):
         address = tuple(1000 * index + rank for rank in range(NUM_RANKS))
         heap.add(Allocation(memory=torch.empty(size, dtype=torch.uint8), address=address))

@@ -133,7 +133,10 @@ def bench(
     ] = None,
     compare: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.jsonl", help="Print the times beside those of a record."),
+        typer.Option(
+            metavar="FILE.jsonl",
+            help="Print the times beside those of a record; exits with 1 if it has none.",
+        ),
     ] = None,
 ) -> None:
     """Measure dispatch and combine beside all_to_all with permutes, and the floor.

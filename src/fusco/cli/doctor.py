@@ -35,7 +35,8 @@ def doctor(
 
     Where there are several GPUs, a kernel of each writes and reads the others' memory.
 
-    The exit code is 1 if no engine can run or an environment variable cannot be read.
+    The exit code is 1 if no engine can run, or an environment variable cannot be read or is none
+    that fusco reads.
     """
     with short_failures():
         facts = examine()

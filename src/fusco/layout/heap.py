@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from typing import NamedTuple
 
@@ -27,15 +28,35 @@ NOTHING = Block(base=0, size=0)
 """The block of an operation that brings a rank nothing."""
 
 
+class Uses(ABC):
+    """What is still to be done with memory when it is released, such as the work of a stream."""
+
+    @abstractmethod
+    def note_use(self) -> None:
+        """Memory is about to be released; on any thread, and in finalizers."""
+
+    @abstractmethod
+    def await_uses(self) -> None:
+        """Let who has reserved memory use it only after all that was noted."""
+
+
 class Heap:
     """Free ranges of memory of `capacity` bytes, or of chunks with gaps in between.
 
     A block is reserved before it is known how much of it is needed: the largest free range. Then
     it shrinks. `release` may be called from any thread and from finalizers.
+
+    Args:
+        capacity: bytes that are free from the beginning.
+        alignment: of blocks, bytes.
+        uses: of the memory, beyond its release; None: there are none.
     """
 
-    def __init__(self, capacity: int = 0, alignment: int = ALIGNMENT) -> None:
+    def __init__(
+        self, capacity: int = 0, alignment: int = ALIGNMENT, uses: Uses | None = None
+    ) -> None:
         self._alignment = alignment
+        self._uses = uses
         # Where each free range ends, by where it begins, and the reverse; none touch each other.
         self._end_of: dict[int, int] = {}
         self._begin_of: dict[int, int] = {}
@@ -55,6 +76,8 @@ class Heap:
             return NOTHING
         begin, end = max(self._end_of.items(), key=_size)
         del self._end_of[begin], self._begin_of[end]
+        if self._uses is not None:
+            self._uses.await_uses()
         return Block(begin, end - begin)
 
     def reserve(self, size: int) -> Block:
@@ -76,6 +99,8 @@ class Heap:
 
     def release(self, block: Block) -> None:
         """Give a block, or a part of one, back."""
+        if self._uses is not None:
+            self._uses.note_use()
         self._released.append(block)
 
     def _collect(self) -> None:

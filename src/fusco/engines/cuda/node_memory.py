@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusco.engines.base import World
-from fusco.engines.cuda.streams import Order, OrderedHeap
+from fusco.engines.cuda.streams import Order
 from fusco.engines.cuda.window import TorchAllocator
 from fusco.layout.blocks import Ints
 from fusco.layout.heap import CHUNK_SPAN, Block, Heap
@@ -40,9 +40,9 @@ class NodeMemory(ABC):
     def lend(self, part: Tensor, block: Block, heap: Heap) -> Tensor:
         """The own bytes `part` as a tensor of their own, with which `block` returns to the heap."""
 
+    @abstractmethod
     def make_heap(self) -> Heap:
         """An empty one, for blocks of this memory."""
-        return Heap()
 
     @abstractmethod
     def begin(self) -> None:
@@ -97,7 +97,7 @@ class CudaMemory(NodeMemory):
         return torch.as_tensor(span, device=self.device)
 
     def make_heap(self) -> Heap:
-        return OrderedHeap(self._order)
+        return Heap(uses=self._order)
 
     def begin(self) -> None:
         self._order.begin()

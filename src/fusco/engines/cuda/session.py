@@ -20,10 +20,10 @@ from fusco.engines.cuda.failures import Failures
 from fusco.engines.cuda.jit import Variant, element_of
 from fusco.engines.cuda.kernels import structs
 from fusco.engines.cuda.launch import Launcher
-from fusco.engines.cuda.streams import Order, OrderedHeap
+from fusco.engines.cuda.streams import Order
 from fusco.engines.cuda.window import Allocation, SymmetricHeap, TorchAllocator
 from fusco.errors import EngineUnavailableError, PeerError, WindowMemoryError, input_error
-from fusco.layout.compact import BLOCK_ALIGNMENT, WindowLayout, chunk_bytes
+from fusco.layout.compact import WindowLayout, chunk_bytes
 from fusco.layout.heap import CHUNK_SPAN, NOTHING, Block
 from fusco.layout.records import HEADER
 from fusco.transports.bulletin import Bulletin
@@ -86,9 +86,7 @@ class Session:
         self.bulletin = Bulletin(world.group, world.timeout_s)
         self._allocator = TorchAllocator(self.bulletin, topology, self.device)
         self.order = Order(self.device)
-        self.heap = SymmetricHeap(
-            self.num_ranks, self.device, OrderedHeap(self.order, BLOCK_ALIGNMENT)
-        )
+        self.heap = SymmetricHeap(self.num_ranks, self.device, self.order)
         self.window = self._allocate_everywhere("Shuffle", "windows", self.layout.offsets()["end"])
         self.call = structs.Call()
         self._ticket = 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fusco.engines.cuda.graphs import capture_on
-from fusco.layout.heap import ALIGNMENT, Block, Heap
+from fusco.layout.heap import Uses
 from fusco.types import Dispatched, as_tuple
 
 Result = TypeVar("Result")
@@ -57,7 +59,7 @@ _CAPTURED: dict[int, tuple[int, _Traffic]] = {}
 """Likewise, of the last capture, with its number."""
 
 
-class Order:
+class Order(Uses):
     """Keeps operations in the order of their calls, whatever stream they are made on.
 
     Kernels of one stream need nothing for that, so it is only on a change of streams that the new
@@ -81,20 +83,25 @@ class Order:
         self._last: int | None = None
         self._last_stream: torch.cuda.Stream | None = None
         self._side: torch.cuda.Stream | None = None
-        self._uses: dict[int, torch.cuda.Event] = {}  # by the handle of their stream
+        # The last of each thread on each stream, for a finalizer may interrupt another thread's.
+        self._uses: dict[tuple[int, int], torch.cuda.Event] = {}
+        # NOTE: the public current_stream() takes ten times as long. Kept here, for finalizers may
+        # find no modules when the process ends.
+        self._current_raw_stream: Callable[[int], int] = torch._C._cuda_getCurrentRawStream
+        self._is_process_ending = sys.is_finalizing
 
     def begin(self) -> int:
         """The handle of the stream for the operation that begins now."""
-        # NOTE: the public current_stream() takes ten times as long.
-        handle: int = torch._C._cuda_getCurrentRawStream(self._index)
+        handle = self._current_raw_stream(self._index)
         self.is_capturing = torch.cuda.is_current_stream_capturing()
         if self.is_capturing:
             stream = torch.cuda.current_stream(self._device)
             self._captured(capture_on(handle)).join(self, handle, stream)
         elif not handle == self._last == self._traffic.last:
             stream = torch.cuda.current_stream(self._device)
-            self._traffic.join(self, handle, stream)
+            # First, for what another thread lets go on the stream before is not waited for later.
             self._last, self._last_stream = handle, stream
+            self._traffic.join(self, handle, stream)
         return handle
 
     def _captured(self, capture: int) -> _Traffic:
@@ -105,21 +112,21 @@ class Order:
         return traffic
 
     def note_use(self) -> None:
-        """Memory is let go that the current stream may still use; finalizers call this.
+        """See `Uses.note_use`: it is the current stream that may still use the memory.
 
         If that is the stream of the last operation, the next one follows it in any case.
         """
-        handle = torch._C._cuda_getCurrentRawStream(self._index)
-        if handle == self._last:
+        handle = self._current_raw_stream(self._index)
+        if handle == self._last or self._is_process_ending():
             return
-        with suppress(RuntimeError):  # of a broken device
+        with suppress(RuntimeError), torch.cuda.device(self._device):  # which may be broken
             if not torch.cuda.is_current_stream_capturing():
                 event = torch.cuda.Event()
                 event.record(torch.cuda.current_stream(self._device))
-                self._uses[handle] = event
+                self._uses[threading.get_ident(), handle] = event
 
     def await_uses(self) -> None:
-        """Let the operation that has begun, unless it is captured, follow what `note_use` noted."""
+        """See `Uses.await_uses`: the operation that has begun follows, unless it is captured."""
         while self._uses and not self.is_capturing:
             _, event = self._uses.popitem()
             torch.cuda.current_stream(self._device).wait_event(event)
@@ -155,31 +162,6 @@ class Order:
     def close(self) -> None:
         """Nothing follows, and nobody needs to wait for what was before."""
         self._traffic.leave(self)
-
-
-class OrderedHeap(Heap):
-    """A heap of memory that streams use: an operation that takes a block follows what its last
-    tensor's stream was to do when that was dropped.
-
-    Args:
-        order: of the operations that take blocks.
-        alignment: of blocks, bytes.
-    """
-
-    def __init__(self, order: Order, alignment: int = ALIGNMENT) -> None:
-        super().__init__(alignment=alignment)
-        self._order = order
-
-    def release(self, block: Block) -> None:
-        """See `Heap.release`."""
-        self._order.note_use()  # before another thread can take the block
-        super().release(block)
-
-    def reserve_largest(self) -> Block:
-        """See `Heap.reserve_largest`."""
-        block = super().reserve_largest()
-        self._order.await_uses()
-        return block
 
 
 def _tensors_of(result: object) -> Iterable[Tensor]:

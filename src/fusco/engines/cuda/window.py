@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fusco.engines.cuda.graphs import CapturedHeaps
 from fusco.errors import WindowMemoryError
-from fusco.layout.heap import CHUNK_SPAN, NOTHING, Block, Heap
+from fusco.layout.compact import BLOCK_ALIGNMENT
+from fusco.layout.heap import CHUNK_SPAN, NOTHING, Block, Heap, Uses
 from fusco.layout.spans import Region, Span
 from fusco.topology import Topology
 from fusco.transports.bulletin import Bulletin
@@ -133,7 +134,7 @@ class SymmetricHeap:
     Args:
         num_ranks: how many.
         device: of the memory.
-        free: an empty heap of blocks of `BLOCK_ALIGNMENT`.
+        uses: what may still use memory that is free.
 
     Attributes:
         free: what of the chunks is free.
@@ -141,10 +142,10 @@ class SymmetricHeap:
         addresses: int64 `[most chunks, P]`, where each rank's are mapped here.
     """
 
-    def __init__(self, num_ranks: int, device: torch.device, free: Heap) -> None:
+    def __init__(self, num_ranks: int, device: torch.device, uses: Uses | None = None) -> None:
         self._device = device
         self._chunks: list[Allocation] = []
-        self.free = free
+        self.free = Heap(alignment=BLOCK_ALIGNMENT, uses=uses)
         self.captured = CapturedHeaps(device)
         # One table for good: graphs hold its address. It is read also before there is a chunk, by
         # ranks that receive nothing.

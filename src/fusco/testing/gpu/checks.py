@@ -108,9 +108,10 @@ def _nccl_group(group: Group, engine: str) -> None:
 def _links(group: Group, engine: str) -> None:
     """What `fusco doctor` tries, from the GPU of each rank to the next one."""
     source, num_gpus = torch.cuda.current_device(), torch.cuda.device_count()
-    if num_gpus < 2:
-        raise NotApplicable("needs two GPUs")
-    link = try_link(source, (source + 1) % num_gpus)
+    target = (source + 1) % num_gpus
+    if num_gpus < 2 or not torch.cuda.can_device_access_peer(source, target):
+        raise NotApplicable("needs two GPUs, with peer access")
+    link = try_link(source, target)
     expect(not link.problem, link.problem)
 
 
@@ -349,7 +350,6 @@ GPU_CHECKS: tuple[Check, ...] = (
         name="dropped-rows",
         description="rows that a stream still reads when they are dropped on it",
         fn=dropped_rows,
-        only="cuda",
     ),
     Check(
         name="other-streams",

@@ -26,7 +26,7 @@ from fusco.testing.cases import (
     expect_same,
     sizes,
 )
-from fusco.testing.check import Group
+from fusco.testing.check import Group, NotApplicable
 
 _FEW_SMS = 8
 _LONG_S = 30.0
@@ -179,9 +179,12 @@ def _keep_busy(engine: str) -> None:
 
 def dropped_rows(group: Group, engine: str) -> None:
     """Rows that are dropped on a stream which still reads them are not written before it has."""
+    if device_of(engine) != "cuda":
+        raise NotApplicable("needs a GPU")
     rank = dist.get_rank(group)
     first, second = (draw(_case(group, engine), number) for number in range(2))
     reader = torch.cuda.Stream()
+    is_tried = False
     with first.case.shuffle(group, engine) as shuffle:
         for _ in range(_ROUNDS):
             d = _dispatch(shuffle, first, rank)
@@ -190,11 +193,15 @@ def dropped_rows(group: Group, engine: str) -> None:
             with torch.cuda.stream(reader):
                 _keep_busy(engine)
                 got = d.tokens.clone()
+                address = d.tokens.data_ptr()
                 del d
             d = _dispatch(shuffle, second, rank)
+            is_tried |= d.tokens.data_ptr() == address
             reader.synchronize()
             expect_same(got, want, "rows read after they were dropped")
             expect_dispatched(d, second, rank)
+            del d
+    expect(is_tried, "no rows came to where others were dropped")
 
 
 def other_streams(group: Group, engine: str) -> None:

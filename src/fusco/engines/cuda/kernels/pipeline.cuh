@@ -23,7 +23,8 @@ struct Barrier {
   }
 
   // Called by the whole warp that fills what the barrier guards, before and after: its phase is
-  // over when `num_bytes` have come. `lane` arrives: the one that has written there itself, if any.
+  // over when `num_bytes` have come. `lane` arrives: where one lane alone has written there, that
+  // one, since racecheck does not follow it through a `__syncwarp` behind a branch.
   __device__ __forceinline__ void expect(i32 num_bytes, int lane = 0) {
 #if FUSCO_BULK
     if (lane_id() == lane) {
