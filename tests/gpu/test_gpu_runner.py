@@ -43,6 +43,7 @@ def test_copies_and_ranks(
     monkeypatch.setattr(runner, "_run", run)
     monkeypatch.setattr(runner, "RankPool", lambda *_, **__: nullcontext())
     monkeypatch.setattr(runner, "_has_gpus", lambda engine: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(sys, "argv", ["", "--only", "wide-rows", *arguments])
     assert runner.main() == 0
     assert found == expected
@@ -114,6 +115,19 @@ def test_checks_that_are_not_there_are_refused(
     told = capsys.readouterr().err
     assert "no check of 'cuda' has 'narrower' in its name" in told
     assert "wide-rows" in told
+
+
+def test_ranks_of_a_node_do_not_share_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for variable in (env.BULK_COPIES, env.TIMEOUT_S):
+        monkeypatch.setenv(variable.name, "1")
+    monkeypatch.setattr(runner, "_has_gpus", lambda engine: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(sys, "argv", ["", "--nodes", "2", "--ranks", "2,4"])
+    with pytest.raises(SystemExit, match="2"):
+        runner.main()
+    assert "4 ranks on 2 nodes need 2 GPUs" in capsys.readouterr().err
 
 
 def test_a_run_of_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,8 @@ def main() -> int:
     engine = arguments.engine or ("cuda" if arguments.nodes is None else "two_level")
     if not _has_gpus(engine):
         parser.error("torch finds no CUDA device; run this on a machine with GPUs")
+    if arguments.nodes is not None:
+        _check_nodes(parser, arguments.nodes, sizes)
     known = [check.name for check in _ALL.values() if check.only in ("", engine)]
     names = [name for name in known if not wanted or any(part in name for part in wanted)]
     for part in wanted:
@@ -114,6 +116,17 @@ def main() -> int:
 
 def _has_gpus(engine: str) -> bool:
     return engine not in ("cuda", "two_level") or torch.cuda.is_available()
+
+
+def _check_nodes(parser: argparse.ArgumentParser, num_nodes: int, sizes: Sequence[int]) -> None:
+    num_gpus = torch.cuda.device_count()
+    for size in sizes:
+        need = -(-size // num_nodes)
+        if need > num_gpus:
+            parser.error(
+                f"{size} ranks on {num_nodes} nodes need {need} GPUs, for ranks of a node cannot "
+                f"share one by NCCL, and torch finds {num_gpus}: give fewer --ranks"
+            )
 
 
 def _rounds(copies: str, sizes: list[int]) -> dict[str, list[int]]:

@@ -134,9 +134,9 @@ def overflow(group: Group, engine: str) -> None:
     size, need = _most_rows(few), _most_rows(inputs)
     outputs = _outputs(few, rank, size)
     with case.shuffle(group, engine, max_recv_tokens=size) as shuffle:
-        d = _dispatch(shuffle, inputs, rank)
-        _expect_nothing(d, shuffle.combine(outputs, d))
-        with _warning("synchronize"):
+        with _warning("synchronize"):  # by the dispatch where it knows already
+            d = _dispatch(shuffle, inputs, rank)
+            _expect_nothing(d, shuffle.combine(outputs, d))
             shuffle.stats()
         # What does nothing need not be done by all.
         for _ in range(rank):
