@@ -61,11 +61,12 @@ def test_small_batches_are_measured_in_all_modes(gpus: RankPool, tmp_path: Path)
     assert found["cuda", "eager", None] == {*PAIR, "forward_backward"}
     assert found["cuda", "queued", None] == PAIR
     assert found["cuda", "eager", 16] == PAIR
-    assert found["cuda", "graph", None] == {"total"}
+    for mode in ("static", "static eager", "graph"):
+        assert found["cuda", mode, None] == {"total"}
     assert found["nccl", "eager", None] == found["nccl", "queued", None] == PAIR
     lead = {m.mode: m.head_start_ms for m in measured}
-    assert lead["eager"] == 0
-    assert lead["queued"] == lead["graph"] > 0.5
+    assert lead["eager"] == lead["static eager"] == 0
+    assert lead["queued"] == lead["static"] == lead["graph"] > 0.5
     pytest.importorskip("matplotlib")
     plot_measurements(measured, tmp_path / "plot.png")
 
@@ -112,4 +113,4 @@ def test_command_measures_gpus_and_writes_records(tmp_path: Path) -> None:
     records = read_jsonl(path)
     assert {m.device for m in records} == {"cuda"}
     assert {m.num_sms for m in records if m.engine == "cuda"} == {None, 8, 16}
-    assert {m.mode for m in records} == {"eager", "queued", "graph"}
+    assert {m.mode for m in records} == {"eager", "queued", "static", "static eager", "graph"}

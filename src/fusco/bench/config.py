@@ -60,7 +60,7 @@ class BenchConfig:
             mechanism switched off alone.
         in_place: measure fusco with expert outputs in `Shuffle.empty_like` too.
         num_sms: for each of these measure fusco with so many multiprocessors too.
-        graph: replay the pair in a CUDA graph too.
+        graph: measure the pair with `max_recv_tokens` too, called and in a CUDA graph.
         backward: measure forward and backward of the pair too.
         baselines: of the device's BASELINES, what to measure beside fusco; ratios are to the
             first. See `AllToAllBaseline`, whose second keeps its buffers, `NcclBaseline` and

@@ -27,10 +27,10 @@ from fusco.bench.deepep import (
     why_no_deepep,
     why_no_elastic_buffer,
 )
-from fusco.bench.graphs import GraphReplay
 from fusco.bench.nccl import NcclBaseline
 from fusco.bench.records import PAIR_OPS, Entrant
 from fusco.bench.rows import fastest_rows
+from fusco.bench.static import StaticPair
 from fusco.topology import Topology
 from fusco.types import Ablation
 
@@ -89,12 +89,12 @@ class Racer:
 
     Attributes:
         entrant: in its main mode.
-        contender: whose calls are timed, or the replay of a graph.
+        contender: whose calls are timed.
         ops_by_entrant: the operations to time, in each mode.
     """
 
     entrant: Entrant
-    contender: Contender | GraphReplay
+    contender: Contender | StaticPair
     ops_by_entrant: dict[Entrant, tuple[str, ...]]
 
     @classmethod
@@ -122,10 +122,11 @@ class Racer:
         return cls(entrant=entrant, contender=contender, ops_by_entrant=ops_by_entrant)
 
     @classmethod
-    def replay(cls, engine: str, graph: GraphReplay) -> Racer:
-        """Of a graph."""
-        entrant = Entrant(engine=engine, mode="graph")
-        return cls(entrant=entrant, contender=graph, ops_by_entrant={entrant: ("total",)})
+    def static(cls, engine: str, pair: StaticPair, *modes: str) -> Racer:
+        """With outputs of a fixed size, in these modes."""
+        entrants = [Entrant(engine=engine, mode=mode) for mode in modes]
+        ops_by_entrant: dict[Entrant, tuple[str, ...]] = dict.fromkeys(entrants, ("total",))
+        return cls(entrant=entrants[0], contender=pair, ops_by_entrant=ops_by_entrant)
 
 
 @dataclass(frozen=True, kw_only=True)

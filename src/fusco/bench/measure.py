@@ -23,13 +23,13 @@ from fusco.bench.batches import Batch, Outputs, make_batches
 from fusco.bench.config import BenchConfig, check_device, check_pattern
 from fusco.bench.contenders import Contender, Fusco, Racer, make_shuffle, open_lineup
 from fusco.bench.floor import Load, count_load
-from fusco.bench.graphs import GraphReplay
 from fusco.bench.network import LinkUse, read_link
 from fusco.bench.patterns import RoutingSet
 from fusco.bench.place import find_place
 from fusco.bench.race import race
 from fusco.bench.records import Entrant, Measurement, RankRun
 from fusco.bench.same import compare
+from fusco.bench.static import STATIC_MODES, StaticPair
 from fusco.bench.summary import summarise
 from fusco.bench.trace import check_trace, load_trace
 from fusco.errors import input_error
@@ -116,8 +116,10 @@ def measure_rank(
             shuffle = stack.enter_context(
                 make_shuffle(config, ablation=config.ablations[0], max_recv_tokens=room)
             )
-            replay = GraphReplay(shuffle, batches[0], outputs.rows(room))
-            racers.append(Racer.replay(shuffle.engine_name, replay))
+            for is_captured, modes in STATIC_MODES.items():
+                rows = outputs.rows(room)
+                pair = StaticPair(shuffle, batches[0], rows, is_captured=is_captured)
+                racers.append(Racer.static(shuffle.engine_name, pair, *modes))
         wire_bytes, num_rows = compare(racers, batches, outputs)
         times = race(config, racers, batches, outputs, place)
         return RankRun(
@@ -147,7 +149,7 @@ def _use_of_links(
     found: dict[Entrant, dict[str, LinkUse]] = {}
     for racer in racers:
         contender = racer.contender
-        assert not isinstance(contender, GraphReplay), "test clusters have no GPUs"
+        assert not isinstance(contender, StaticPair), "test clusters have no GPUs"
 
         def use(contender: Contender = contender) -> LinkUse:
             return read_link(

@@ -49,11 +49,12 @@ def find_place(config: BenchConfig) -> Place:
     has_own_gpu = len(set(gpus)) == len(gpus)
     barrier = DeviceBarrier(device) if has_own_gpu else None
     queued = EventClock(barrier, has_head_start=True)
+    eager = EventClock(barrier, has_head_start=False)
     return Place(
         device=device,
         clocks={
-            "eager": EventClock(barrier, has_head_start=False),
-            **dict.fromkeys(("queued", "graph", "in place"), queued),
+            **dict.fromkeys(("eager", "static eager"), eager),
+            **dict.fromkeys(("queued", "static", "graph", "in place"), queued),
         },
         has_nccl=has_own_gpu,
     )

@@ -13,9 +13,9 @@ from fusco.bench.batches import Batch, Outputs
 from fusco.bench.clock import Clock, Span
 from fusco.bench.config import BenchConfig
 from fusco.bench.contenders import Contender, Racer, expert_outputs
-from fusco.bench.graphs import GraphReplay
 from fusco.bench.place import Place
 from fusco.bench.records import Entrant
+from fusco.bench.static import StaticPair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +58,13 @@ def _no_times(racers: Sequence[Racer], meters: dict[str, Any]) -> Times:
 
 
 def _time(
-    contender: Contender | GraphReplay,
+    contender: Contender | StaticPair,
     ops: tuple[str, ...],
     batch: Batch,
     outputs: Outputs,
     clock: Clock,
 ) -> dict[str, Span]:
-    if isinstance(contender, GraphReplay):
+    if isinstance(contender, StaticPair):
         contender.load(batch)
         return {"total": clock.time(contender.run)[1]}
     spans = {}

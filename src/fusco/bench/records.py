@@ -25,8 +25,9 @@ class Entrant:
     Attributes:
         engine: fusco's engine, or a baseline.
         mode: eager, the device is idle when the host begins; queued, the host has a head start,
-            as in a running model; graph, replayed in a CUDA graph, with a head start; in place,
-            with expert outputs in `Shuffle.empty_like`, on GPUs queued. CPUs have no head start.
+            as in a running model; static and static eager, the same two with `max_recv_tokens`;
+            graph, static and replayed in a CUDA graph, with a head start; in place, with expert
+            outputs in `Shuffle.empty_like`, on GPUs queued. CPUs have no head start.
         num_sms: the most multiprocessors it may take; None: all.
         permutes: what a GPU baseline permutes with: triton or torch.
         ablation: what is switched off, "none" if nothing.

@@ -11,8 +11,8 @@ from torch import Tensor
 from fusco.bench.batches import Batch, Outputs
 from fusco.bench.contenders import Racer, expert_outputs
 from fusco.bench.deepep import ElasticBufferBaseline
-from fusco.bench.graphs import GraphReplay
 from fusco.bench.records import Entrant
+from fusco.bench.static import StaticPair
 from fusco.errors import FuscoError
 
 IN_ORDER, IN_ANY_ORDER = ("tokens", "row_weights", "tokens_per_expert"), ("tokens_per_expert",)
@@ -33,7 +33,7 @@ def compare(
         first = None
         for racer in racers:
             contender = racer.contender
-            if isinstance(contender, GraphReplay):
+            if isinstance(contender, StaticPair):
                 assert first is not None, "an eager one comes first"
                 # The expert outputs of the one before are still there.
                 contender.load(batch)
