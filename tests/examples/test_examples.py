@@ -35,7 +35,7 @@ def run(name: str, num_ranks: int) -> str:
 
 def test_every_example_is_tested() -> None:
     there = {path.stem for path in (ROOT / "examples").glob("*.py")}
-    assert there == {"quickstart", "moe_layer", "plan_reuse", "exchange", "gpu_layer"}
+    assert there == {"quickstart", "moe_layer", "ddp", "plan_reuse", "exchange", "gpu_layer"}
 
 
 def test_quickstart() -> None:
@@ -51,8 +51,9 @@ def test_quickstart_is_the_readmes_example() -> None:
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_moe_layer_learns(num_ranks: int) -> None:
-    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", run("moe_layer.py", num_ranks))]
+@pytest.mark.parametrize("name", ["moe_layer.py", "ddp.py"])
+def test_a_layer_learns(name: str, num_ranks: int) -> None:
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", run(name, num_ranks))]
     assert len(losses) == 4
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.7 * losses[0]
