@@ -36,16 +36,23 @@ def test_more_rows_need_smaller_pieces() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_pipelines", "num_tokens", "is_cut", "expected"),
+    ("num_pipelines", "num_tokens", "is_cut", "rows_per_token", "expected"),
     [
-        (264, 8192, True, 92),
-        (264, 264, True, 132),  # one item each at the most
-        (264, 8192, False, 132),
-        (48, 8192, True, 24),
-        (2, 1, False, 1),
+        (264, 8192, True, 0, 100),
+        (264, 264, True, 8, 132),  # one item each at the most
+        (264, 8192, False, 8, 132),
+        (264, 8192, True, 4, 100),
+        (264, 8192, True, 8, 160),
+        (264, 8192, True, 16, 176),
+        (48, 8192, True, 4, 24),
+        (48, 8192, True, 8, 32),
+        (2, 0, True, 0, 1),
+        (2, 1, False, 1, 1),
     ],
 )
 def test_who_begins_with_returning(
-    num_pipelines: int, num_tokens: int, is_cut: bool, expected: int
+    num_pipelines: int, num_tokens: int, is_cut: bool, rows_per_token: int, expected: int
 ) -> None:
-    assert num_returners(num_pipelines, num_tokens, is_cut=is_cut) == expected
+    num_rows = rows_per_token * num_tokens
+    found = num_returners(num_pipelines, num_tokens, is_cut=is_cut, num_rows=num_rows)
+    assert found == expected

@@ -18,8 +18,10 @@ from fusco.layout.heap import NOTHING
 from fusco.layout.segments import bytes_per_row
 from fusco.plans import Plan
 
-_RETURNERS = 92
+_RETURNERS = 100
 """Pipelines that keep a link busy with rows that they cut, on H200; more only keep sums waiting."""
+_RETURNERS_PER_ROW = 20
+"""As many for each row that a token has on this rank, where these are more: they take longer."""
 _MAX_PIECE_BYTES = 2 * structs.SUMMERS * 32 * 16
 """What the summing warps of a pipeline sum in one step: two vectors a thread."""
 _NUM_THREADS = structs.COMBINE_WARPS * 32
@@ -77,6 +79,9 @@ class Combiner:
         args.row_weights = _address(row_weights)
         _, _, args.pairs, args.links = Addresses.of(plan, stream)
         args.num_tokens = num_tokens
+        # Of fixed outputs nobody knows here how many rows there are.
+        num_rows = plan.num_rows if session.world.max_recv_tokens is None else 0
+        num_rows //= session.num_ranks
         for number, (part, each, out) in enumerate(zip(parts, rows, sums, strict=True)):
             args.part, args.is_last = number, number == len(rows) - 1
             args.rows, args.out = each.data_ptr(), out.data_ptr()
@@ -86,6 +91,7 @@ class Combiner:
                 session.num_sms * structs.PIPELINES,
                 num_tokens,
                 is_cut=pieces.piece_bytes < args.row_bytes,
+                num_rows=num_rows,
             )
             kernel(stream, session.num_sms, _NUM_THREADS, shared_bytes)
             args.row_values = args.pair_values = 0
@@ -104,11 +110,21 @@ class Combiner:
         return parts
 
 
-def num_returners(num_pipelines: int, num_tokens: int, *, is_cut: bool) -> int:
-    """How many pipelines begin with returning; the others begin with summing."""
+def num_returners(num_pipelines: int, num_tokens: int, *, is_cut: bool, num_rows: int = 0) -> int:
+    """How many pipelines begin with returning; the others begin with summing.
+
+    Args:
+        num_pipelines: of all blocks.
+        num_tokens: to sum.
+        is_cut: whether rows come in pieces.
+        num_rows: that each rank has sent here, on average; 0 where that is not known.
+    """
     half = num_pipelines // 2
     has_one_item = num_tokens <= num_pipelines  # each, at the most
-    return min(half, _RETURNERS) if is_cut and not has_one_item else half
+    if has_one_item or not is_cut:
+        return half
+    wanted = _RETURNERS_PER_ROW * num_rows // num_tokens
+    return min(half, _RETURNERS) if wanted <= _RETURNERS else min(2 * num_pipelines // 3, wanted)
 
 
 def cut(row_bytes: int, num_rows: int, max_shared_bytes: int) -> Cut:
