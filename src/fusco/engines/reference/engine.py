@@ -122,7 +122,8 @@ class ReferenceEngine(Engine):
 
     def close(self, lost: int | None = None) -> None:
         self._is_closed = True
-        if lost == self.world.topology.rank:
+        if lost is not None:
+            # Also who has missed another: nobody else may wait for this rank.
             self.mailbox.notices.tell(lost)
             self.mailbox.notices.hang_up()
 
