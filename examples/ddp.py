@@ -9,23 +9,15 @@ import torch
 import torch._dynamo
 import torch.distributed as dist
 import torch.nn.functional as F
-from moe_layer import HIDDEN, NUM_EXPERTS, TOKENS, TOP_K, MoELayer
+from moe_layer import HIDDEN, TOKENS, MoELayer, open_shuffle
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-
-import fusco
 
 
 def main() -> None:
     dist.init_process_group("gloo")
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    with fusco.Shuffle(
-        num_experts=NUM_EXPERTS,
-        hidden_size=HIDDEN,
-        top_k=TOP_K,
-        max_tokens=TOKENS,
-        dtype=torch.float32,
-    ) as shuffle:
+    with open_shuffle() as shuffle:
         torch.manual_seed(
             rank
         )  # experts differ; DDP sends rank 0's values of all else to the others

@@ -35,16 +35,20 @@ class MoELayer(nn.Module):
         return self.shuffle.combine(torch.cat(outputs), d)
 
 
-def main() -> None:
-    dist.init_process_group("gloo")
-    rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    with fusco.Shuffle(
+def open_shuffle() -> fusco.Shuffle:
+    return fusco.Shuffle(
         num_experts=NUM_EXPERTS,
         hidden_size=HIDDEN,
         top_k=TOP_K,
         max_tokens=TOKENS,
         dtype=torch.float32,
-    ) as shuffle:
+    )
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    with open_shuffle() as shuffle:
         torch.manual_seed(0)  # what is replicated must begin the same
         layer = MoELayer(shuffle)
         teacher = torch.randn(HIDDEN, HIDDEN) / 4

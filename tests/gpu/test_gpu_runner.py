@@ -103,31 +103,27 @@ def test_failed_and_skipped_checks_are_named(
     assert record["skipped"] == ["1 ranks, wide-rows"]
 
 
-def test_checks_that_are_not_there_are_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for variable in (env.BULK_COPIES, env.TIMEOUT_S):
-        monkeypatch.setenv(variable.name, "1")
-    monkeypatch.setattr(runner, "_has_gpus", lambda engine: True)
-    monkeypatch.setattr(sys, "argv", ["", "--only", "wide-rows,narrower"])
-    with pytest.raises(SystemExit, match="2"):
-        runner.main()
-    told = capsys.readouterr().err
-    assert "no check of 'cuda' has 'narrower' in its name" in told
-    assert "wide-rows" in told
-
-
-def test_ranks_of_a_node_do_not_share_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("--only wide-rows,narrower", "no check of 'cuda' has 'narrower' in its name: float32, "),
+        ("--nodes 2 --ranks 2,4", "4 ranks on 2 nodes need 2 GPUs"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: str,
+    says: str,
 ) -> None:
     for variable in (env.BULK_COPIES, env.TIMEOUT_S):
         monkeypatch.setenv(variable.name, "1")
     monkeypatch.setattr(runner, "_has_gpus", lambda engine: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(sys, "argv", ["", "--nodes", "2", "--ranks", "2,4"])
+    monkeypatch.setattr(sys, "argv", ["", *arguments.split()])
     with pytest.raises(SystemExit, match="2"):
         runner.main()
-    assert "4 ranks on 2 nodes need 2 GPUs" in capsys.readouterr().err
+    assert says in capsys.readouterr().err
 
 
 def test_a_run_of_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
