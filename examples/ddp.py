@@ -18,9 +18,8 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     with open_shuffle() as shuffle:
-        torch.manual_seed(
-            rank
-        )  # experts differ; DDP sends rank 0's values of all else to the others
+        # Experts differ; of all else DDP sends rank 0's values to the others.
+        torch.manual_seed(rank)
         model = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), MoELayer(shuffle))
         experts = [name for name, _ in model.named_parameters() if ".experts." in name]
         # Each rank has other experts, of which nothing is to be averaged.

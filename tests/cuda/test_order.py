@@ -208,3 +208,27 @@ def test_nobody_waits_for_a_shuffle_that_is_closed(device: Device) -> None:
     device.begin(1, order=other)
     other.close()
     assert device.begin(0) == []
+
+
+def test_who_comes_back_to_its_stream_waits_for_those_beside_it(device: Device) -> None:
+    one, two = (device.other_order(has_room=True) for _ in range(2))
+    device.begin(0)
+    device.begin(1, order=one)
+    device.begin(0, order=two)
+    assert device.begin(0) == [(0, 1)]
+    other = device.other_order()
+    device.begin(1, order=other)
+    device.begin(0, order=one)
+    assert device.begin(0) == [(0, 1)]
+    assert device.begin(2, order=two) == [(2, 0)]
+
+
+def test_captures_at_once_do_not_mix(device: Device) -> None:
+    other = device.other_order()
+    device.begin(0, graph=1)
+    device.begin(2, graph=2, order=other)
+    assert device.begin(1, graph=1) == [(1, 0)]
+    assert device.begin(3, graph=2, order=other) == [(3, 2)]
+    for graph in range(3, 40):
+        device.begin(0, graph)
+    assert len(streams._CAPTURED) == streams._MOST_CAPTURES

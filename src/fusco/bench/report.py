@@ -170,7 +170,8 @@ def _verdict(measurements: Sequence[Measurement]) -> list[str]:
     if total.device == "cuda":
         lines.append(
             "eager: the GPU is idle when the host begins. queued: the host has a head start of "
-            f"{max(m.head_start_ms for m in measurements):.1f} ms, as in a running model."
+            f"{max(m.head_start_ms for m in measurements):.1f} ms, as in a running model. static: "
+            "with max_recv_tokens, so that it waits for nothing; graph: replayed."
         )
     alike = (total.mode, total.num_sms, total.ablation)
     main = [m for m in ours if (m.mode, m.num_sms, m.ablation) == alike]

@@ -17,6 +17,15 @@ from fusco.bench.network import network_facts
 from fusco.bench.records import Entrant, Measurement, RankRun
 from fusco.machine import circumstances
 
+_BASELINE_MODES = {
+    "eager": "eager",
+    "static eager": "eager",
+    "queued": "queued",
+    "static": "queued",
+    "graph": "queued",
+}
+"""In which mode of a baseline a mode is compared with it; others with the main one."""
+
 
 def summarise(config: BenchConfig, runs: Sequence[RankRun]) -> list[Measurement]:
     """From what every rank measured to one measurement an entrant and operation."""
@@ -34,7 +43,7 @@ def summarise(config: BenchConfig, runs: Sequence[RankRun]) -> list[Measurement]
     def reference_ms(entrant: Entrant, op: str) -> float | None:
         if baseline is None:
             return None
-        mode = entrant.mode if entrant.mode in ("eager", "queued") else config.main_mode
+        mode = _BASELINE_MODES.get(entrant.mode, config.main_mode)
         return p50.get((replace(baseline, mode=mode), op))
 
     def measurement(entrant: Entrant, op: str) -> Measurement:

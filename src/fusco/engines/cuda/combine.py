@@ -113,6 +113,8 @@ class Combiner:
 def num_returners(num_pipelines: int, num_tokens: int, *, is_cut: bool, num_rows: int = 0) -> int:
     """How many pipelines begin with returning; the others begin with summing.
 
+    Tuned with all multiprocessors of an H200, and for ranks with as many tokens each.
+
     Args:
         num_pipelines: of all blocks.
         num_tokens: to sum.

@@ -23,12 +23,14 @@ Result = TypeVar("Result")
 class _Traffic:
     """On which streams the operations of all Shuffles are, on one device or in one of its captures.
 
+    One thread at a time makes operations.
+
     Attributes:
-        last: handle of the stream of the last operation.
+        only: handle of the stream that all of them are on; None: there are several.
     """
 
     def __init__(self) -> None:
-        self.last: int | None = None
+        self.only: int | None = None
         # Since the last operation that needs the device for itself, and with it.
         self._streams: dict[int, torch.cuda.Stream] = {}
         self._alone: torch.cuda.Stream | None = None
@@ -43,20 +45,23 @@ class _Traffic:
         if not order.has_room:
             self._streams, self._alone = {}, stream
         self._last_of[order] = self._streams[handle] = stream
-        self.last = handle
+        is_only = len(self._streams) == 1 and self._alone in (None, stream)
+        self.only = handle if is_only else None
 
     def leave(self, order: Order) -> None:
         """Forget the operations of one that is done."""
-        stream = self._last_of.pop(order, None)
-        if stream is not None and stream not in self._last_of.values():
-            self._streams = {at: each for at, each in self._streams.items() if each != stream}
-            self._alone = None if self._alone == stream else self._alone
+        self._last_of.pop(order, None)
+        others = [*self._last_of.values()]
+        self._streams = {at: each for at, each in self._streams.items() if each in others}
+        self._alone = self._alone if self._alone in others else None
+        self.only = None
 
 
 _TRAFFIC: defaultdict[int, _Traffic] = defaultdict(_Traffic)
 """By the index of a device."""
-_CAPTURED: dict[int, tuple[int, _Traffic]] = {}
-"""Likewise, of the last capture, with its number."""
+_CAPTURED: dict[tuple[int, int], _Traffic] = {}
+"""Likewise, and by the number of a capture, of the last ones."""
+_MOST_CAPTURES = 16
 
 
 class Order(Uses):
@@ -97,7 +102,7 @@ class Order(Uses):
         if self.is_capturing:
             stream = torch.cuda.current_stream(self._device)
             self._captured(capture_on(handle)).join(self, handle, stream)
-        elif not handle == self._last == self._traffic.last:
+        elif not handle == self._last == self._traffic.only:
             stream = torch.cuda.current_stream(self._device)
             # First, for what another thread lets go on the stream before is not waited for later.
             self._last, self._last_stream = handle, stream
@@ -105,11 +110,12 @@ class Order(Uses):
         return handle
 
     def _captured(self, capture: int) -> _Traffic:
-        number, traffic = _CAPTURED.get(self._index, (None, None))
-        if traffic is None or number != capture:
-            traffic = _Traffic()
-            _CAPTURED[self._index] = capture, traffic
-        return traffic
+        key = self._index, capture
+        if key not in _CAPTURED:
+            while len(_CAPTURED) >= _MOST_CAPTURES:
+                del _CAPTURED[next(iter(_CAPTURED))]
+            _CAPTURED[key] = _Traffic()
+        return _CAPTURED[key]
 
     def note_use(self) -> None:
         """See `Uses.note_use`: it is the current stream that may still use the memory.
