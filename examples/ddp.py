@@ -9,7 +9,7 @@ import torch
 import torch._dynamo
 import torch.distributed as dist
 import torch.nn.functional as F
-from moe_layer import HIDDEN, TOKENS, MoELayer, open_shuffle
+from moe_layer import HIDDEN, TOKENS, MoELayer, open_shuffle, report
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -36,10 +36,7 @@ def main() -> None:
             for name in experts:
                 model.get_parameter(name).grad.div_(num_ranks)
             optimizer.step()
-            mean = loss.detach()
-            dist.all_reduce(mean)
-            if rank == 0 and step % 13 == 0:
-                print(f"step {step:2d}  loss {mean.item() / num_ranks:.3f}")
+            report(step, loss)
     dist.destroy_process_group()
 
 

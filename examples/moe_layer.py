@@ -45,6 +45,13 @@ def open_shuffle() -> fusco.Shuffle:
     )
 
 
+def report(step: int, loss: Tensor) -> None:
+    mean = loss.detach()
+    dist.all_reduce(mean)
+    if dist.get_rank() == 0 and step % 13 == 0:
+        print(f"step {step:2d}  loss {mean.item() / dist.get_world_size():.3f}")
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
@@ -63,10 +70,7 @@ def main() -> None:
             (loss / num_ranks).backward()
             dist.all_reduce(layer.router.weight.grad)
             optimizer.step()
-            mean = loss.detach()
-            dist.all_reduce(mean)
-            if rank == 0 and step % 13 == 0:
-                print(f"step {step:2d}  loss {mean.item() / num_ranks:.3f}")
+            report(step, loss)
     dist.destroy_process_group()
 
 

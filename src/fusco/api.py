@@ -69,9 +69,8 @@ class Shuffle:
             alone: a stream on which others follow must wait for theirs. None: outputs have as many
             rows as arrive. "cuda" only.
         num_sms: the most multiprocessors of a GPU that an operation takes; None: all. Shuffles
-            whose operations run at the same time must fit on the GPU together, which is checked
-            for `async_op` only: kernels that keep each other out across ranks end by `timeout_s`.
-            Other engines than "cuda" do not look at it.
+            that are called with `async_op` must fit on the GPU together, which is checked; the
+            operations of others wait for each other. Other engines than "cuda" do not look at it.
         ablation: mechanisms to switch off, for measurements.
 
     Raises:

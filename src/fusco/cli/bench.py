@@ -118,7 +118,7 @@ def bench(
         ),
     ] = "",
     graph: Annotated[
-        bool, typer.Option("--graph", help="With max_recv_tokens too, called and in a CUDA graph.")
+        bool, typer.Option("--graph", help="Measure with max_recv_tokens and in a CUDA graph too.")
     ] = False,
     backward: Annotated[
         bool, typer.Option("--backward", help="Measure forward and backward on GPUs too.")

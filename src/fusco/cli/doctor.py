@@ -152,7 +152,9 @@ def _variables() -> list[dict[str, Any]]:
         )
     for name, problem in unknown().items():
         value = os.environ[name]
-        found.append({"name": name, "value": value, "description": "", "problem": problem})
+        found.append(
+            {"name": name, "value": value, "description": "Nothing reads it.", "problem": problem}
+        )
     return found
 
 

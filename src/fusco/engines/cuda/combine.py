@@ -80,8 +80,8 @@ class Combiner:
         _, _, args.pairs, args.links = Addresses.of(plan, stream)
         args.num_tokens = num_tokens
         # Of fixed outputs nobody knows here how many rows there are.
-        num_rows = plan.num_rows if session.world.max_recv_tokens is None else 0
-        num_rows //= session.num_ranks
+        is_known = session.world.max_recv_tokens is None
+        num_rows = plan.num_rows // session.num_ranks if is_known else 0
         for number, (part, each, out) in enumerate(zip(parts, rows, sums, strict=True)):
             args.part, args.is_last = number, number == len(rows) - 1
             args.rows, args.out = each.data_ptr(), out.data_ptr()
@@ -110,7 +110,7 @@ class Combiner:
         return parts
 
 
-def num_returners(num_pipelines: int, num_tokens: int, *, is_cut: bool, num_rows: int = 0) -> int:
+def num_returners(num_pipelines: int, num_tokens: int, *, is_cut: bool, num_rows: int) -> int:
     """How many pipelines begin with returning; the others begin with summing.
 
     Tuned with all multiprocessors of an H200, and for ranks with as many tokens each.
