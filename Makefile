@@ -48,7 +48,7 @@ lint: .venv
 format: .venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i src/fusco/engines/cuda/kernels/*.cu*
+	$(BIN)/clang-format -i src/fusco/engines/cuda/kernels/*.cu* src/fusco/engines/cuda/fast_path/*.[ch]
 
 # Machines with GPUs often have torch in a Python of their own, and no network: nothing is installed.
 has-torch:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from types import TracebackType
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import numpy.typing as npt
 import torch
@@ -241,10 +241,15 @@ class Shuffle:
         topk_weights: Tensor | None,
         plan: Plan | None,
     ) -> Dispatched[AnyRows]:
+        is_traced, fast_path = torch.compiler.is_compiling(), self._engine.fast_path
+        if fast_path is not None and plan is None and not is_traced:
+            served = fast_path.dispatch(x, topk_idx, topk_weights)
+            if served is not None:
+                return cast("Dispatched[AnyRows]", served)
         self._require_open()
         got: Sequence[Tensor]
+        known: tuple[str, ...] | None = None
         with stage("dispatch"):
-            is_traced, known = torch.compiler.is_compiling(), None
             # A compiler knows no values and cannot tell other ranks: operators check their own.
             if not (is_traced and is_dispatch(x, topk_idx, topk_weights, plan)):
                 known = self._calls.checked_dispatch(x, topk_idx, topk_weights, plan)
@@ -327,9 +332,14 @@ class Shuffle:
     def _combine(
         self, expert_outputs: AnyRows, dispatched: Dispatched[Any], weighted: bool
     ) -> AnyRows:
+        is_traced, fast_path = torch.compiler.is_compiling(), self._engine.fast_path
+        if fast_path is not None and weighted is True and not is_traced:
+            summed = fast_path.combine(expert_outputs, dispatched)
+            if summed is not None:
+                return cast(AnyRows, summed)
         self._require_open()
+        known: tuple[str, ...] | None = None
         with stage("combine"):
-            is_traced, known = torch.compiler.is_compiling(), None
             if not (is_traced and is_combine(expert_outputs, dispatched)):
                 known = self._calls.checked_combine(expert_outputs, dispatched, weighted)
             rows = as_tuple(expert_outputs)

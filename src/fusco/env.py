@@ -98,6 +98,12 @@ BULK_COPIES = Variable(
     description="0: 16-byte loads and stores on every GPU, and no kernel begins while another ends,"
     " as on those before Hopper.",
 )
+FAST_PATH = Variable(
+    name="FUSCO_FAST_PATH",
+    parse=_switch,
+    default=True,
+    description="0: small calls on GPUs are served in Python, as where there is no C compiler.",
+)
 NUMBA_CACHE_DIR: Variable[str | None] = Variable(
     name="NUMBA_CACHE_DIR",
     parse=str,
@@ -111,6 +117,7 @@ VARIABLES: tuple[Variable[Any], ...] = (
     NODE_ID,
     CACHE_DIR,
     BULK_COPIES,
+    FAST_PATH,
     NUMBA_CACHE_DIR,
 )
 

@@ -27,6 +27,8 @@ class KnownCalls:
         self._shuffle = engine.world.key
         # What has been checked, and what of it is the same on all ranks, in words.
         self._known: dict[tuple[Any, ...], tuple[str, ...]] = {}
+        # Those that the engine's fast path has been told of, if it has one.
+        self._told: set[tuple[Any, ...] | None] = set()
 
     def checked_dispatch(
         self, x: Rows, topk_idx: Tensor | None, topk_weights: Tensor | None, plan: Plan | None
@@ -45,6 +47,8 @@ class KnownCalls:
                 rows = as_tuple(x)
                 grads = calls.wanted_gradients(rows, topk_weights)
                 known = self._know(key, (grads, calls.form_of(rows, topk_weights, grads)))
+        elif known[0] == calls.NO_GRADIENTS and key not in self._told:
+            self._tell_dispatch(key, known[1], x, topk_idx, topk_weights)
         return known
 
     def checked_combine(
@@ -66,7 +70,21 @@ class KnownCalls:
                 known = self._know(
                     key, tuple([calls.form_of(rows, weights, each) for each in both])
                 )
+        elif weighted and key not in self._told:
+            self._tell_combine(key, known[0], expert_outputs)
         return known
+
+    def _tell_dispatch(self, key: Any, form: str, x: Any, topk_idx: Any, weights: Any) -> None:
+        """Tell the fast path of calls that have been served and come again."""
+        self._told.add(key)
+        if self._engine.fast_path is not None:
+            self._engine.fast_path.know_dispatch(form, x, topk_idx, weights)
+
+    def _tell_combine(self, key: Any, form: str, outputs: Any) -> None:
+        """Likewise of combines."""
+        self._told.add(key)
+        if self._engine.fast_path is not None:
+            self._engine.fast_path.know_combine(form, outputs)
 
     def _know(self, key: tuple[Any, ...], known: tuple[str, ...]) -> tuple[str, ...]:
         if len(self._known) < _MAX_KNOWN:

@@ -8,6 +8,7 @@ nothing is said about speed.
 
 from __future__ import annotations
 
+import ctypes
 import queue
 import sys
 import threading
@@ -28,10 +29,13 @@ from emulated_kernels import Kernels
 from torch import Tensor
 
 from fusco import api
-from fusco.engines.cuda import engine, graphs, session, streams, window
+from fusco.engines.cuda import engine, fast_path, graphs, launch, session, streams, window
 from fusco.engines.cuda.engine import CudaEngine
+from fusco.engines.cuda.fast_path import FastPath
+from fusco.engines.cuda.launch import Launch
 from fusco.engines.cuda.session import Session
 from fusco.meeting import Meeting, meet
+from fusco.types import Dispatched
 
 
 @contextmanager
@@ -62,6 +66,7 @@ def _stand_ins(folder: Path, stream: _Stream) -> Iterator[tuple[Any, str, Any]]:
     yield CudaEngine, "device_types", ("cpu",)
     for name in ("dispatch", "combine", "combine_backward"):
         yield CudaEngine, name, stream.keeping(getattr(CudaEngine, name))
+    yield fast_path, "FastPath", partial(_fast_path, stream)
     yield engine, "_dense", stream.holding(engine._dense)
     yield Session, "launcher", lambda *given: _Launcher(folder, stream, *given)
     yield session, "TorchAllocator", _Allocator
@@ -72,7 +77,11 @@ def _stand_ins(folder: Path, stream: _Stream) -> Iterator[tuple[Any, str, Any]]:
         yield module, "capture_on", lambda _: id(stream.graph)
     yield graphs, "captured_pool", lambda _: stream.graph and stream.graph.pool()
     yield Tensor, "cpu", lambda tensor: (stream.synchronize(), tensor)[1]
+    # Kept here, for C only has their addresses.
+    functions = {"cuLaunchKernelEx": _launch, "cuStreamIsCapturing": _capturing(stream)}
+    yield launch, "driver_address", lambda name: _address_of(functions[name])
     yield torch._C, "_cuda_getCurrentRawStream", lambda _: 1
+    yield torch._C, "_cuda_getDevice", lambda: 0
     fakes = {
         "CUDAGraph": lambda: _Graph(stream),
         "Event": lambda: _Event(stream),
@@ -90,6 +99,27 @@ def _stand_ins(folder: Path, stream: _Stream) -> Iterator[tuple[Any, str, Any]]:
     }
     for name, fake in fakes.items():
         yield torch.cuda, name, fake
+
+
+def _fast_path(stream: _Stream, *given: Any) -> FastPath:
+    made = FastPath(*given)
+    made.dispatch, made.combine = stream.keeping(made.dispatch), stream.keeping(made.combine)
+    return made
+
+
+def _capturing(stream: _Stream) -> Any:
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int))
+    def is_capturing(_handle: int, status: Any) -> int:
+        status[0] = int(stream.graph is not None)
+        return 0
+
+    return is_capturing
+
+
+def _address_of(function: Any) -> int:
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    assert address is not None
+    return address
 
 
 def _meet(*given: Any, **named: Any) -> Meeting:
@@ -193,6 +223,8 @@ def _outside_of_heaps(things: Iterable[object]) -> Iterator[object]:
     for each in things:
         if isinstance(each, (tuple, list)):
             yield from _outside_of_heaps(each)
+        elif isinstance(each, Dispatched):
+            yield from _outside_of_heaps((each.tokens, each.row_weights, each.plan))
         elif not isinstance(each, Tensor) or not any(
             0 <= each.data_ptr() - memory.data_ptr() < memory.numel() for memory in _heaps
         ):
@@ -255,6 +287,17 @@ class _Allocator:
         return window.Allocation(memory=memory, address=(memory.data_ptr(),) * self._num_ranks)
 
 
+_launchers: weakref.WeakValueDictionary[int, _Launcher] = weakref.WeakValueDictionary()
+_handle = ctypes.c_uint64()
+
+
+@ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)
+def _launch(_config: int, function: int, _parameters: int, _extra: None) -> int:
+    assert _handle.value == 1
+    _launchers[function]._add()
+    return 0
+
+
 class _Launcher:
     """A kernel of one Session, with the structs that it takes."""
 
@@ -271,6 +314,15 @@ class _Launcher:
         assert 0 < grid <= _PROPERTIES.multi_processor_count
         assert 0 < block <= 1024
         assert shared_bytes < _PROPERTIES.shared_memory_per_block_optin
+        self._add()
+
+    def prepare(self, grid: int, block: int, shared_bytes: int) -> Launch:
+        """For `_launch`, by a number in place of the function."""
+        del grid, block, shared_bytes
+        _launchers[id(self)] = self
+        return Launch(0, id(self), 0, ctypes.addressof(_handle))
+
+    def _add(self) -> None:
         # A launch takes them by value.
         taken = [type(each).from_buffer_copy(each) for each in self._arguments]
         self._stream.add(lambda: self._run(*taken, *([self._element] if self._element else [])))

@@ -114,7 +114,7 @@ def test_a_full_disk_keeps_nothing(folder: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
         with pytest.warns(UserWarning, match="cannot be kept"):
-            jit._publish(folder / "agree.cubin", bytes(1 << 20))
+            jit.publish(folder / "agree.cubin", bytes(1 << 20))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(folder.iterdir()) == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from fusco.errors import FuscoError, PeerError, closed_error, input_error
 from fusco.layout.records import HEADER
 from fusco.plans import Plan, SegmentPlan
 from fusco.topology import Topology
-from fusco.types import Ablation, Segments, Stats
+from fusco.types import Ablation, Dispatched, Segments, Stats
 
 Result = TypeVar("Result")
 TEXT_BYTES = 2048
@@ -111,6 +111,24 @@ class Returned(NamedTuple):
     pair_values: Tensor | None
 
 
+class FastPath(Protocol):
+    """A shorter way for plain calls whose like has been served before."""
+
+    dispatch: Callable[[Any, Any, Any], Dispatched[Any] | None]
+    """Of `x`, `topk_idx` and `topk_weights`; None where it does not serve them."""
+    combine: Callable[[Any, Any], Tensor | None]
+    """Of rows and what was dispatched; likewise."""
+
+    def know_dispatch(self, form: str, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> None:
+        """Serve dispatches like this one from now on."""
+
+    def know_combine(self, form: str, rows: Tensor) -> None:
+        """Serve weighted combines like this one from now on."""
+
+    def close(self) -> None:
+        """Serve nothing any more."""
+
+
 ENGINES: dict[int, Engine] = {}
 """The engines of all open Shuffles, by `World.key`."""
 
@@ -141,6 +159,7 @@ class Engine(ABC):
     def __init__(self, world: World) -> None:
         self.world = world
         self.meter = Meter(world.topology.num_ranks)
+        self.fast_path: FastPath | None = None
         self._num_plans = 0
         self._epoch_before = 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from fusco.engines.agreement import Call
 from fusco.engines.base import Returned
 from fusco.engines.cuda.kernels import structs
-from fusco.engines.cuda.launch import Launcher
+from fusco.engines.cuda.launch import Launch, Launcher
 from fusco.engines.cuda.plans import Addresses
 from fusco.engines.cuda.session import Session
 from fusco.layout.compact import round_up
@@ -49,8 +50,8 @@ class Combiner:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._args = structs.CombineArgs()
-        self._kernels = session.launchers("combine", self._args)
+        self.args = structs.CombineArgs()
+        self._kernels = session.launchers("combine", self.args)
         self._parts: dict[str, list[_Part]] = {}
 
     def combine(
@@ -62,7 +63,7 @@ class Combiner:
         row_values: Tensor | None,
     ) -> Returned:
         """See `Engine.combine`."""
-        session, args = self._session, self._args
+        session, args = self._session, self.args
         stream = session.order.begin()
         # A kernel is loaded before anything is published, for that may fail.
         parts = self._parts.get(call.form) or self._parts_of(call.form, rows)
@@ -96,6 +97,23 @@ class Combiner:
             kernel(stream, session.num_sms, _NUM_THREADS, shared_bytes)
             args.row_values = args.pair_values = 0
         return Returned(sums=sums, pair_values=pair_values)
+
+    def prepare(self, form: str, rows: Tensor) -> tuple[_Part, Launch, Callable[[int, int], int]]:
+        """For fast_path.py: the part, launch, and `num_returners` by numbers of tokens and
+        of rows."""
+        (part,) = self._parts.get(form) or self._parts_of(form, (rows,))
+        session, pieces = self._session, part.pieces
+
+        def returners(num_tokens: int, num_rows: int) -> int:
+            return num_returners(
+                session.num_sms * structs.PIPELINES,
+                num_tokens,
+                is_cut=pieces.piece_bytes < part.row_bytes,
+                num_rows=num_rows // session.num_ranks,
+            )
+
+        launch = part.kernel.prepare(session.num_sms, _NUM_THREADS, pieces.shared_bytes)
+        return part, launch, returners
 
     def _parts_of(self, form: str, rows: tuple[Tensor, ...]) -> list[_Part]:
         session = self._session

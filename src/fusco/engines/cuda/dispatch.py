@@ -16,6 +16,7 @@ from fusco.engines.base import Delivery
 from fusco.engines.cuda.jit import Variant
 from fusco.engines.cuda.kernels import structs
 from fusco.engines.cuda.kernels.structs import MAX_PARTS, Verdict
+from fusco.engines.cuda.launch import Launch
 from fusco.engines.cuda.plans import Addresses, BlockPlan
 from fusco.engines.cuda.session import MAX_PLAN_BLOCKS, Report, Session
 from fusco.errors import EngineUnavailableError, WindowMemoryError, input_error
@@ -94,7 +95,24 @@ class _Planning(NamedTuple):
     chunk_tokens: int
 
 
-class _Room(NamedTuple):
+class Prepared(NamedTuple):
+    """What a dispatch of plain tensors takes, for fast_path.py.
+
+    Attributes:
+        form: of its rows.
+        layout: of its plan.
+        chunk_tokens: of a block of the plan kernel.
+        plan, dispatch: the two launches.
+    """
+
+    form: _Format
+    layout: PlanLayout
+    chunk_tokens: int
+    plan: Launch
+    dispatch: Launch
+
+
+class Room(NamedTuple):
     """A block, and the heap that it returns to."""
 
     block: Block
@@ -110,12 +128,12 @@ class Dispatcher:
         self._static_bytes = (
             part_starts([session.world.row_bytes], static_rows or 0)[-1] + MAX_PARTS * 128
         )
-        self._plan_args = structs.PlanArgs()
-        self._args = structs.DispatchArgs()
-        self._plan = session.launcher(Variant(name="plan"), self._plan_args)
-        self._dispatch = session.launcher(Variant(name="dispatch"), self._args)
-        self._weighing = session.launchers("dispatch", self._args)
-        self._row_addresses = self._args.rows  # the same memory; looking it up takes longer
+        self.plan_args = structs.PlanArgs()
+        self.args = structs.DispatchArgs()
+        self._plan = session.launcher(Variant(name="plan"), self.plan_args)
+        self._dispatch = session.launcher(Variant(name="dispatch"), self.args)
+        self._weighing = session.launchers("dispatch", self.args)
+        self._row_addresses = self.args.rows  # the same memory; looking it up takes longer
         self._formats: dict[tuple[str, _Work], _Format] = {}
         self._format: _Format | None = None  # that the arguments hold
         self._planned_format: _Format | None = None
@@ -167,7 +185,7 @@ class Dispatcher:
             if report.verdict == _GO:
                 num_rows = report.num_rows
                 break
-            self._make_room(call, room, report)
+            self.make_room(call, room, report)
         plan = BlockPlan(
             number=new_number(),
             key=session.world.key,
@@ -178,7 +196,7 @@ class Dispatcher:
             stream=stream,
             one=session.one,
         )
-        return self._wrap(room, form, num_rows, plan)
+        return self.wrap(room, form, num_rows, plan)
 
     def dispatch_planned(
         self,
@@ -194,7 +212,7 @@ class Dispatcher:
         of the sums and `weights` those of the rows, `[R]`; what comes is weighed, and with it come
         the gradients of the weights.
         """
-        session, args = self._session, self._args
+        session, args = self._session, self.args
         kernel = self._dispatch if combined is None else self._weighing(combined.dtype)
         args.combined = 0 if combined is None else combined.data_ptr()
         stream = session.order.begin()
@@ -214,8 +232,19 @@ class Dispatcher:
             report = self._await_report(ticket, form)
             if report.verdict == _GO:
                 break
-            self._make_room(call, room, report)
-        return self._wrap(room, form, num_rows, plan)
+            self.make_room(call, room, report)
+        return self.wrap(room, form, num_rows, plan)
+
+    def prepare(self, call: Call, rows: Tensor, num_tokens: int) -> Prepared:
+        """See `Prepared`."""
+        form, planning = self._format_of(call, (rows,), _MOVING), self._planning(num_tokens)
+        return Prepared(
+            form=form,
+            layout=planning.layout,
+            chunk_tokens=planning.chunk_tokens,
+            plan=self._plan.prepare(planning.num_blocks, _PLAN_THREADS, planning.shared_bytes),
+            dispatch=self._dispatch.prepare(self._session.num_sms, form.threads, form.shared_bytes),
+        )
 
     def _check_capture(self, call: Call) -> None:
         if self._static_rows is None and self._session.order.is_capturing:
@@ -246,25 +275,25 @@ class Dispatcher:
         return block, Addresses.within(block, layout)
 
     def _set_plan(self, plan: Addresses, *, is_planned: bool) -> None:
-        args = self._args
+        args = self.args
         args.is_planned = is_planned
         args.tokens_per_expert, args.expert_offsets, args.pairs, args.links = plan
 
-    def _reserve(self, call: Call, form: _Format, stream: int, num_rows: int | None) -> _Room:
+    def _reserve(self, call: Call, form: _Format, stream: int, num_rows: int | None) -> Room:
         """For what this rank will receive: of the size that is known, else the largest."""
         session = self._session
         heap = session.heap
         if self._static_rows is None:
             if num_rows is None:
-                return _Room(heap.free.reserve_largest(), heap.free)
+                return Room(heap.free.reserve_largest(), heap.free)
             need = part_starts(form.row_bytes, num_rows)[-1]
-            return _Room(heap.free.reserve(need), heap.free)
+            return Room(heap.free.reserve(need), heap.free)
         need = self._static_bytes
         is_capturing = session.order.is_capturing
         home = heap.captured.of(stream) if is_capturing else heap.free
         block = heap.reserve(need, home)
         if block.size >= need:
-            return _Room(block, home)
+            return Room(block, home)
         heap.free.release(block)
         if is_capturing:
             raise WindowMemoryError(
@@ -274,7 +303,7 @@ class Dispatcher:
                 "graph captured before"
             )
         session.grow(call.operation.text, need)
-        return _Room(heap.free.reserve(need), heap.free)
+        return Room(heap.free.reserve(need), heap.free)
 
     def _await_report(self, ticket: int, form: _Format) -> Report:
         session = self._session
@@ -283,7 +312,8 @@ class Dispatcher:
             session.heap.rehearse((1, *shape), dtype)
         return session.await_report(ticket)
 
-    def _make_room(self, call: Call, room: _Room, report: Report) -> None:
+    def make_room(self, call: Call, room: Room, report: Report) -> None:
+        """Grow, after a report that there was no room; raise what else it reports."""
         room.home.release(room.block)
         if report.verdict != Verdict.SHORT:
             self._session.failures.raise_reported(report.verdict)
@@ -298,7 +328,7 @@ class Dispatcher:
     def _set_planning(
         self, topk_idx: Tensor, form: _Format, planning: _Planning, plan: Addresses
     ) -> None:
-        args = self._plan_args
+        args = self.plan_args
         if form is not self._planned_format:
             self._planned_format = form
             args.num_parts = len(form.row_bytes)
@@ -309,7 +339,7 @@ class Dispatcher:
         args.tokens_per_expert, args.expert_offsets, args.pairs, args.links = plan
 
     def _set_rows(self, rows: tuple[Tensor, ...], weights: Tensor | None, form: _Format) -> None:
-        args = self._args
+        args = self.args
         if form is not self._format:
             self._format = form
             args.num_parts = len(rows)
@@ -341,7 +371,7 @@ class Dispatcher:
                 "larger num_sms, or another engine"
             )
 
-    def _wrap(self, room: _Room, form: _Format, num_rows: int, plan: Plan) -> Delivery:
+    def wrap(self, room: Room, form: _Format, num_rows: int, plan: Plan) -> Delivery:
         """The rows and their weights where they lie; the rest of the block is free again."""
         heap = self._session.heap
         block, home = room

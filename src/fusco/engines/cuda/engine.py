@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fusco.engines.agreement import Call
 from fusco.engines.base import Delivery, Engine, Returned, World
+from fusco.engines.cuda import fast_path
 from fusco.engines.cuda.combine import Combiner
 from fusco.engines.cuda.dispatch import Dispatcher
 from fusco.engines.cuda.kernels.structs import MAX_PARTS
@@ -56,6 +57,12 @@ class CudaEngine(Engine):
     def __init__(self, world: World) -> None:
         super().__init__(world)
         self._works: _Works | None = _Works(world)
+        module = fast_path.load()
+        if module is not None and world.max_recv_tokens is None:
+            works = self._works
+            self.fast_path = fast_path.FastPath(
+                module, self, works, works.session, works.dispatcher, works.combiner
+            )
 
     @property
     def device_types(self) -> tuple[str, ...]:
@@ -171,6 +178,9 @@ class CudaEngine(Engine):
 
     def close(self, lost: int | None = None) -> None:
         works, self._works = self._works, None
+        if self.fast_path is not None:
+            self.fast_path.close()
+            self.fast_path = None
         if works is not None:
             works.session.close()
 

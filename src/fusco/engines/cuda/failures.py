@@ -67,7 +67,7 @@ class Failures:
         self._head_of = head_of
         # NOTE: what is raised is never what is kept, for it holds the frames that it has passed,
         # with all tensors there, and this object.
-        self._calls: deque[tuple[int, Call]] = deque(maxlen=_REMEMBERED)
+        self.calls: deque[tuple[int, Call]] = deque(maxlen=_REMEMBERED)
         self._last: FuscoError | None = None
         self._has_warned = False
 
@@ -84,7 +84,7 @@ class Failures:
         """Keep what a ticket stands for."""
         if call.error is not None:
             call = call._replace(error=copy(call.error))
-        self._calls.append((ticket, call))
+        self.calls.append((ticket, call))
 
     def raise_lost(self) -> None:
         """Raise if a rank is lost, which is for good.
@@ -249,7 +249,7 @@ class Failures:
 
     def _call_of(self, failure: structs.Failure) -> Call:
         world = self._world
-        call = dict(self._calls).get(failure.ticket) or Call(
+        call = dict(self.calls).get(failure.ticket) or Call(
             operation=Operation(failure.operation), form="too long ago to say with what"
         )
         if failure.awaited == world.topology.rank:

@@ -79,7 +79,7 @@ def cubin(variant: Variant, arch: str) -> bytes:
     if code := kept(variant, arch):
         return code
     code, _ = compile_variant(variant, arch)
-    _publish(cubin_path(variant, arch), _hash(code) + code)
+    publish(cubin_path(variant, arch), _hash(code) + code)
     return code
 
 
@@ -137,7 +137,8 @@ def known_architectures() -> list[str]:
     return [target(number) for number in numbers if number >= _OLDEST]
 
 
-def _publish(path: Path, content: bytes) -> None:
+def publish(path: Path, content: bytes) -> None:
+    """Keep a file, whole or not at all."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # A folder of its own goes away with what is in it, also when the disk is full.

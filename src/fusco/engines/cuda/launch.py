@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -36,6 +36,20 @@ class _Config(ctypes.Structure):
         ("attributes", ctypes.POINTER(_Attribute)),
         ("num_attributes", ctypes.c_uint),
     )
+
+
+class Launch(NamedTuple):
+    """What the driver's function takes, all addresses.
+
+    Attributes:
+        config, function, parameters: see cuLaunchKernelEx.
+        stream_at: where in the configuration the stream has to be.
+    """
+
+    config: int
+    function: int
+    parameters: int
+    stream_at: int
 
 
 class Launcher:
@@ -75,6 +89,7 @@ class Launcher:
         self._arguments = arguments
         self._addresses = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
         self._parameters = ctypes.c_void_p(ctypes.addressof(self._addresses))
+        self._prepared: dict[tuple[int, int, int], _Config] = {}
 
     def __call__(self, stream: int, grid: int, block: int, shared_bytes: int = 0) -> None:
         """Launch on a stream; the arguments may change as soon as this returns."""
@@ -84,6 +99,19 @@ class Launcher:
         error = self._launch(self._at, self._function, self._parameters, None)
         if error:
             raise RuntimeError(f"cuLaunchKernelEx: CUDA driver error {error}")
+
+    def prepare(self, grid: int, block: int, shared_bytes: int) -> Launch:
+        """For others than Python to launch."""
+        key = grid, block, shared_bytes
+        config = self._prepared.get(key)
+        if config is None:
+            config = self._prepared[key] = _Config.from_buffer_copy(self._config)
+            config.grid_x, config.block_x, config.shared_bytes = key
+        at = ctypes.addressof(config)
+        function, parameters = self._function.value, self._parameters.value
+        assert function is not None
+        assert parameters is not None
+        return Launch(at, function, parameters, at + _Config.stream.offset)
 
 
 @functools.cache
@@ -103,6 +131,13 @@ def _launch_function() -> Any:
     # own, and a small dispatch little longer than its launches. Its types are not declared, which
     # would double the time: so each argument must be a c_void_p or None.
     return ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
+
+
+def driver_address(name: str) -> int:
+    """Where a function of the driver is."""
+    address = ctypes.cast(getattr(ctypes.CDLL("libcuda.so.1"), name), ctypes.c_void_p).value
+    assert address is not None
+    return address
 
 
 def architecture(device: int) -> str:

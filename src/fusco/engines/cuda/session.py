@@ -89,7 +89,6 @@ class Session:
         self.heap = SymmetricHeap(self.num_ranks, self.device, self.order)
         self.window = self._allocate_everywhere("Shuffle", "windows", self.layout.offsets()["end"])
         self.call = structs.Call()
-        self._ticket = 0
         self._num_growths = 0
         # No rank's kernels may write before every window is clear.
         self.make_ready("tables", self._make_tables, "free memory")
@@ -193,7 +192,7 @@ class Session:
     def describe(self, call: Call, block: Block) -> int:
         """Fill this rank's record of an operation; the ticket by which it will be reported."""
         self.failures.raise_lost()
-        self._ticket = ticket = self._ticket + 1
+        ticket: int = self.call.ticket + 1
         chunk, base = divmod(block.base, CHUNK_SPAN)
         _, *head = call.head(0, base, block.size)
         # All fields at once, since ctypes takes its time for each.

@@ -84,7 +84,7 @@ class Order(Uses):
         self._index = device.index
         self.is_capturing = False
         self.has_room = False
-        self._traffic = _TRAFFIC[self._index]
+        self.traffic = _TRAFFIC[self._index]
         self._last: int | None = None
         self._last_stream: torch.cuda.Stream | None = None
         self._side: torch.cuda.Stream | None = None
@@ -102,11 +102,11 @@ class Order(Uses):
         if self.is_capturing:
             stream = torch.cuda.current_stream(self._device)
             self._captured(capture_on(handle)).join(self, handle, stream)
-        elif not handle == self._last == self._traffic.only:
+        elif not handle == self._last == self.traffic.only:
             stream = torch.cuda.current_stream(self._device)
             # First, for what another thread lets go on the stream before is not waited for later.
             self._last, self._last_stream = handle, stream
-            self._traffic.join(self, handle, stream)
+            self.traffic.join(self, handle, stream)
         return handle
 
     def _captured(self, capture: int) -> _Traffic:
@@ -167,7 +167,7 @@ class Order(Uses):
 
     def close(self) -> None:
         """Nothing follows, and nobody needs to wait for what was before."""
-        self._traffic.leave(self)
+        self.traffic.leave(self)
 
 
 def _tensors_of(result: object) -> Iterable[Tensor]:

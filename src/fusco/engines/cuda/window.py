@@ -144,7 +144,7 @@ class SymmetricHeap:
 
     def __init__(self, num_ranks: int, device: torch.device, uses: Uses | None = None) -> None:
         self._device = device
-        self._chunks: list[Allocation] = []
+        self.chunks: list[Allocation] = []
         self.free = Heap(alignment=BLOCK_ALIGNMENT, uses=uses)
         self.captured = CapturedHeaps(device)
         # One table for good: graphs hold its address. It is read also before there is a chunk, by
@@ -154,11 +154,11 @@ class SymmetricHeap:
     @property
     def num_bytes(self) -> int:
         """Size of all chunks."""
-        return sum(chunk.memory.numel() for chunk in self._chunks)
+        return sum(chunk.memory.numel() for chunk in self.chunks)
 
     def add(self, allocation: Allocation) -> None:
         """Add a chunk that all ranks have allocated."""
-        number = len(self._chunks)
+        number = len(self.chunks)
         if number == _MAX_CHUNKS:
             raise WindowMemoryError(
                 f"the heap has grown {_MAX_CHUNKS} times, and grows no further; make a new Shuffle "
@@ -166,7 +166,7 @@ class SymmetricHeap:
             )
         address = torch.tensor(allocation.address, dtype=torch.int64, device="cpu")
         self.addresses[number] = address
-        self._chunks.append(allocation)
+        self.chunks.append(allocation)
         self.free.add(number * CHUNK_SPAN, allocation.memory.numel())
 
     def reserve(self, size: int, home: Heap) -> Block:
@@ -189,12 +189,12 @@ class SymmetricHeap:
     def rehearse(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         """Do what `as_tensor` does, to no end but that its code is in the processor's caches: where
         other code has filled them, the first tensor takes four times as long as the next."""
-        if self._chunks:
+        if self.chunks:
             self._over(NOTHING, shape, dtype, self.free)
 
     def _over(self, block: Block, shape: tuple[int, ...], dtype: torch.dtype, home: Heap) -> Tensor:
         number, start = divmod(block.base, CHUNK_SPAN)
-        chunk = self._chunks[number]
+        chunk = self.chunks[number]
         kind = _TYPES_OF_SIZE[dtype.itemsize] if dtype != torch.float32 else "<f4"
         span = Span(chunk.base + start, shape, kind, block, home, chunk)
         tensor = torch.as_tensor(span, device=self._device)

@@ -13,6 +13,7 @@ from fusco.engines.cuda.peers import try_link
 from fusco.testing.cases import Case, device_of, draw, expect, expect_round_trip, sizes
 from fusco.testing.check import Check, Group, NotApplicable
 from fusco.testing.compiled import expect_compiled
+from fusco.testing.gpu.again import again, again_wrong
 from fusco.testing.gpu.order import (
     claims,
     closed,
@@ -222,6 +223,31 @@ GPU_CHECKS: tuple[Check, ...] = (
         description="kernels that write and read the memory of another GPU (two GPUs)",
         fn=_links,
         only="cuda",
+    ),
+    Check(
+        name="again",
+        description="calls that come again alike, some of which differ in how tensors lie",
+        fn=again(),
+    ),
+    Check(
+        name="again-wide",
+        description="the same with rows of a large model, top-8, and padding",
+        fn=again(hidden_size=7168, top_k=8, expert_alignment=16),
+    ),
+    Check(
+        name="again-one-rank",
+        description="the same where only the last rank receives rows",
+        fn=again(routing="one-expert", dtype=torch.float32),
+    ),
+    Check(
+        name="again-nobody",
+        description="the same where no token has an expert",
+        fn=again(routing="nobody", dtype=torch.float16),
+    ),
+    Check(
+        name="again-wrong",
+        description="errors of calls that come again alike",
+        fn=again_wrong,
     ),
     Check(name="tuple-of-four", description="four tensors at once", fn=tuples(4, 48, 12, 32)),
     Check(

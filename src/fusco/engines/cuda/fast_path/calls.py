@@ -1,0 +1,183 @@
+"""Tells `module.c` what it needs of an engine, and of calls that it may serve."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusco.engines.agreement import Call
+from fusco.engines.base import Engine
+from fusco.engines.cuda import launch
+from fusco.engines.cuda.combine import Combiner
+from fusco.engines.cuda.dispatch import Dispatcher, Room
+from fusco.engines.cuda.kernels import structs
+from fusco.engines.cuda.plans import Addresses, BlockPlan
+from fusco.engines.cuda.session import Session
+from fusco.layout.heap import CHUNK_SPAN, Block
+from fusco.layout.records import Operation
+from fusco.plans import Plan
+from fusco.types import Dispatched
+
+_KINDS = {
+    torch.bfloat16: (4, 16),
+    torch.float16: (2, 16),
+    torch.float32: (2, 32),
+    torch.float64: (2, 64),
+    torch.uint8: (1, 8),
+}
+"""Type and bits of elements, as DLPack says them, of rows that are served."""
+_DEVICE_TYPES = {"cpu": 1, "cuda": 2}
+_GO = int(structs.Verdict.GO)
+
+
+class FastPath:
+    """Serves calls of one Shuffle.
+
+    Args:
+        module: what `load` returns.
+        engine: of the Shuffle.
+        works: what holds the engine's last plan.
+        session, dispatcher, combiner: of the engine.
+
+    Attributes:
+        dispatch: takes `x`, `topk_idx` and `topk_weights`, and returns what `Shuffle.dispatch`
+            does; None where it does not serve them.
+        combine: takes rows and what was dispatched, and returns what `Shuffle.combine` does, or
+            None.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        engine: Engine,
+        works: object,
+        session: Session,
+        dispatcher: Dispatcher,
+        combiner: Combiner,
+    ) -> None:
+        self._engine, self._session = engine, session
+        self._dispatcher, self._combiner = dispatcher, combiner
+        heap, order = session.heap, session.order
+        self._served = module.FastPath(
+            SimpleNamespace(
+                tensor_type=Tensor,
+                dispatched_type=Dispatched,
+                plan_type=BlockPlan,
+                addresses_type=Addresses,
+                block_type=Block,
+                call_type=Call,
+                float32=torch.float32,
+                strided=torch.strided,
+                from_dlpack=torch._C._from_dlpack,
+                current_device=torch._C._cuda_getDevice,
+                current_raw_stream=torch._C._cuda_getCurrentRawStream,
+                is_transformed=torch._C._are_functorch_transforms_active,
+                is_profiled=torch._C._autograd._profiler_enabled,
+                order=order,
+                traffic=order.traffic,
+                heap=heap.free,
+                chunks=heap.chunks,
+                calls=session.failures.calls,
+                new_number=engine.new_number,
+                dispatched=engine.meter.dispatched,
+                combined=engine.meter.combined,
+                works=works,
+                one=session.one,
+                finish=self._finish,
+                wrap=self._wrap_nothing,
+                key=engine.world.key,
+                device_type=_DEVICE_TYPES[session.device.type],
+                device_index=session.device_index,
+                tensor_index=session.one.get_device(),
+                launch=launch.driver_address("cuLaunchKernelEx"),
+                get_capture=launch.driver_address("cuStreamIsCapturing"),
+                failure=session.constants.failure,
+                reports=session.constants.reports,
+                chunk_span=CHUNK_SPAN,
+                call=_address(session.call),
+                plan_args=_address(dispatcher.plan_args),
+                dispatch_args=_address(dispatcher.args),
+                combine_args=_address(combiner.args),
+            )
+        )
+        self.dispatch, self.combine = self._served.dispatch, self._served.combine
+
+    def know_dispatch(self, form: str, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> None:
+        """Serve dispatches like this one, which has been served before, from now on."""
+        if x.dtype not in _KINDS or topk_idx.dtype != torch.int64:
+            return
+        call = Call(Operation.DISPATCH, form=form)
+        got = self._dispatcher.prepare(call, x, topk_idx.shape[0])
+        layout, form_of_rows = got.layout, got.form
+        make_block = functools.partial(
+            torch.empty, layout.end // 4, dtype=torch.int32, device=self._session.device
+        )
+        tensors = (x, topk_idx, topk_weights)
+        self._served.know_dispatch(
+            tuple([part for each in tensors for part in (each.shape, each.dtype)]),
+            _words(call),
+            call,
+            make_block,
+            layout,
+            form_of_rows,
+            (layout.expert_offsets, layout.pairs, layout.links),
+            got.plan,
+            got.dispatch,
+            (
+                form_of_rows.row_bytes[0],
+                form_of_rows.slot_bytes,
+                layout.num_tokens,
+                got.chunk_tokens,
+                *_KINDS[x.dtype],
+            ),
+            tuple(x.shape[1:]),
+        )
+
+    def know_combine(self, form: str, rows: Tensor) -> None:
+        """Likewise for weighted combines."""
+        part, kernel, returners = self._combiner.prepare(form, rows)
+        operation, status, _, signature = _words(Call(Operation.COMBINE, form=form))
+        self._served.know_combine(
+            (rows.shape[1:], rows.dtype),
+            (operation, status, signature),
+            Operation.COMBINE,
+            form,
+            returners,
+            kernel,
+            (part.returns_at, part.row_bytes, part.pieces.piece_bytes, part.pieces.num_slots),
+        )
+
+    def close(self) -> None:
+        """Serve nothing any more, and keep no memory."""
+        self._served.close()
+
+    def _finish(self, call: Call, ticket: int, block: Block) -> int | None:
+        """Wait for a report that does not come at once, or is not good: how many rows come; None
+        where there is room for them only now."""
+        with self._engine:
+            report = self._session.await_report(ticket)
+            if report.verdict == _GO:
+                return report.num_rows
+            room = Room(block, self._session.heap.free)
+            self._dispatcher.make_room(call, room, report)
+        return None
+
+    def _wrap_nothing(self, block: Block, form: Any, plan: Plan) -> Dispatched[Tensor]:
+        """What was dispatched where no row has come."""
+        room = Room(block, self._session.heap.free)
+        (rows,), weights, _ = self._dispatcher.wrap(room, form, 0, plan)
+        return Dispatched(tokens=rows, row_weights=weights, plan=plan)
+
+
+def _words(call: Call) -> tuple[int, ...]:
+    """What a call is in a record: operation, status, plan and signature."""
+    return tuple([int(each) for each in call.head(0)[1:5]])
+
+
+def _address(arguments: Any) -> int:
+    return ctypes.addressof(arguments)

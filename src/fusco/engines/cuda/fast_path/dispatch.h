@@ -1,0 +1,159 @@
+/* The same steps as in dispatch.py. */
+#pragma once
+
+#include "plain.h"
+#include "tensor.h"
+
+enum { kPatienceNs = 100000 };
+
+/* What a kernel reports of a ticket, if it does so soon. */
+static const struct Report* await_report(FastPath* self, long long ticket) {
+  volatile struct Report* report = (struct Report*)self->reports_ + ticket % kReports;
+  struct timespec begin, now;
+  clock_gettime(CLOCK_MONOTONIC, &begin);
+  while (report->ticket != ticket) {
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    long long waited = (now.tv_sec - begin.tv_sec) * 1000000000LL + now.tv_nsec - begin.tv_nsec;
+    if (waited > kPatienceNs) return NULL;
+  }
+  __atomic_thread_fence(__ATOMIC_ACQUIRE);
+  return (const struct Report*)report;
+}
+
+/* Launch both kernels and learn how many rows come; -1 with an error set, and -2 where there was no
+   room, so that it must be done once more. */
+static long long launch_dispatch(FastPath* self, Dispatching* how, const uint64_t* from,
+                                 uint64_t plan_at, unsigned long long stream, PyObject* room) {
+  struct Call* call = (struct Call*)self->call_;
+  long long base = PyLong_AsLongLong(PyTuple_GET_ITEM(room, 0));
+  long long ticket = call->ticket + 1;
+  *call = (struct Call){.operation = how->operation,
+                        .status = how->status,
+                        .plan = how->number,
+                        .signature = how->signature,
+                        .base = base % self->chunk_span_,
+                        .capacity = PyLong_AsLongLong(PyTuple_GET_ITEM(room, 1)),
+                        .chunk = base / self->chunk_span_,
+                        .ticket = ticket};
+  if (remember(self, ticket, how->call)) return -1;
+  *(struct PlanArgs*)self->plan_args_ =
+      (struct PlanArgs){.topk_idx = from[1],
+                        .pairs = plan_at + how->pairs,
+                        .links = plan_at + how->links,
+                        .tokens_per_expert = plan_at,
+                        .expert_offsets = plan_at + how->expert_offsets,
+                        .row_bytes = {(int)how->row_bytes},
+                        .num_parts = 1,
+                        .num_tokens = how->num_tokens,
+                        .chunk_tokens = how->chunk_tokens};
+  if (launch(self, &how->plan, stream)) return -1;
+  *(struct DispatchArgs*)self->dispatch_args_ =
+      (struct DispatchArgs){.rows = {from[0]},
+                            .weights = from[2],
+                            .pairs = plan_at + how->pairs,
+                            .links = plan_at + how->links,
+                            .tokens_per_expert = plan_at,
+                            .expert_offsets = plan_at + how->expert_offsets,
+                            .row_bytes = {(int)how->row_bytes},
+                            .num_parts = 1,
+                            .num_tokens = how->num_tokens,
+                            .slot_bytes = how->slot_bytes};
+  if (launch(self, &how->dispatch, stream)) return -1;
+  /* There is time until the report comes. */
+  Py_XSETREF(self->spare, PyObject_CallNoArgs(how->make_block));
+  if (!self->spare) PyErr_Clear();
+  self->spare_of = how;
+  self->spare_stream = stream;
+  const struct Report* report = await_report(self, ticket);
+  if (report && report->verdict == kGo) return report->num_rows;
+  PyObject* rows = PyObject_CallFunction(self->finish, "OLO", how->call, ticket, room);
+  if (rows == Py_None) {
+    Py_DECREF(rows);
+    return -2;
+  }
+  return as_number(rows);
+}
+
+static PyObject* as_plan(FastPath* self, Dispatching* how, PyObject* block, uint64_t plan_at,
+                         unsigned long long stream, long long num_rows) {
+  PyObject* names[] = {n__number, n_stream,  n__num_rows, n_addresses,
+                       n__key,    n__layout, n__block,    n__one};
+  PyObject* values[] = {
+      PyObject_CallNoArgs(self->new_number),
+      PyLong_FromUnsignedLongLong(stream),
+      PyLong_FromLongLong(num_rows),
+      as_named(self->addresses_type, Py_BuildValue("(KKKK)", plan_at, plan_at + how->expert_offsets,
+                                                   plan_at + how->pairs, plan_at + how->links)),
+      self->key,
+      how->layout,
+      block,
+      self->one};
+  PyObject* plan = as_frozen(self->plan_type, names, values, 8);
+  for (int i = 0; i < 4; ++i) Py_XDECREF(values[i]);
+  return plan;
+}
+
+/* The rows and their weights where they lie; the rest of the room is free again. */
+static PyObject* as_dispatched(FastPath* self, Dispatching* how, PyObject* room, PyObject* plan,
+                               long long num_rows) {
+  if (!num_rows) return PyObject_CallFunctionObjArgs(self->wrap, room, how->format, plan, NULL);
+  long long base = PyLong_AsLongLong(PyTuple_GET_ITEM(room, 0));
+  long long rows_size = round_up(num_rows * how->row_bytes), weights_size = round_up(num_rows * 4);
+  PyObject* size = PyLong_FromLongLong(rows_size + weights_size);
+  PyObject* shrink[] = {self->heap, room, size};
+  PyObject* done = size ? PyObject_VectorcallMethod(n_shrink, shrink, 3, NULL) : NULL;
+  Py_XDECREF(size);
+  if (!done) return NULL;
+  Py_DECREF(done);
+  int64_t shape[kMaxDims] = {num_rows};
+  for (int i = 1; i < how->ndim; ++i) shape[i] = how->row_shape[i - 1];
+  PyObject* values[] = {lend(self, base, rows_size, shape, how->ndim, how->code, how->bits),
+                        lend(self, base + rows_size, weights_size, shape, 1, 2, 32), plan};
+  PyObject* names[] = {n_tokens, n_row_weights, n_plan};
+  PyObject* result = as_frozen(self->dispatched_type, names, values, 3);
+  Py_XDECREF(values[0]);
+  Py_XDECREF(values[1]);
+  return result;
+}
+
+static PyObject* dispatch(FastPath* self, PyObject* const* given, Py_ssize_t count) {
+  if (count != 3) return PyErr_Format(PyExc_TypeError, "dispatch takes 3 tensors");
+  for (int i = 0; i < 3; ++i)
+    if ((PyObject*)Py_TYPE(given[i]) != self->tensor_type) Py_RETURN_NONE;
+  if (self->is_closed) Py_RETURN_NONE;
+  Dispatching* how = find(self->dispatchings, formats_of(given, 3));
+  uint64_t from[3];
+  unsigned long long stream;
+  if (!how || !is_plain(self, given[0], &from[0]) || !is_plain(self, given[1], &from[1]) ||
+      !is_plain(self, given[2], &from[2]) || !is_free(self, &stream))
+    return leave();
+  PyObject* block = NULL;
+  /* Memory belongs to the stream that it was allocated on. */
+  if (self->spare && self->spare_of == how && self->spare_stream == stream) {
+    block = self->spare;
+    self->spare = NULL;
+  } else {
+    block = PyObject_CallNoArgs(how->make_block);
+  }
+  if (!block) return leave();
+  uint64_t plan_at = as_number(call_method(block, n_data_ptr));
+  PyObject *room = NULL, *plan = NULL, *result = NULL;
+  long long num_rows;
+  do {
+    Py_XSETREF(room, call_method(self->heap, n_reserve_largest));
+    num_rows = room ? launch_dispatch(self, how, from, plan_at, stream, room) : -1;
+  } while (num_rows == -2);
+  if (num_rows >= 0) plan = as_plan(self, how, block, plan_at, stream, num_rows);
+  if (plan) result = as_dispatched(self, how, room, plan, num_rows);
+  Py_DECREF(block);
+  Py_XDECREF(room);
+  if (result) {
+    PyObject* zero = PyLong_FromLong(0);
+    PyObject* done = zero ? PyObject_CallOneArg(self->dispatched, zero) : NULL;
+    Py_XDECREF(zero);
+    if (!done || PyObject_SetAttr(self->works, n_last_plan, plan)) Py_CLEAR(result);
+    Py_XDECREF(done);
+  }
+  Py_XDECREF(plan);
+  return result;
+}

@@ -1,0 +1,137 @@
+/* What the calls of a Shuffle share, and what is known of each kind of them. */
+#pragma once
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <time.h>
+
+#include "structs.h"
+
+enum { kVectorBytes = 16, kMaxDims = 8 };
+
+/* A kernel with its grid; all but the stream stays as it is. */
+typedef struct {
+  unsigned long long config, function, parameters, stream_at;
+} Launch;
+
+typedef struct {
+  PyObject *call, *make_block, *layout, *format;
+  Launch plan, dispatch;
+  long long operation, status, number, signature;
+  long long expert_offsets, pairs, links;
+  long long row_bytes;
+  int slot_bytes, num_tokens, chunk_tokens;
+  int code, bits, ndim;
+  int64_t row_shape[kMaxDims];
+} Dispatching;
+
+typedef struct {
+  PyObject *kind, *form, *num_returners;
+  Launch combine;
+  long long operation, status, signature, returns_at;
+  int row_bytes, piece_bytes, num_slots;
+} Combining;
+
+/* What a Shuffle's calls share; fields are set from attributes of the same names. */
+#define OBJECTS(F)                                                                        \
+  F(tensor_type)                                                                          \
+  F(dispatched_type) F(plan_type) F(addresses_type) F(block_type) F(call_type) F(float32) \
+      F(strided) F(from_dlpack) F(current_device) F(current_raw_stream) F(is_transformed) \
+          F(is_profiled) F(order) F(traffic) F(heap) F(chunks) F(calls) F(new_number)     \
+              F(dispatched) F(combined) F(works) F(one) F(finish) F(wrap) F(key)
+#define NUMBERS(F)                                                                             \
+  F(device_type)                                                                               \
+  F(device_index) F(tensor_index) F(launch) F(get_capture) F(failure) F(chunk_span) F(reports) \
+      F(call) F(plan_args) F(dispatch_args) F(combine_args)
+
+#define OBJECT_FIELD(name) PyObject* name;
+#define NUMBER_FIELD(name) long long name##_;
+
+typedef struct {
+  PyObject_HEAD int is_closed;
+  OBJECTS(OBJECT_FIELD)
+  NUMBERS(NUMBER_FIELD)
+  PyObject *dispatchings, *combinings; /* capsules, by the formats of tensors */
+  PyObject* spare;                     /* memory for the next plan */
+  Dispatching* spare_of;
+  unsigned long long spare_stream;
+} FastPath;
+
+#define NAMES(F)                                                                               \
+  F(shape)                                                                                     \
+  F(dtype) F(layout) F(requires_grad) F(get_device) F(is_contiguous) F(is_neg) F(data_ptr)     \
+      F(new_empty) F(_last) F(only) F(is_capturing) F(reserve_largest) F(shrink) F(release)    \
+          F(append) F(base) F(last_plan) F(plan) F(row_weights) F(tokens) F(_key) F(_num_rows) \
+              F(_layout) F(_number) F(addresses) F(stream) F(_block) F(_one)
+#define NAME(name) static PyObject* n_##name;
+NAMES(NAME)
+static PyObject* nothing;
+
+static long long round_up(long long size) {
+  return (size + kBlockAlignment - 1) / kBlockAlignment * kBlockAlignment;
+}
+
+static PyObject* call_method(PyObject* of, PyObject* name) {
+  return PyObject_VectorcallMethod(name, &of, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
+}
+
+/* Consumes `value`. */
+static long long as_number(PyObject* value) {
+  if (!value) return -1;
+  long long number = PyLong_AsLongLong(value);
+  Py_DECREF(value);
+  return number;
+}
+
+static long long number_of(PyObject* of, PyObject* name) {
+  return as_number(PyObject_GetAttr(of, name));
+}
+
+/* Whether what a call or an attribute gave is an object; consumes it. */
+static int is_object(PyObject* value, PyObject* expected) {
+  Py_XDECREF(value);
+  return value == expected;
+}
+
+/* A named tuple. */
+static PyObject* as_named(PyObject* type, PyObject* values) {
+  if (!values) return NULL;
+  PyObject* arguments = PyTuple_Pack(1, values);
+  Py_DECREF(values);
+  if (!arguments) return NULL;
+  PyObject* made = PyTuple_Type.tp_new((PyTypeObject*)type, arguments, NULL);
+  Py_DECREF(arguments);
+  return made;
+}
+
+/* An object of a frozen class with these attributes. */
+static PyObject* as_frozen(PyObject* type, PyObject** names, PyObject** values, int count) {
+  PyObject* made = PyBaseObject_Type.tp_new((PyTypeObject*)type, nothing, NULL);
+  for (int i = 0; made && i < count; ++i)
+    if (!values[i] || PyObject_GenericSetAttr(made, names[i], values[i])) Py_CLEAR(made);
+  return made;
+}
+
+static PyObject* as_block(FastPath* self, long long base, long long size) {
+  return as_named(self->block_type, Py_BuildValue("(LL)", base, size));
+}
+
+static int launch(FastPath* self, const Launch* kernel, unsigned long long stream) {
+  typedef int (*LaunchFunction)(void*, void*, void*, void*);
+  *(unsigned long long*)kernel->stream_at = stream;
+  int error = ((LaunchFunction)self->launch_)((void*)kernel->config, (void*)kernel->function,
+                                              (void*)kernel->parameters, NULL);
+  if (error) PyErr_Format(PyExc_RuntimeError, "cuLaunchKernelEx: CUDA driver error %d", error);
+  return error ? -1 : 0;
+}
+
+static int remember(FastPath* self, long long ticket, PyObject* call) {
+  PyObject* entry = Py_BuildValue("(LO)", ticket, call);
+  if (!entry) return -1;
+  PyObject* done = PyObject_CallMethodOneArg(self->calls, n_append, entry);
+  Py_DECREF(entry);
+  Py_XDECREF(done);
+  return done ? 0 : -1;
+}
