@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 import fusco
-from fusco import engines
+from fusco import engines, env
 from fusco.bench import BenchConfig
 from fusco.cli import app
 from fusco.engines import EngineProbe
@@ -263,8 +263,9 @@ def test_doctor_shows_links_that_cannot_be_tried(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(peers, "try_link", try_link)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(sys.modules["fusco.cli.doctor"], "_devices", lambda: [])
-    result = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200"})
+    result = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200", env.FAST_PATH.name: "0"})
     assert result.exit_code == 0, result.exception
+    assert f"slower: {env.FAST_PATH.name} is 0" in result.output
     assert "cannot be tried: no [64] MiB" in result.output
     assert "writes 392, reads 300 GB/s" in result.output
 

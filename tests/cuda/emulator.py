@@ -102,8 +102,15 @@ def _stand_ins(folder: Path, stream: _Stream) -> Iterator[tuple[Any, str, Any]]:
 
 
 def _fast_path(stream: _Stream, *given: Any) -> FastPath:
+    def keeping(call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any) -> Any:
+            result = call(*given)
+            return None if result is None else stream.keeping(lambda *_: result)(*given)
+
+        return run
+
     made = FastPath(*given)
-    made.dispatch, made.combine = stream.keeping(made.dispatch), stream.keeping(made.combine)
+    made.dispatch, made.combine = keeping(made.dispatch), keeping(made.combine)
     return made
 
 

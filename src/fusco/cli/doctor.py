@@ -68,6 +68,7 @@ def examine() -> dict[str, Any]:
         "hardware": hardware(),
         "devices": _devices(),
         "links": _links(),
+        "fast_path": _fast_path(),
         "shared_memory": _shared_memory(),
         "engines": engines,
         "environment": variables,
@@ -103,12 +104,25 @@ def _links() -> list[dict[str, Any]]:
     """From every GPU to every other."""
     import torch
 
-    from fusco.engines import probe
-
-    if not any(found.name == "cuda" and found.available for found in probe()):
+    if not _has_cuda_engine():
         return []
     pairs = permutations(range(torch.cuda.device_count()), 2)
     return [_try_link(source, target) for source, target in pairs]
+
+
+def _has_cuda_engine() -> bool:
+    from fusco.engines import probe
+
+    return any(found.name == "cuda" and found.available for found in probe())
+
+
+def _fast_path() -> dict[str, Any] | None:
+    """Whether small calls on GPUs are served in C; None where there are none."""
+    if not _has_cuda_engine():
+        return None
+    from fusco.engines.cuda.fast_path import problem
+
+    return {"available": not problem(), "reason": problem() or "small calls are served in C"}
 
 
 def _try_link(source: int, target: int) -> dict[str, Any]:
@@ -179,6 +193,9 @@ def _print_facts(facts: dict[str, Any]) -> None:
         speed = f"writes {link['write_gbps']:.0f}, reads {link['read_gbps']:.0f} GB/s"
         verdict = f"[red]{escape(link['problem'])}[/red]" if link["problem"] else speed
         table.add_row(f"cuda:{link['source']} > cuda:{link['target']}", verdict)
+    if (path := facts["fast_path"]) is not None:
+        verdict = "" if path["available"] else "[yellow]not here[/yellow], slower: "
+        table.add_row("fast path", verdict + escape(path["reason"]))
     shared = facts["shared_memory"]
     limit = "no limit" if shared["limit_gib"] is None else f"limit {shared['limit_gib']} GiB"
     table.add_row("shared memory", f"memfd {'yes' if shared['memfd'] else 'no'}, {limit}")

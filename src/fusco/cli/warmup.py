@@ -23,7 +23,8 @@ def warmup(
         ),
     ] = None,
 ) -> None:
-    """Compile all GPU kernels into the cache, a line each. Needs no GPU where --arch is given.
+    """Compile all GPU kernels, and the host's fast path, into the cache, a line each. Needs no GPU
+    where --arch is given.
 
     The exit code is not 0 where they cannot be kept.
     """
@@ -45,7 +46,20 @@ def warmup(
             if not was_there and not kept(variant, name):
                 raise fail(f"warmup: kernel {label} cannot be kept in {folder}", FAILURE)
             typer.echo(f"{name:<8}  {label:<20}  {size >> 10:>5} KiB  {took}")
+        typer.echo(_warm_fast_path())
         typer.echo(f"Kernels are in {folder}")
+
+
+def _warm_fast_path() -> str:
+    from fusco.engines.cuda.fast_path import problem
+    from fusco.engines.cuda.fast_path.build import library_path
+
+    path, begin = library_path(), time.perf_counter()
+    was_there = path.exists()
+    if missing := problem():
+        return f"{'host':<8}  not compiled, which is slower for small calls: {missing}"
+    took = "was there" if was_there else f"{time.perf_counter() - begin:.2f} s"
+    return f"{'host':<8}  {'fast path':<20}  {path.stat().st_size >> 10:>5} KiB  {took}"
 
 
 def _check_writable(folder: Path) -> None:

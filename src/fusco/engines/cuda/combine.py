@@ -103,13 +103,14 @@ class Combiner:
         of rows."""
         (part,) = self._parts.get(form) or self._parts_of(form, (rows,))
         session, pieces = self._session, part.pieces
+        is_known = session.world.max_recv_tokens is None
 
         def returners(num_tokens: int, num_rows: int) -> int:
             return num_returners(
                 session.num_sms * structs.PIPELINES,
                 num_tokens,
                 is_cut=pieces.piece_bytes < part.row_bytes,
-                num_rows=num_rows // session.num_ranks,
+                num_rows=num_rows // session.num_ranks if is_known else 0,
             )
 
         launch = part.kernel.prepare(session.num_sms, _NUM_THREADS, pieces.shared_bytes)

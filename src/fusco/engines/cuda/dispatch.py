@@ -125,7 +125,7 @@ class Dispatcher:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._static_rows = static_rows = session.world.max_recv_tokens
-        self._static_bytes = (
+        self.static_bytes = (
             part_starts([session.world.row_bytes], static_rows or 0)[-1] + MAX_PARTS * 128
         )
         self.plan_args = structs.PlanArgs()
@@ -135,8 +135,6 @@ class Dispatcher:
         self._weighing = session.launchers("dispatch", self.args)
         self._row_addresses = self.args.rows  # the same memory; looking it up takes longer
         self._formats: dict[tuple[str, _Work], _Format] = {}
-        self._format: _Format | None = None  # that the arguments hold
-        self._planned_format: _Format | None = None
         self._plannings: dict[int, _Planning] = {}
         self._spare: dict[tuple[int, int], tuple[Tensor, Addresses]] = {}
 
@@ -288,7 +286,7 @@ class Dispatcher:
                 return Room(heap.free.reserve_largest(), heap.free)
             need = part_starts(form.row_bytes, num_rows)[-1]
             return Room(heap.free.reserve(need), heap.free)
-        need = self._static_bytes
+        need = self.static_bytes
         is_capturing = session.order.is_capturing
         home = heap.captured.of(stream) if is_capturing else heap.free
         block = heap.reserve(need, home)
@@ -329,10 +327,8 @@ class Dispatcher:
         self, topk_idx: Tensor, form: _Format, planning: _Planning, plan: Addresses
     ) -> None:
         args = self.plan_args
-        if form is not self._planned_format:
-            self._planned_format = form
-            args.num_parts = len(form.row_bytes)
-            args.row_bytes[: args.num_parts] = form.row_bytes
+        args.num_parts = len(form.row_bytes)
+        args.row_bytes[: args.num_parts] = form.row_bytes
         args.topk_idx = topk_idx.data_ptr()
         args.num_tokens = planning.layout.num_tokens
         args.chunk_tokens = planning.chunk_tokens
@@ -340,11 +336,9 @@ class Dispatcher:
 
     def _set_rows(self, rows: tuple[Tensor, ...], weights: Tensor | None, form: _Format) -> None:
         args = self.args
-        if form is not self._format:
-            self._format = form
-            args.num_parts = len(rows)
-            args.row_bytes[: len(rows)] = form.row_bytes
-            args.slot_bytes = form.slot_bytes
+        args.num_parts = len(rows)
+        args.row_bytes[: len(rows)] = form.row_bytes
+        args.slot_bytes = form.slot_bytes
         for part, each in enumerate(rows):
             self._row_addresses[part] = each.data_ptr()
         args.num_tokens = rows[0].shape[0]

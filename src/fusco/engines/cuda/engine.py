@@ -58,7 +58,7 @@ class CudaEngine(Engine):
         super().__init__(world)
         self._works: _Works | None = _Works(world)
         module = fast_path.load()
-        if module is not None and world.max_recv_tokens is None:
+        if module is not None:
             works = self._works
             self.fast_path = fast_path.FastPath(
                 module, self, works, works.session, works.dispatcher, works.combiner

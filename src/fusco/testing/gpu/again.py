@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -44,7 +46,7 @@ def again(**changes: Any) -> Callable[[Group, str], None]:
                 kept = [*kept[-_KEPT:], _round_trip(shuffle, inputs, rank)]
             if served is not None:
                 expect(len(served) >= 2 * _ROUNDS, f"{len(served)} calls were served in short")
-            for inputs, changed in zip(rounds, _otherwise(case.device), strict=False):
+            for inputs, changed in zip(cycle(rounds), _otherwise(case.device), strict=False):
                 kept.append(changed(shuffle, inputs, rank))
                 kept.append(_round_trip(shuffle, inputs, rank))
             shuffle.synchronize()
@@ -144,6 +146,20 @@ def _otherwise(device: str) -> list[Callable[..., tuple[Inputs, Any, Any]]]:
         expect(y.requires_grad, "the gradient is lost")
         return inputs, d, y.detach()
 
+    def halves(shuffle: Any, inputs: Any, rank: int) -> tuple[Inputs, Any, Any]:
+        """Tuples, before and after what is plain."""
+
+        def both(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return tuple(half.contiguous() for half in rows.chunk(2, dim=1))
+
+        for _ in range(2):
+            _round_trip(shuffle, inputs, rank)
+            x, weights = both(inputs.x[rank]), inputs.weights_of(rank)
+            d = shuffle.dispatch(x, inputs.topk_idx[rank], weights)
+            y = shuffle.combine(both(inputs.outputs[rank]), d)
+        shuffle.synchronize()
+        return inputs, replace(d, tokens=torch.cat(d.tokens, dim=1)), torch.cat(y, dim=1)
+
     def planned(shuffle: Any, inputs: Inputs, rank: int) -> tuple[Inputs, Any, Any]:
         _, first, _ = _round_trip(shuffle, inputs, rank)
         weights = inputs.weights_of(rank)
@@ -161,7 +177,7 @@ def _otherwise(device: str) -> list[Callable[..., tuple[Inputs, Any, Any]]]:
         # Of a plan that was made on another stream.
         return inputs, d, shuffle.combine(inputs.outputs[rank], d)
 
-    return [spread, unaligned, with_gradients, planned, on_a_stream]
+    return [spread, unaligned, with_gradients, halves, planned, on_a_stream]
 
 
 def _expect_error(

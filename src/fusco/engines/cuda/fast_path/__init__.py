@@ -5,7 +5,7 @@ like `dispatch.py` and `combine.py` have served before are served by `module.c`,
 and nothing else: plain tensors, one at a time, without gradients, on the same stream as before.
 """
 
-from fusco.engines.cuda.fast_path.build import load
+from fusco.engines.cuda.fast_path.build import load, problem
 from fusco.engines.cuda.fast_path.calls import FastPath
 
-__all__ = ["FastPath", "load"]
+__all__ = ["FastPath", "load", "problem"]

@@ -24,42 +24,39 @@ _NAME = "fusco_fast_path"
 _COMPILERS = ("cc", "gcc", "clang")
 _OPTIONS = ("-std=gnu11", "-O2", "-fPIC", "-shared")
 _TIMEOUT_S = 120.0
+_MOST_SAID = 500
 
 
 def load() -> Any | None:
-    """The module; None where it cannot be had, see `problem`, or is not wanted."""
-    return _load() if env.FAST_PATH.get() else None
+    """The module; None where it cannot be had, or is not wanted."""
+    return _load_or_tell()[0]
 
 
 def problem() -> str:
     """Why there is no module; empty where there is one."""
+    return _load_or_tell()[1]
+
+
+def _load_or_tell() -> tuple[Any | None, str]:
     if not env.FAST_PATH.get():
-        return f"{env.FAST_PATH.name} is 0"
-    if _load() is not None:
-        return ""
+        return None, f"{env.FAST_PATH.name} is 0"
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
-        return "this Python has no global lock"
+        return None, "this Python has no global lock"
     try:
-        compile_library()
-    except (OSError, subprocess.SubprocessError) as error:
-        output: bytes = getattr(error, "stderr", None) or b""
-        return " ".join([str(error), output.decode(errors="replace").strip()[-500:]]).strip()
-    return "what was compiled cannot be loaded"
+        return _load(library_path()), ""
+    except subprocess.CalledProcessError as error:
+        return None, f"{error}: {error.stderr.decode(errors='replace').strip()[-_MOST_SAID:]}"
+    except (OSError, ImportError, subprocess.SubprocessError) as error:
+        return None, str(error)
 
 
 @functools.cache
-def _load() -> Any | None:
-    if sysconfig.get_config_var("Py_GIL_DISABLED"):
-        return None
-    path = library_path()
+def _load(path: Path) -> Any:
     with suppress(OSError, ImportError):
         return _import(path)
     # It is not there, or broken.
-    with suppress(OSError, ImportError, subprocess.SubprocessError):
-        content = compile_library()
-        publish(path, content)
-        return _import(path)
-    return None
+    publish(path, compile_library())
+    return _import(path)
 
 
 def _import(path: Path) -> Any:
@@ -89,7 +86,7 @@ def compile_library(*options: str) -> bytes:
 
     Raises:
         FileNotFoundError: there is no compiler.
-        OSError, subprocess.SubprocessError: it does not do.
+        OSError, subprocess.SubprocessError: it fails.
     """
     compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:

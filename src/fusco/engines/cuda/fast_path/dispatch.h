@@ -20,6 +20,21 @@ static const struct Report* await_report(FastPath* self, long long ticket) {
   return (const struct Report*)report;
 }
 
+/* Of a block. */
+static long long size_of(PyObject* room) { return PyLong_AsLongLong(PyTuple_GET_ITEM(room, 1)); }
+
+/* A block for what comes, of the size that is known, else the largest; NULL where it is too small.
+ */
+static PyObject* reserve(FastPath* self) {
+  if (!self->static_rows_) return call_method(self->heap, n_reserve_largest);
+  PyObject* room = call_method_with(self->heap, n_reserve, self->static_bytes_);
+  if (!room || size_of(room) >= self->static_bytes_) return room;
+  PyObject* done = PyObject_CallMethodOneArg(self->heap, n_release, room);
+  Py_XDECREF(done);
+  Py_DECREF(room);
+  return NULL;
+}
+
 /* Launch both kernels and learn how many rows come; -1 with an error set, and -2 where there was no
    room, so that it must be done once more. */
 static long long launch_dispatch(FastPath* self, Dispatching* how, const uint64_t* from,
@@ -32,7 +47,7 @@ static long long launch_dispatch(FastPath* self, Dispatching* how, const uint64_
                         .plan = how->number,
                         .signature = how->signature,
                         .base = base % self->chunk_span_,
-                        .capacity = PyLong_AsLongLong(PyTuple_GET_ITEM(room, 1)),
+                        .capacity = size_of(room),
                         .chunk = base / self->chunk_span_,
                         .ticket = ticket};
   if (remember(self, ticket, how->call)) return -1;
@@ -64,6 +79,7 @@ static long long launch_dispatch(FastPath* self, Dispatching* how, const uint64_
   if (!self->spare) PyErr_Clear();
   self->spare_of = how;
   self->spare_stream = stream;
+  if (self->static_rows_) return self->static_rows_;
   const struct Report* report = await_report(self, ticket);
   if (report && report->verdict == kGo) return report->num_rows;
   PyObject* rows = PyObject_CallFunction(self->finish, "OLO", how->call, ticket, room);
@@ -99,12 +115,15 @@ static PyObject* as_dispatched(FastPath* self, Dispatching* how, PyObject* room,
   if (!num_rows) return PyObject_CallFunctionObjArgs(self->wrap, room, how->format, plan, NULL);
   long long base = PyLong_AsLongLong(PyTuple_GET_ITEM(room, 0));
   long long rows_size = round_up(num_rows * how->row_bytes), weights_size = round_up(num_rows * 4);
-  PyObject* size = PyLong_FromLongLong(rows_size + weights_size);
-  PyObject* shrink[] = {self->heap, room, size};
-  PyObject* done = size ? PyObject_VectorcallMethod(n_shrink, shrink, 3, NULL) : NULL;
-  Py_XDECREF(size);
-  if (!done) return NULL;
-  Py_DECREF(done);
+  if (self->static_rows_) {
+    weights_size = size_of(room) - rows_size;
+  } else {
+    PyObject* shrink[] = {self->heap, room, PyLong_FromLongLong(rows_size + weights_size)};
+    PyObject* done = shrink[2] ? PyObject_VectorcallMethod(n_shrink, shrink, 3, NULL) : NULL;
+    Py_XDECREF(shrink[2]);
+    Py_XDECREF(done);
+    if (!done) return NULL;
+  }
   int64_t shape[kMaxDims] = {num_rows};
   for (int i = 1; i < how->ndim; ++i) shape[i] = how->row_shape[i - 1];
   PyObject* values[] = {lend(self, base, rows_size, shape, how->ndim, how->code, how->bits),
@@ -135,22 +154,24 @@ static PyObject* dispatch(FastPath* self, PyObject* const* given, Py_ssize_t cou
   } else {
     block = PyObject_CallNoArgs(how->make_block);
   }
-  if (!block) return leave();
+  PyObject* room = block ? reserve(self) : NULL;
+  if (!room) {
+    Py_XDECREF(block);
+    return leave();
+  }
   uint64_t plan_at = as_number(call_method(block, n_data_ptr));
-  PyObject *room = NULL, *plan = NULL, *result = NULL;
+  PyObject *plan = NULL, *result = NULL;
   long long num_rows;
-  do {
-    Py_XSETREF(room, call_method(self->heap, n_reserve_largest));
-    num_rows = room ? launch_dispatch(self, how, from, plan_at, stream, room) : -1;
-  } while (num_rows == -2);
+  while ((num_rows = launch_dispatch(self, how, from, plan_at, stream, room)) == -2) {
+    Py_SETREF(room, reserve(self));
+    if (!room) break;
+  }
   if (num_rows >= 0) plan = as_plan(self, how, block, plan_at, stream, num_rows);
   if (plan) result = as_dispatched(self, how, room, plan, num_rows);
   Py_DECREF(block);
   Py_XDECREF(room);
   if (result) {
-    PyObject* zero = PyLong_FromLong(0);
-    PyObject* done = zero ? PyObject_CallOneArg(self->dispatched, zero) : NULL;
-    Py_XDECREF(zero);
+    PyObject* done = PyObject_CallOneArg(self->dispatched, self->zero);
     if (!done || PyObject_SetAttr(self->works, n_last_plan, plan)) Py_CLEAR(result);
     Py_XDECREF(done);
   }

@@ -35,16 +35,18 @@ typedef struct {
 } Combining;
 
 /* What a Shuffle's calls share; fields are set from attributes of the same names. */
-#define OBJECTS(F)                                                                        \
-  F(tensor_type)                                                                          \
-  F(dispatched_type) F(plan_type) F(addresses_type) F(block_type) F(call_type) F(float32) \
-      F(strided) F(from_dlpack) F(current_device) F(current_raw_stream) F(is_transformed) \
-          F(is_profiled) F(order) F(traffic) F(heap) F(chunks) F(calls) F(new_number)     \
-              F(dispatched) F(combined) F(works) F(one) F(finish) F(wrap) F(key)
-#define NUMBERS(F)                                                                             \
-  F(device_type)                                                                               \
-  F(device_index) F(tensor_index) F(launch) F(get_capture) F(failure) F(chunk_span) F(reports) \
-      F(call) F(plan_args) F(dispatch_args) F(combine_args)
+/* clang-format off */
+#define OBJECTS(F) \
+  F(tensor_type) F(dispatched_type) F(plan_type) F(addresses_type) F(block_type) F(call_type) \
+  F(float32) F(strided) \
+  F(from_dlpack) F(current_device) F(current_raw_stream) F(is_transformed) F(is_profiled) \
+  F(order) F(traffic) F(heap) F(chunks) F(calls) F(works) F(one) F(zero) F(key) \
+  F(new_number) F(dispatched) F(combined) F(finish) F(wrap)
+#define NUMBERS(F) \
+  F(device_type) F(device_index) F(tensor_index) F(chunk_span) F(static_rows) F(static_bytes) \
+  F(launch) F(get_capture) F(failure) F(reports) \
+  F(call) F(plan_args) F(dispatch_args) F(combine_args)
+/* clang-format on */
 
 #define OBJECT_FIELD(name) PyObject* name;
 #define NUMBER_FIELD(name) long long name##_;
@@ -59,12 +61,15 @@ typedef struct {
   unsigned long long spare_stream;
 } FastPath;
 
-#define NAMES(F)                                                                               \
-  F(shape)                                                                                     \
-  F(dtype) F(layout) F(requires_grad) F(get_device) F(is_contiguous) F(is_neg) F(data_ptr)     \
-      F(new_empty) F(_last) F(only) F(is_capturing) F(reserve_largest) F(shrink) F(release)    \
-          F(append) F(base) F(last_plan) F(plan) F(row_weights) F(tokens) F(_key) F(_num_rows) \
-              F(_layout) F(_number) F(addresses) F(stream) F(_block) F(_one)
+/* clang-format off */
+#define NAMES(F) \
+  F(shape) F(dtype) F(layout) F(requires_grad) F(get_device) F(is_contiguous) F(is_neg) \
+  F(data_ptr) F(new_empty) \
+  F(_last) F(only) F(is_capturing) \
+  F(reserve) F(reserve_largest) F(shrink) F(release) F(append) F(base) F(last_plan) \
+  F(plan) F(row_weights) F(tokens) \
+  F(_number) F(_key) F(_num_rows) F(_layout) F(_block) F(addresses) F(stream) F(_one)
+/* clang-format on */
 #define NAME(name) static PyObject* n_##name;
 NAMES(NAME)
 static PyObject* nothing;
@@ -74,7 +79,14 @@ static long long round_up(long long size) {
 }
 
 static PyObject* call_method(PyObject* of, PyObject* name) {
-  return PyObject_VectorcallMethod(name, &of, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
+  return PyObject_VectorcallMethod(name, &of, 1, NULL);
+}
+
+static PyObject* call_method_with(PyObject* of, PyObject* name, long long number) {
+  PyObject* given[] = {of, PyLong_FromLongLong(number)};
+  PyObject* result = given[1] ? PyObject_VectorcallMethod(name, given, 2, NULL) : NULL;
+  Py_XDECREF(given[1]);
+  return result;
 }
 
 /* Consumes `value`. */
