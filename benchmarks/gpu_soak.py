@@ -31,6 +31,7 @@ PER_LINE = 100
 NUM_KEPT = 3
 NUM_TOLD = 10
 """Differences that a record describes."""
+NUM_COMMON_SIZES = 3
 NUM_ROWS = 4096
 """Of the table that all rows are taken from."""
 
@@ -218,6 +219,10 @@ def iterate(
 ) -> None:
     """One dispatch and combine, sometimes another by the same plan."""
     sizes = torch.randint(load.max_tokens + 1, (load.num_ranks,), generator=generator)
+    # Many come again, for what comes again goes another way.
+    comes_again = torch.rand(load.num_ranks, generator=generator) < 0.6
+    step = max(1, load.max_tokens // NUM_COMMON_SIZES)
+    sizes = torch.where(comes_again, sizes // step * step, sizes)
     sizes[torch.rand(load.num_ranks, generator=generator) < 0.1] = 0
     routing = [draw_routing(setting, int(size), generator) for size in sizes]
     expected = expect_layout(routing, setting, rank)

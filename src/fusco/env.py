@@ -89,7 +89,7 @@ CACHE_DIR = Variable(
     name="FUSCO_CACHE_DIR",
     parse=str,
     default="~/.cache/fusco",
-    description="Where compiled GPU kernels are kept.",
+    description="Where compiled GPU kernels, and the C of small calls, are kept.",
 )
 BULK_COPIES = Variable(
     name="FUSCO_BULK_COPIES",

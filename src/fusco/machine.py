@@ -59,6 +59,8 @@ def hardware(device: str = "cpu") -> dict[str, Any]:
 @functools.cache
 def gpu_software() -> dict[str, str | None]:
     """Versions of what GPU measurements depend on besides torch; None where it is not there."""
+    from fusco.engines.cuda import fast_path
+
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "driver": driver.splitlines()[0] if driver else None,
@@ -67,6 +69,7 @@ def gpu_software() -> dict[str, str | None]:
         "cuda_core": _version("cuda-core"),
         "triton": _version("triton"),
         "deep_ep": _version("deep_ep"),
+        "fast_path": "compiled" if fast_path.load() is not None else None,
     }
 
 
