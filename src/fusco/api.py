@@ -241,9 +241,9 @@ class Shuffle:
         topk_weights: Tensor | None,
         plan: Plan | None,
     ) -> Dispatched[AnyRows]:
-        is_traced, fast_path = torch.compiler.is_compiling(), self._engine.fast_path
-        if fast_path is not None and plan is None and not is_traced:
-            served = fast_path.dispatch(x, topk_idx, topk_weights)
+        is_traced = torch.compiler.is_compiling()
+        if not is_traced and plan is None and (path := self._engine.fast_path) is not None:
+            served = path.dispatch(x, topk_idx, topk_weights)
             if served is not None:
                 return cast("Dispatched[AnyRows]", served)
         self._require_open()
@@ -332,11 +332,11 @@ class Shuffle:
     def _combine(
         self, expert_outputs: AnyRows, dispatched: Dispatched[Any], weighted: bool
     ) -> AnyRows:
-        is_traced, fast_path = torch.compiler.is_compiling(), self._engine.fast_path
-        if fast_path is not None and weighted is True and not is_traced:
-            summed = fast_path.combine(expert_outputs, dispatched)
+        is_traced = torch.compiler.is_compiling()
+        if not is_traced and weighted is True and (path := self._engine.fast_path) is not None:
+            summed = path.combine(expert_outputs, dispatched)
             if summed is not None:
-                return cast(AnyRows, summed)
+                return cast("AnyRows", summed)
         self._require_open()
         known: tuple[str, ...] | None = None
         with stage("combine"):

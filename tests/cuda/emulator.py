@@ -77,9 +77,7 @@ def _stand_ins(folder: Path, stream: _Stream) -> Iterator[tuple[Any, str, Any]]:
         yield module, "capture_on", lambda _: id(stream.graph)
     yield graphs, "captured_pool", lambda _: stream.graph and stream.graph.pool()
     yield Tensor, "cpu", lambda tensor: (stream.synchronize(), tensor)[1]
-    # Kept here, for C only has their addresses.
-    functions = {"cuLaunchKernelEx": _launch, "cuStreamIsCapturing": _capturing(stream)}
-    yield launch, "driver_address", lambda name: _address_of(functions[name])
+    yield launch, "driver_address", lambda _: ctypes.cast(_launch, ctypes.c_void_p).value
     yield torch._C, "_cuda_getCurrentRawStream", lambda _: 1
     yield torch._C, "_cuda_getDevice", lambda: 0
     fakes = {
@@ -112,21 +110,6 @@ def _fast_path(stream: _Stream, *given: Any) -> FastPath:
     made = FastPath(*given)
     made.dispatch, made.combine = keeping(made.dispatch), keeping(made.combine)
     return made
-
-
-def _capturing(stream: _Stream) -> Any:
-    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int))
-    def is_capturing(_handle: int, status: Any) -> int:
-        status[0] = int(stream.graph is not None)
-        return 0
-
-    return is_capturing
-
-
-def _address_of(function: Any) -> int:
-    address = ctypes.cast(function, ctypes.c_void_p).value
-    assert address is not None
-    return address
 
 
 def _meet(*given: Any, **named: Any) -> Meeting:
@@ -204,8 +187,7 @@ class _Stream:
             finally:
                 used, self._held = list(_outside_of_heaps((*self._held, *given, result))), []
                 self.add(partial(_forget, used))
-            if self._in_step and self.graph is None:
-                self.synchronize()
+            self.settle()
             return result
 
         return run
@@ -218,6 +200,11 @@ class _Stream:
             return result
 
         return run
+
+    def settle(self) -> None:
+        """Wait, if operations are to come back only when their kernels are done."""
+        if self._in_step and self.graph is None:
+            self.synchronize()
 
     def synchronize(self) -> None:
         done = threading.Event()
@@ -301,7 +288,8 @@ _handle = ctypes.c_uint64()
 @ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)
 def _launch(_config: int, function: int, _parameters: int, _extra: None) -> int:
     assert _handle.value == 1
-    _launchers[function]._add()
+    _launchers[function].add()
+    _launchers[function].stream.settle()
     return 0
 
 
@@ -311,7 +299,7 @@ class _Launcher:
     def __init__(
         self, folder: Path, stream: _Stream, of: Session, variant: Any, *arguments: Any
     ) -> None:
-        self._stream = stream
+        self.stream = stream
         self._arguments = (of.constants, of.call, *arguments)
         self._run = getattr(Kernels(folder, of), variant.name)
         self._element = getattr(torch, variant.element) if variant.element else None
@@ -321,7 +309,7 @@ class _Launcher:
         assert 0 < grid <= _PROPERTIES.multi_processor_count
         assert 0 < block <= 1024
         assert shared_bytes < _PROPERTIES.shared_memory_per_block_optin
-        self._add()
+        self.add()
 
     def prepare(self, grid: int, block: int, shared_bytes: int) -> Launch:
         """For `_launch`, by a number in place of the function."""
@@ -329,7 +317,7 @@ class _Launcher:
         _launchers[id(self)] = self
         return Launch(0, id(self), 0, ctypes.addressof(_handle))
 
-    def _add(self) -> None:
+    def add(self) -> None:
         # A launch takes them by value.
         taken = [type(each).from_buffer_copy(each) for each in self._arguments]
-        self._stream.add(lambda: self._run(*taken, *([self._element] if self._element else [])))
+        self.stream.add(lambda: self._run(*taken, *([self._element] if self._element else [])))

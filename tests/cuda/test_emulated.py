@@ -23,8 +23,9 @@ from fusco.testing.ranks import RankPool, subgroup
 # Rows of bytes need not be units of 16 there, and the others are of no Shuffle, or of GPUs alone.
 NOT_THESE = {"bytes", "exchange", "nccl-group", "gpu-mistakes"}
 NAMES = [each.name for each in (*CHECKS, *GPU_CHECKS) if each.name not in NOT_THESE]
-IN_STEP = ("gradients", "compiled", "strided", "overflow", "graphs-overflow")
-"""Computing with what has arrived, which does not wait for it on a CPU."""
+IN_STEP = ("gradients", "compiled", "strided", "overflow", "graphs-overflow", "again-wide")
+"""Computing with what has arrived, which does not wait for it on a CPU; and reports that are there
+at once."""
 
 
 def check(rank: int, name: str, num_ranks: int, folder: Path) -> str | NotApplicable | None:

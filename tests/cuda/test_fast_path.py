@@ -54,6 +54,13 @@ def test_the_second_time_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch, fo
     assert build.load() is not None
 
 
+def test_what_cannot_be_kept_is_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(env.CACHE_DIR.name, str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="cannot be kept"):
+        assert build.load() is not None
+
+
 def test_a_broken_library_is_compiled_anew() -> None:
     path = build.library_path()
     path.parent.mkdir(parents=True)

@@ -99,7 +99,7 @@ class Combiner:
         return Returned(sums=sums, pair_values=pair_values)
 
     def prepare(self, form: str, rows: Tensor) -> tuple[_Part, Launch, Callable[[int, int], int]]:
-        """For fast_path.py: the part, launch, and `num_returners` by numbers of tokens and
+        """For the fast path: the part, launch, and `num_returners` by numbers of tokens and
         of rows."""
         (part,) = self._parts.get(form) or self._parts_of(form, (rows,))
         session, pieces = self._session, part.pieces

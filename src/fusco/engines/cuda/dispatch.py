@@ -96,7 +96,7 @@ class _Planning(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What a dispatch of plain tensors takes, for fast_path.py.
+    """What a dispatch of plain tensors takes, for the fast path.
 
     Attributes:
         form: of its rows.
@@ -136,7 +136,7 @@ class Dispatcher:
         self._row_addresses = self.args.rows  # the same memory; looking it up takes longer
         self._formats: dict[tuple[str, _Work], _Format] = {}
         self._plannings: dict[int, _Planning] = {}
-        self._spare: dict[tuple[int, int], tuple[Tensor, Addresses]] = {}
+        self._spare: dict[tuple[int, int, bool], tuple[Tensor, Addresses]] = {}
 
     def dispatch_new(
         self,
@@ -153,8 +153,10 @@ class Dispatcher:
         form = self._format_of(call, rows, _MOVING)
         num_tokens = topk_idx.shape[0]
         planning = self._plannings.get(num_tokens) or self._planning(num_tokens)
-        # Memory belongs to the stream that it was allocated on.
-        found = self._spare.pop((stream, num_tokens), None)
+        # Memory belongs to the stream that it was allocated on, and tensors of the inference mode
+        # are no others.
+        spare = stream, num_tokens, torch.is_inference_mode_enabled()
+        found = self._spare.pop(spare, None)
         if found is None:
             try:
                 found = self._allocate(planning.layout)
@@ -178,7 +180,7 @@ class Dispatcher:
                 break
             # There is time until the report comes.
             with suppress(torch.OutOfMemoryError):
-                self._spare = {(stream, num_tokens): self._allocate(planning.layout)}
+                self._spare = {spare: self._allocate(planning.layout)}
             report = self._await_report(ticket, form)
             if report.verdict == _GO:
                 num_rows = report.num_rows

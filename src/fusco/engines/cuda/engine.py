@@ -57,12 +57,8 @@ class CudaEngine(Engine):
     def __init__(self, world: World) -> None:
         super().__init__(world)
         self._works: _Works | None = _Works(world)
-        module = fast_path.load()
-        if module is not None:
-            works = self._works
-            self.fast_path = fast_path.FastPath(
-                module, self, works, works.session, works.dispatcher, works.combiner
-            )
+        if self._works.fast_path is not None:
+            self.fast_path = fast_path.FastPath(self._works.fast_path, self, self._works)
 
     @property
     def device_types(self) -> tuple[str, ...]:
@@ -194,15 +190,15 @@ class _Works:
 
     def __init__(self, world: World) -> None:
         self.session = session = Session(world)
-        self.dispatcher, self.combiner = session.make_ready(
+        self.dispatcher, self.combiner, self.fast_path = session.make_ready(
             "kernels", self._load_kernels, "see what `fusco doctor` and `fusco warmup` find"
         )
         self.dispatcher.check_plan()
         self.last_plan: Plan | None = None
 
-    def _load_kernels(self) -> tuple[Dispatcher, Combiner]:
+    def _load_kernels(self) -> tuple[Dispatcher, Combiner, Any | None]:
         self.session.load_kernels()
-        return Dispatcher(self.session), Combiner(self.session)
+        return Dispatcher(self.session), Combiner(self.session), fast_path.load()
 
     def dense(self, call: Call, *tensors: Tensor | None) -> tuple[Any, ...]:
         """The same tensors, each in one piece; without memory for that all ranks raise."""

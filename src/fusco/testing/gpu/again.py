@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import cycle
 from typing import Any
@@ -39,7 +41,7 @@ def again(**changes: Any) -> Callable[[Group, str], None]:
         rounds = [draw(case, number) for number in range(_ROUNDS)]
         kept: list[tuple[Inputs, Any, Any]] = []
         with case.shuffle(group, engine) as shuffle:
-            served = _count_served(shuffle)
+            served = count_served(shuffle)
             for inputs in rounds:
                 kept.append(_round_trip(shuffle, inputs, rank))
             for inputs in rounds:
@@ -91,7 +93,7 @@ def _case(group: Group, engine: str, **changes: Any) -> Case:
     return Case(**(common | changes))
 
 
-def _count_served(shuffle: Any) -> list[object] | None:
+def count_served(shuffle: Any) -> list[object] | None:
     """A list to which each call adds something that is served on the short way; None where there
     is none."""
     short = shuffle._engine.fast_path
@@ -177,7 +179,39 @@ def _otherwise(device: str) -> list[Callable[..., tuple[Inputs, Any, Any]]]:
         # Of a plan that was made on another stream.
         return inputs, d, shuffle.combine(inputs.outputs[rank], d)
 
-    return [spread, unaligned, with_gradients, halves, planned, on_a_stream]
+    def deep(shuffle: Any, inputs: Any, rank: int) -> tuple[Inputs, Any, Any]:
+        """Rows of more dimensions than are served in short."""
+        x, outputs = inputs.x[rank], inputs.outputs[rank]
+        ones = [1] * 9
+        for _ in range(3):
+            d = shuffle.dispatch(
+                x.view(len(x), *ones, -1), inputs.topk_idx[rank], inputs.weights_of(rank)
+            )
+            y = shuffle.combine(outputs.view(len(outputs), *ones, x.shape[1]), d)
+        return inputs, replace(d, tokens=d.tokens.flatten(1)), y.flatten(1)
+
+    def in_inference(shuffle: Any, inputs: Any, rank: int) -> tuple[Inputs, Any, Any]:
+        with torch.inference_mode():
+            _round_trip(shuffle, inputs, rank)
+        _, d, y = _round_trip(shuffle, inputs, rank)
+        expect(not d.expert_offsets.is_inference(), "a plan of the inference mode is used again")
+        return inputs, d, y
+
+    def in_a_thread(shuffle: Any, inputs: Any, rank: int) -> tuple[Inputs, Any, Any]:
+        """On the same stream."""
+        stream = None if device == "cpu" else torch.cuda.current_stream()
+
+        def run() -> tuple[Inputs, Any, Any]:
+            with nullcontext() if stream is None else torch.cuda.stream(stream):
+                return _round_trip(shuffle, inputs, rank)
+
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(run).result()
+
+    return [
+        *(spread, unaligned, with_gradients, halves, planned),
+        *(on_a_stream, deep, in_inference, in_a_thread),
+    ]
 
 
 def _expect_error(

@@ -102,9 +102,15 @@ def closed(group: Group, engine: str) -> None:
     gc.disable()
     try:
         with inputs.case.shuffle(group, engine) as shuffle:
-            window = weakref.ref(cast(Any, shuffle)._engine._works.session.window.memory)
-            d = _dispatch(shuffle, inputs, rank)
             outputs = inputs.outputs[rank]
+            for _ in range(_ROUNDS):
+                d = _dispatch(shuffle, inputs, rank)
+                shuffle.combine(outputs, d)
+            session = cast(Any, shuffle)._engine._works.session
+            window = weakref.ref(session.window.memory)
+            heap = [weakref.ref(each.memory) for each in session.heap.chunks]
+            works = weakref.ref(cast(Any, shuffle)._engine._works)
+            del session
             kept = None
             try:
                 shuffle.combine(torch.cat((outputs, outputs.new_ones(1, *outputs.shape[1:]))), d)
@@ -112,6 +118,9 @@ def closed(group: Group, engine: str) -> None:
                 kept = error
         expect("rows" in str(kept), f"another error: {kept}")
         expect(window() is None, "the window of a closed Shuffle is still there")
+        del d, kept  # the error keeps the rows
+        expect(all(each() is None for each in heap), "the heap of a closed Shuffle is still there")
+        expect(works() is None, "what a closed Shuffle worked with is still there")
         expect(not waiting, "the memory of a closed Shuffle waits to be freed")
     finally:
         gc.enable()

@@ -15,6 +15,7 @@ from torch import Tensor
 import fusco
 from fusco.testing.cases import Case, Inputs, device_of, draw, expect, expect_same, sizes
 from fusco.testing.check import Group
+from fusco.testing.gpu.again import count_served
 
 Result = TypeVar("Result")
 
@@ -25,12 +26,15 @@ def static_rows(group: Group, engine: str) -> None:
     """Rows of several routings arrive where they would otherwise, and sums are the same."""
     rank = dist.get_rank(group)
     case = _case(group, engine, expert_alignment=4)
-    rounds = [draw(case, number) for number in range(3)]
+    rounds = [draw(case, number) for number in range(6)]
     size = max(_most_rows(inputs) for inputs in rounds)
     # More multiprocessors than there are is all of them.
     with case.shuffle(group, engine, max_recv_tokens=size, num_sms=10_000) as shuffle:
+        served = count_served(shuffle)
         done = [_call(shuffle, inputs, rank, size) for inputs in rounds]
         shuffle.synchronize()
+        if served is not None:
+            expect(len(served) > len(rounds), f"{len(served)} calls were served in short")
     for inputs, (d, y) in zip(rounds, done, strict=True):
         _expect(d, y, inputs, rank, size)
 

@@ -43,20 +43,27 @@ def _load_or_tell() -> tuple[Any | None, str]:
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
         return None, "this Python has no global lock"
     try:
-        return _load(library_path()), ""
-    except subprocess.CalledProcessError as error:
-        return None, f"{error}: {error.stderr.decode(errors='replace').strip()[-_MOST_SAID:]}"
-    except (OSError, ImportError, subprocess.SubprocessError) as error:
+        return _load(library_path())
+    except OSError as error:
         return None, str(error)
 
 
 @functools.cache
-def _load(path: Path) -> Any:
+def _load(path: Path) -> tuple[Any | None, str]:
     with suppress(OSError, ImportError):
-        return _import(path)
+        return _import(path), ""
     # It is not there, or broken.
-    publish(path, compile_library())
-    return _import(path)
+    try:
+        content = compile_library()
+        publish(path, content)
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / path.name  # for it may be that nothing can be kept
+            copy.write_bytes(content)
+            return _import(copy), ""
+    except subprocess.CalledProcessError as error:
+        return None, f"{error}: {error.stderr.decode(errors='replace').strip()[-_MOST_SAID:]}"
+    except (OSError, ImportError, subprocess.SubprocessError) as error:
+        return None, str(error)
 
 
 def _import(path: Path) -> Any:
@@ -95,7 +102,8 @@ def compile_library(*options: str) -> bytes:
         folder = Path(name)
         # C has no types of enumerations before C23.
         (folder / "structs.h").write_text(declarations().replace("enum : int", "enum"))
-        includes = [f"-I{folder}", f"-I{sysconfig.get_path('include')}"]
+        headers = (str(folder), *map(sysconfig.get_path, ("include", "platinclude")))
+        includes = [f"-I{each}" for each in dict.fromkeys(headers)]
         source, library = _folder() / "module.c", folder / "module.so"
         subprocess.run(
             [compiler, *_OPTIONS, *options, *includes, str(source), "-o", str(library)],

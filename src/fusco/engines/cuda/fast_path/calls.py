@@ -32,7 +32,6 @@ _KINDS = {
 }
 """Type and bits of elements, as DLPack says them, of rows that are served."""
 _DEVICE_TYPES = {"cpu": 1, "cuda": 2}
-_GO = int(structs.Verdict.GO)
 
 
 class FastPath:
@@ -41,8 +40,7 @@ class FastPath:
     Args:
         module: what `load` returns.
         engine: of the Shuffle.
-        works: what holds the engine's last plan.
-        session, dispatcher, combiner: of the engine.
+        works: its session, dispatcher, combiner and last plan, under these names.
 
     Attributes:
         dispatch: takes `x`, `topk_idx` and `topk_weights`, and returns what `Shuffle.dispatch`
@@ -51,17 +49,13 @@ class FastPath:
             None.
     """
 
-    def __init__(
-        self,
-        module: Any,
-        engine: Engine,
-        works: object,
-        session: Session,
-        dispatcher: Dispatcher,
-        combiner: Combiner,
-    ) -> None:
+    def __init__(self, module: Any, engine: Engine, works: Any) -> None:
+        session: Session = works.session
+        dispatcher: Dispatcher = works.dispatcher
+        combiner: Combiner = works.combiner
         self._engine, self._session = engine, session
         self._dispatcher, self._combiner = dispatcher, combiner
+        self._max_dims: int = module.MAX_DIMS
         heap, order = session.heap, session.order
         self._served = module.FastPath(
             SimpleNamespace(
@@ -78,6 +72,8 @@ class FastPath:
                 current_raw_stream=torch._C._cuda_getCurrentRawStream,
                 is_transformed=torch._C._are_functorch_transforms_active,
                 is_profiled=torch._C._autograd._profiler_enabled,
+                is_stream_capturing=torch.cuda.is_current_stream_capturing,
+                is_inference=torch.is_inference_mode_enabled,
                 order=order,
                 traffic=order.traffic,
                 heap=heap.free,
@@ -96,7 +92,6 @@ class FastPath:
                 device_index=session.device_index,
                 tensor_index=session.one.get_device(),
                 launch=launch.driver_address("cuLaunchKernelEx"),
-                get_capture=launch.driver_address("cuStreamIsCapturing"),
                 failure=session.constants.failure,
                 reports=session.constants.reports,
                 chunk_span=CHUNK_SPAN,
@@ -112,59 +107,67 @@ class FastPath:
 
     def know_dispatch(self, form: str, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> None:
         """Serve dispatches like this one, which has been served before, from now on."""
-        if x.dtype not in _KINDS or topk_idx.dtype != torch.int64:
+        if x.dtype not in _KINDS or topk_idx.dtype != torch.int64 or x.dim() > self._max_dims:
             return
         call = Call(Operation.DISPATCH, form=form)
         got = self._dispatcher.prepare(call, x, topk_idx.shape[0])
-        layout, form_of_rows = got.layout, got.form
-        make_block = functools.partial(
-            torch.empty, layout.end // 4, dtype=torch.int32, device=self._session.device
-        )
+        layout, type_and_bits = got.layout, _KINDS[x.dtype]
         tensors = (x, topk_idx, topk_weights)
         self._served.know_dispatch(
             tuple([part for each in tensors for part in (each.shape, each.dtype)]),
-            _words(call),
-            call,
-            make_block,
-            layout,
-            form_of_rows,
-            (layout.expert_offsets, layout.pairs, layout.links),
-            got.plan,
-            got.dispatch,
-            (
-                form_of_rows.row_bytes[0],
-                form_of_rows.slot_bytes,
-                layout.num_tokens,
-                got.chunk_tokens,
-                *_KINDS[x.dtype],
+            SimpleNamespace(
+                **_words(call),
+                call=call,
+                make_block=functools.partial(
+                    torch.empty, layout.end // 4, dtype=torch.int32, device=self._session.device
+                ),
+                layout=layout,
+                format=got.form,
+                expert_offsets=layout.expert_offsets,
+                pairs=layout.pairs,
+                links=layout.links,
+                row_bytes=got.form.row_bytes[0],
+                slot_bytes=got.form.slot_bytes,
+                num_tokens=layout.num_tokens,
+                chunk_tokens=got.chunk_tokens,
+                type=type_and_bits[0],
+                bits=type_and_bits[1],
+                row_shape=tuple(x.shape[1:]),
+                plan=got.plan,
+                dispatch=got.dispatch,
             ),
-            tuple(x.shape[1:]),
         )
 
     def know_combine(self, form: str, rows: Tensor) -> None:
         """Likewise for weighted combines."""
         part, kernel, returners = self._combiner.prepare(form, rows)
-        operation, status, _, signature = _words(Call(Operation.COMBINE, form=form))
         self._served.know_combine(
             (rows.shape[1:], rows.dtype),
-            (operation, status, signature),
-            Operation.COMBINE,
-            form,
-            returners,
-            kernel,
-            (part.returns_at, part.row_bytes, part.pieces.piece_bytes, part.pieces.num_slots),
+            SimpleNamespace(
+                **_words(Call(Operation.COMBINE, form=form)),
+                kind=Operation.COMBINE,
+                form=form,
+                num_returners=returners,
+                returns_at=part.returns_at,
+                row_bytes=part.row_bytes,
+                piece_bytes=part.pieces.piece_bytes,
+                num_slots=part.pieces.num_slots,
+                combine=kernel,
+            ),
         )
 
     def close(self) -> None:
         """Serve nothing any more, and keep no memory."""
         self._served.close()
+        # They hold methods of this object.
+        del self._served, self.dispatch, self.combine
 
     def _finish(self, call: Call, ticket: int, block: Block) -> int | None:
         """Wait for a report that does not come at once, or is not good: how many rows come; None
         where there is room for them only now."""
         with self._engine:
             report = self._session.await_report(ticket)
-            if report.verdict == _GO:
+            if report.verdict == structs.Verdict.GO:
                 return report.num_rows
             room = Room(block, self._session.heap.free)
             self._dispatcher.make_room(call, room, report)
@@ -177,9 +180,10 @@ class FastPath:
         return Dispatched(tokens=rows, row_weights=weights, plan=plan)
 
 
-def _words(call: Call) -> tuple[int, ...]:
-    """What a call is in a record: operation, status, plan and signature."""
-    return tuple([int(each) for each in call.head(0)[1:5]])
+def _words(call: Call) -> dict[str, int]:
+    """What a call is in a record."""
+    _, operation, status, number, signature, *_ = map(int, call.head(0))
+    return {"operation": operation, "status": status, "number": number, "signature": signature}
 
 
 def _address(arguments: Any) -> int:

@@ -3,12 +3,13 @@
 
 #include "plain.h"
 
-/* Of a plan of this Shuffle, made on this stream; 0 where it is another. */
+/* What a combine needs of a plan. */
 typedef struct {
   long long num_rows, num_tokens, number;
   uint64_t pairs, links;
 } Made;
 
+/* Whether a plan is this Shuffle's, made on this stream; then what is needed of it. */
 static int read_plan(FastPath* self, PyObject* plan, unsigned long long stream, Made* made) {
   if ((PyObject*)Py_TYPE(plan) != self->plan_type) return 0;
   if (!has_number(plan, n__key, self->key)) return 0;
@@ -16,9 +17,9 @@ static int read_plan(FastPath* self, PyObject* plan, unsigned long long stream, 
   PyObject* layout = PyObject_GetAttr(plan, n__layout);
   PyObject* addresses = PyObject_GetAttr(plan, n_addresses);
   if (layout && addresses) {
-    made->num_tokens = PyLong_AsLongLong(PyTuple_GET_ITEM(layout, 0));
-    made->pairs = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(addresses, 2));
-    made->links = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(addresses, 3));
+    made->num_tokens = number_of(layout, n_num_tokens);
+    made->pairs = number_of(addresses, n_pairs);
+    made->links = number_of(addresses, n_links);
   }
   Py_XDECREF(layout);
   Py_XDECREF(addresses);
@@ -34,6 +35,17 @@ static int begins_with(PyObject* shape, long long extent, int has_others) {
          PyLong_AsLongLong(PyTuple_GET_ITEM(shape, 0)) == extent;
 }
 
+/* See `num_returners` in combine.py. */
+static int returners_of(const Combining* how, const Made* made) {
+  PyObject* numbers[] = {PyLong_FromLongLong(made->num_tokens),
+                         PyLong_FromLongLong(made->num_rows)};
+  PyObject* number =
+      numbers[0] && numbers[1] ? PyObject_Vectorcall(how->num_returners, numbers, 2, NULL) : NULL;
+  Py_XDECREF(numbers[0]);
+  Py_XDECREF(numbers[1]);
+  return (int)as_number(number);
+}
+
 static PyObject* launch_combine(FastPath* self, Combining* how, const Made* made, PyObject* rows,
                                 PyObject* row_shape, const uint64_t* from,
                                 unsigned long long stream) {
@@ -43,37 +55,35 @@ static PyObject* launch_combine(FastPath* self, Combining* how, const Made* made
   for (Py_ssize_t i = 1; i < ndim; ++i) sizes[i + 1] = PyTuple_GET_ITEM(row_shape, i - 1);
   PyObject* out = sizes[1] ? PyObject_VectorcallMethod(n_new_empty, sizes, ndim + 1, NULL) : NULL;
   Py_XDECREF(sizes[1]);
-  if (!out) return leave();
-  PyObject* numbers[] = {PyLong_FromLongLong(made->num_tokens),
-                         PyLong_FromLongLong(made->num_rows)};
-  PyObject* returners =
-      numbers[0] && numbers[1] ? PyObject_Vectorcall(how->num_returners, numbers, 2, NULL) : NULL;
-  Py_XDECREF(numbers[0]);
-  Py_XDECREF(numbers[1]);
-  int num_returners = (int)as_number(returners);
+  uint64_t out_at = out ? as_number(call_method(out, n_data_ptr)) : 0;
+  int num_returners = out ? returners_of(how, made) : 0;
+  if (PyErr_Occurred()) {
+    Py_XDECREF(out);
+    return leave();
+  }
   PyObject* described = as_named(
       self->call_type, Py_BuildValue("(OLOO)", how->kind, made->number, how->form, Py_None));
   long long ticket = call->ticket + 1;
-  int is_ready = described && !PyErr_Occurred() && !remember(self, ticket, described);
+  int is_ready = described && !remember(self, ticket, described);
   Py_XDECREF(described);
   if (is_ready) {
-    *call = (struct Call){.operation = how->operation,
-                          .status = how->status,
+    *call = (struct Call){.operation = how->operation_,
+                          .status = how->status_,
                           .plan = made->number,
-                          .signature = how->signature,
+                          .signature = how->signature_,
                           .ticket = ticket};
     *(struct CombineArgs*)self->combine_args_ =
         (struct CombineArgs){.rows = from[0],
-                             .out = as_number(call_method(out, n_data_ptr)),
+                             .out = out_at,
                              .row_weights = from[1],
                              .pairs = made->pairs,
                              .links = made->links,
-                             .returns_at = how->returns_at,
-                             .row_bytes = how->row_bytes,
+                             .returns_at = how->returns_at_,
+                             .row_bytes = (int)how->row_bytes_,
                              .num_tokens = (int)made->num_tokens,
                              .is_last = 1,
-                             .piece_bytes = how->piece_bytes,
-                             .num_slots = how->num_slots,
+                             .piece_bytes = (int)how->piece_bytes_,
+                             .num_slots = (int)how->num_slots_,
                              .num_returners = num_returners};
     is_ready = !launch(self, &how->combine, stream);
   }

@@ -4,80 +4,88 @@
 #include "combine.h"
 #include "dispatch.h"
 
+#define DROP(name) Py_CLEAR(of->name);
+#define SET_OBJECT(name) \
+  if (!(of->name = PyObject_GetAttrString(given, #name))) goto failed;
+#define SET_NUMBER(name)                                         \
+  of->name##_ = as_number(PyObject_GetAttrString(given, #name)); \
+  if (PyErr_Occurred()) goto failed;
+
 static void forget_dispatching(PyObject* capsule) {
-  Dispatching* how = PyCapsule_GetPointer(capsule, NULL);
-  Py_XDECREF(how->call);
-  Py_XDECREF(how->make_block);
-  Py_XDECREF(how->layout);
-  Py_XDECREF(how->format);
-  free(how);
+  Dispatching* of = PyCapsule_GetPointer(capsule, NULL);
+  DISPATCHING_OBJECTS(DROP)
+  free(of);
 }
 
 static void forget_combining(PyObject* capsule) {
-  Combining* how = PyCapsule_GetPointer(capsule, NULL);
-  Py_XDECREF(how->kind);
-  Py_XDECREF(how->form);
-  Py_XDECREF(how->num_returners);
-  free(how);
+  Combining* of = PyCapsule_GetPointer(capsule, NULL);
+  COMBINING_OBJECTS(DROP)
+  free(of);
 }
 
-/* Keep what is known of calls with tensors of these formats. */
-static PyObject* keep(PyObject* known, PyObject* formats, void* how, PyCapsule_Destructor forget) {
-  PyObject* capsule = PyCapsule_New(how, NULL, forget);
+/* Keep what is known of calls with tensors of these formats, in a capsule that this consumes. */
+static PyObject* keep(PyObject* known, PyObject* formats, PyObject* capsule) {
   /* What is there stays, for the spare memory belongs to it. */
-  PyObject* kept = capsule ? PyDict_SetDefault(known, formats, capsule) : NULL;
-  Py_XDECREF(capsule);
+  PyObject* kept = PyDict_SetDefault(known, formats, capsule);
+  Py_DECREF(capsule);
   if (!kept) return NULL;
   Py_RETURN_NONE;
 }
 
-#define LAUNCH "(KKKK)"
-#define LAUNCH_OF(kernel) \
-  &(kernel).config, &(kernel).function, &(kernel).parameters, &(kernel).stream_at
-
-static PyObject* know_dispatch(FastPath* self, PyObject* given) {
-  PyObject *formats, *shape;
-  Dispatching* how = calloc(1, sizeof *how);
-  if (!how) return PyErr_NoMemory();
-  int is_read = PyArg_ParseTuple(
-      given, "O(LLLL)OOOO(LLL)" LAUNCH LAUNCH "(Liiiii)O!", &formats, &how->operation, &how->status,
-      &how->number, &how->signature, &how->call, &how->make_block, &how->layout, &how->format,
-      &how->expert_offsets, &how->pairs, &how->links, LAUNCH_OF(how->plan),
-      LAUNCH_OF(how->dispatch), &how->row_bytes, &how->slot_bytes, &how->num_tokens,
-      &how->chunk_tokens, &how->code, &how->bits, &PyTuple_Type, &shape);
-  how->ndim = is_read ? 1 + (int)PyTuple_GET_SIZE(shape) : 0;
-  if (is_read && how->ndim > kMaxDims) {
-    PyErr_SetString(PyExc_ValueError, "rows have too many dimensions");
-    is_read = 0;
-  }
-  for (int i = 0; is_read && i < how->ndim - 1; ++i)
-    how->row_shape[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, i));
-  if (!is_read || PyErr_Occurred()) {
-    free(how);
-    return NULL;
-  }
-  Py_INCREF(how->call);
-  Py_INCREF(how->make_block);
-  Py_INCREF(how->layout);
-  Py_INCREF(how->format);
-  return keep(self->dispatchings, formats, how, forget_dispatching);
+static int read_launch(PyObject* given, const char* name, Launch* launch) {
+  PyObject* values = PyObject_GetAttrString(given, name);
+  int is_read = values && PyArg_ParseTuple(values, "LLLL", &launch->config, &launch->function,
+                                           &launch->parameters, &launch->stream_at);
+  Py_XDECREF(values);
+  return is_read;
 }
 
-static PyObject* know_combine(FastPath* self, PyObject* given) {
-  PyObject* formats;
-  Combining* how = calloc(1, sizeof *how);
-  if (!how) return PyErr_NoMemory();
-  if (!PyArg_ParseTuple(given, "O(LLL)OOO" LAUNCH "(Liii)", &formats, &how->operation, &how->status,
-                        &how->signature, &how->kind, &how->form, &how->num_returners,
-                        LAUNCH_OF(how->combine), &how->returns_at, &how->row_bytes,
-                        &how->piece_bytes, &how->num_slots)) {
-    free(how);
+/* The shape of a row, behind the number of rows. */
+static int read_shape(PyObject* given, Dispatching* of) {
+  PyObject* shape = PyObject_GetAttrString(given, "row_shape");
+  if (!shape) return 0;
+  of->ndim = 1 + (int)PyTuple_GET_SIZE(shape);
+  if (of->ndim > kMaxDims) PyErr_SetString(PyExc_ValueError, "rows have too many dimensions");
+  for (int i = 1; !PyErr_Occurred() && i < of->ndim; ++i)
+    of->shape[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, i - 1));
+  Py_DECREF(shape);
+  return !PyErr_Occurred();
+}
+
+static PyObject* know_dispatch(FastPath* self, PyObject* arguments) {
+  PyObject *formats, *given, *capsule;
+  if (!PyArg_ParseTuple(arguments, "OO", &formats, &given)) return NULL;
+  Dispatching* of = calloc(1, sizeof *of);
+  if (!of) return PyErr_NoMemory();
+  if (!(capsule = PyCapsule_New(of, NULL, forget_dispatching))) {
+    free(of);
     return NULL;
   }
-  Py_INCREF(how->kind);
-  Py_INCREF(how->form);
-  Py_INCREF(how->num_returners);
-  return keep(self->combinings, formats, how, forget_combining);
+  DISPATCHING_OBJECTS(SET_OBJECT)
+  DISPATCHING_NUMBERS(SET_NUMBER)
+  if (read_launch(given, "plan", &of->plan) && read_launch(given, "dispatch", &of->dispatch) &&
+      read_shape(given, of))
+    return keep(self->dispatchings, formats, capsule);
+failed:
+  Py_DECREF(capsule);
+  return NULL;
+}
+
+static PyObject* know_combine(FastPath* self, PyObject* arguments) {
+  PyObject *formats, *given, *capsule;
+  if (!PyArg_ParseTuple(arguments, "OO", &formats, &given)) return NULL;
+  Combining* of = calloc(1, sizeof *of);
+  if (!of) return PyErr_NoMemory();
+  if (!(capsule = PyCapsule_New(of, NULL, forget_combining))) {
+    free(of);
+    return NULL;
+  }
+  COMBINING_OBJECTS(SET_OBJECT)
+  COMBINING_NUMBERS(SET_NUMBER)
+  if (read_launch(given, "combine", &of->combine)) return keep(self->combinings, formats, capsule);
+failed:
+  Py_DECREF(capsule);
+  return NULL;
 }
 
 /* Nothing is served from now on, and no memory kept. */
@@ -89,31 +97,27 @@ static PyObject* shut(FastPath* self, PyObject* given) {
   Py_RETURN_NONE;
 }
 
-static void destroy(FastPath* self) {
-#define DROP(name) Py_CLEAR(self->name);
+static void destroy(FastPath* of) {
   OBJECTS(DROP)
-  Py_CLEAR(self->dispatchings);
-  Py_CLEAR(self->combinings);
-  Py_CLEAR(self->spare);
-  Py_TYPE(self)->tp_free(self);
+  Py_CLEAR(of->dispatchings);
+  Py_CLEAR(of->combinings);
+  Py_CLEAR(of->spare);
+  Py_CLEAR(of->spare_mode);
+  Py_TYPE(of)->tp_free(of);
 }
 
-static int set_up(FastPath* self, PyObject* given, PyObject* named) {
-  PyObject *shared, *value;
+static PyObject* create(PyTypeObject* type, PyObject* arguments, PyObject* named) {
+  PyObject* given;
   (void)named;
-  if (!PyArg_ParseTuple(given, "O", &shared)) return -1;
-#define SET_OBJECT(name)                                           \
-  if (!(value = PyObject_GetAttrString(shared, #name))) return -1; \
-  Py_XSETREF(self->name, value);
-#define SET_NUMBER(name)                                           \
-  if (!(value = PyObject_GetAttrString(shared, #name))) return -1; \
-  self->name##_ = as_number(value);                                \
-  if (PyErr_Occurred()) return -1;
+  if (!PyArg_ParseTuple(arguments, "O", &given)) return NULL;
+  FastPath* of = (FastPath*)type->tp_alloc(type, 0);
+  if (!of) return NULL;
   OBJECTS(SET_OBJECT)
   NUMBERS(SET_NUMBER)
-  Py_XSETREF(self->dispatchings, PyDict_New());
-  Py_XSETREF(self->combinings, PyDict_New());
-  return self->dispatchings && self->combinings ? 0 : -1;
+  if ((of->dispatchings = PyDict_New()) && (of->combinings = PyDict_New())) return (PyObject*)of;
+failed:
+  Py_DECREF(of);
+  return NULL;
 }
 
 static PyMethodDef methods[] = {
@@ -121,8 +125,8 @@ static PyMethodDef methods[] = {
      "The Dispatched of three tensors, or None."},
     {"combine", (PyCFunction)(void (*)(void))combine, METH_FASTCALL,
      "The weighted sums of rows and the Dispatched, or None."},
-    {"know_dispatch", (PyCFunction)know_dispatch, METH_VARARGS, "See fast_path.py."},
-    {"know_combine", (PyCFunction)know_combine, METH_VARARGS, "See fast_path.py."},
+    {"know_dispatch", (PyCFunction)know_dispatch, METH_VARARGS, "See calls.py."},
+    {"know_combine", (PyCFunction)know_combine, METH_VARARGS, "See calls.py."},
     {"close", (PyCFunction)shut, METH_NOARGS, "Serve nothing any more."},
     {NULL}};
 
@@ -132,8 +136,7 @@ static PyTypeObject fast_path_type = {
     .tp_dealloc = (destructor)destroy,
     .tp_flags = Py_TPFLAGS_DEFAULT,
     .tp_methods = methods,
-    .tp_init = (initproc)set_up,
-    .tp_new = PyType_GenericNew,
+    .tp_new = create,
 };
 
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "fusco_fast_path", NULL, -1};
@@ -145,7 +148,8 @@ PyMODINIT_FUNC PyInit_fusco_fast_path(void) {
   nothing = PyTuple_New(0);
   PyObject* module =
       nothing && !PyType_Ready(&fast_path_type) ? PyModule_Create(&definition) : NULL;
-  if (module && PyModule_AddObjectRef(module, "FastPath", (PyObject*)&fast_path_type))
+  if (module && (PyModule_AddObjectRef(module, "FastPath", (PyObject*)&fast_path_type) ||
+                 PyModule_AddIntConstant(module, "MAX_DIMS", kMaxDims)))
     Py_CLEAR(module);
   return module;
 }

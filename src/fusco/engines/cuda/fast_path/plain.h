@@ -21,8 +21,7 @@ static int has_number(PyObject* of, PyObject* name, PyObject* number) {
   return is_equal;
 }
 
-/* Whether nothing stands in the way of an operation on the current stream, whose handle it gives.
- */
+/* Whether nothing stands in the way of an operation on the current stream; then its handle. */
 static int is_free(FastPath* self, unsigned long long* stream) {
   if (self->is_closed || *(int64_t*)self->failure_) return 0;
   if (!is_object(PyObject_CallNoArgs(self->is_transformed), Py_False)) return 0;
@@ -38,13 +37,14 @@ static int is_free(FastPath* self, unsigned long long* stream) {
                 is_object(PyObject_GetAttr(self->order, n_is_capturing), Py_False);
   *stream = PyLong_AsUnsignedLongLong(handle);
   Py_DECREF(handle);
-  int status = 1;
-  typedef int (*GetCapture)(void*, int*);
-  return follows && !((GetCapture)self->get_capture_)((void*)*stream, &status) && !status;
+  /* This also gives the thread the device's context, which a launch needs. */
+  return follows && is_object(PyObject_CallNoArgs(self->is_stream_capturing), Py_False);
 }
 
-/* A call that is not served here; what was raised is found again by who serves it. */
+/* A call that is not served here: what was raised, whoever serves it finds again, but interrupts.
+ */
 static PyObject* leave(void) {
+  if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception)) return NULL;
   PyErr_Clear();
   Py_RETURN_NONE;
 }

@@ -11,45 +11,53 @@
 
 enum { kVectorBytes = 16, kMaxDims = 8 };
 
-/* A kernel with its grid; all but the stream stays as it is. */
+/* A kernel with its grid, as the driver takes them; all but the stream stays as it is. */
 typedef struct {
-  unsigned long long config, function, parameters, stream_at;
+  long long config, function, parameters, stream_at;
 } Launch;
 
+/* What is known of calls; fields are set from attributes of the same names. */
+/* clang-format off */
+#define DISPATCHING_OBJECTS(F) F(call) F(make_block) F(layout) F(format)
+#define DISPATCHING_NUMBERS(F) \
+  F(operation) F(status) F(number) F(signature) F(expert_offsets) F(pairs) F(links) \
+  F(row_bytes) F(slot_bytes) F(num_tokens) F(chunk_tokens) F(type) F(bits)
+#define COMBINING_OBJECTS(F) F(kind) F(form) F(num_returners)
+#define COMBINING_NUMBERS(F) \
+  F(operation) F(status) F(signature) F(returns_at) F(row_bytes) F(piece_bytes) F(num_slots)
+/* clang-format on */
+
+#define OBJECT_FIELD(name) PyObject* name;
+#define NUMBER_FIELD(name) long long name##_;
+
 typedef struct {
-  PyObject *call, *make_block, *layout, *format;
+  DISPATCHING_OBJECTS(OBJECT_FIELD)
+  DISPATCHING_NUMBERS(NUMBER_FIELD)
   Launch plan, dispatch;
-  long long operation, status, number, signature;
-  long long expert_offsets, pairs, links;
-  long long row_bytes;
-  int slot_bytes, num_tokens, chunk_tokens;
-  int code, bits, ndim;
-  int64_t row_shape[kMaxDims];
+  int ndim; /* of what comes */
+  int64_t shape[kMaxDims];
 } Dispatching;
 
 typedef struct {
-  PyObject *kind, *form, *num_returners;
+  COMBINING_OBJECTS(OBJECT_FIELD)
+  COMBINING_NUMBERS(NUMBER_FIELD)
   Launch combine;
-  long long operation, status, signature, returns_at;
-  int row_bytes, piece_bytes, num_slots;
 } Combining;
 
-/* What a Shuffle's calls share; fields are set from attributes of the same names. */
+/* What a Shuffle's calls share, likewise. */
 /* clang-format off */
 #define OBJECTS(F) \
   F(tensor_type) F(dispatched_type) F(plan_type) F(addresses_type) F(block_type) F(call_type) \
   F(float32) F(strided) \
   F(from_dlpack) F(current_device) F(current_raw_stream) F(is_transformed) F(is_profiled) \
+  F(is_stream_capturing) F(is_inference) \
   F(order) F(traffic) F(heap) F(chunks) F(calls) F(works) F(one) F(zero) F(key) \
   F(new_number) F(dispatched) F(combined) F(finish) F(wrap)
 #define NUMBERS(F) \
   F(device_type) F(device_index) F(tensor_index) F(chunk_span) F(static_rows) F(static_bytes) \
-  F(launch) F(get_capture) F(failure) F(reports) \
+  F(launch) F(failure) F(reports) \
   F(call) F(plan_args) F(dispatch_args) F(combine_args)
 /* clang-format on */
-
-#define OBJECT_FIELD(name) PyObject* name;
-#define NUMBER_FIELD(name) long long name##_;
 
 typedef struct {
   PyObject_HEAD int is_closed;
@@ -58,6 +66,7 @@ typedef struct {
   PyObject *dispatchings, *combinings; /* capsules, by the formats of tensors */
   PyObject* spare;                     /* memory for the next plan */
   Dispatching* spare_of;
+  PyObject* spare_mode; /* whether torch was in its inference mode */
   unsigned long long spare_stream;
 } FastPath;
 
@@ -66,9 +75,10 @@ typedef struct {
   F(shape) F(dtype) F(layout) F(requires_grad) F(get_device) F(is_contiguous) F(is_neg) \
   F(data_ptr) F(new_empty) \
   F(_last) F(only) F(is_capturing) \
-  F(reserve) F(reserve_largest) F(shrink) F(release) F(append) F(base) F(last_plan) \
+  F(reserve) F(reserve_largest) F(shrink) F(release) F(append) F(base) F(size) F(last_plan) \
   F(plan) F(row_weights) F(tokens) \
-  F(_number) F(_key) F(_num_rows) F(_layout) F(_block) F(addresses) F(stream) F(_one)
+  F(_number) F(_key) F(_num_rows) F(_layout) F(_block) F(addresses) F(stream) F(_one) \
+  F(num_tokens) F(pairs) F(links)
 /* clang-format on */
 #define NAME(name) static PyObject* n_##name;
 NAMES(NAME)
@@ -80,13 +90,6 @@ static long long round_up(long long size) {
 
 static PyObject* call_method(PyObject* of, PyObject* name) {
   return PyObject_VectorcallMethod(name, &of, 1, NULL);
-}
-
-static PyObject* call_method_with(PyObject* of, PyObject* name, long long number) {
-  PyObject* given[] = {of, PyLong_FromLongLong(number)};
-  PyObject* result = given[1] ? PyObject_VectorcallMethod(name, given, 2, NULL) : NULL;
-  Py_XDECREF(given[1]);
-  return result;
 }
 
 /* Consumes `value`. */
@@ -130,11 +133,15 @@ static PyObject* as_block(FastPath* self, long long base, long long size) {
   return as_named(self->block_type, Py_BuildValue("(LL)", base, size));
 }
 
+/* Without Python's lock, for the driver waits where its queue is full. */
 static int launch(FastPath* self, const Launch* kernel, unsigned long long stream) {
   typedef int (*LaunchFunction)(void*, void*, void*, void*);
+  LaunchFunction function = (LaunchFunction)self->launch_;
   *(unsigned long long*)kernel->stream_at = stream;
-  int error = ((LaunchFunction)self->launch_)((void*)kernel->config, (void*)kernel->function,
-                                              (void*)kernel->parameters, NULL);
+  int error;
+  Py_BEGIN_ALLOW_THREADS;
+  error = function((void*)kernel->config, (void*)kernel->function, (void*)kernel->parameters, NULL);
+  Py_END_ALLOW_THREADS;
   if (error) PyErr_Format(PyExc_RuntimeError, "cuLaunchKernelEx: CUDA driver error %d", error);
   return error ? -1 : 0;
 }

@@ -31,7 +31,7 @@ typedef struct {
 } Lent;
 
 static void let_go(DLManagedTensor* managed) {
-  Lent* lent = (Lent*)managed;
+  Lent* lent = managed->context;
   if (!Py_IsInitialized()) return; /* the process ends, and its memory with it */
   PyGILState_STATE state = PyGILState_Ensure();
   PyObject *type, *value, *trace;
@@ -56,30 +56,32 @@ static void drop_capsule(PyObject* capsule) {
 
 /* The `size` bytes at `base` of the heap as a tensor, with which they return to it. */
 static PyObject* lend(FastPath* self, long long base, long long size, const int64_t* shape,
-                      int ndim, int code, int bits) {
+                      int ndim, long long type, long long bits) {
   if (!self->chunks) {
     PyErr_SetString(PyExc_RuntimeError, "the Shuffle was closed during a dispatch");
     return NULL;
   }
   PyObject* chunk = PyList_GetItem(self->chunks, (Py_ssize_t)(base / self->chunk_span_));
   if (!chunk) return NULL;
+  Py_INCREF(chunk);
   long long address = number_of(chunk, n_base);
-  if (address == -1 && PyErr_Occurred()) return NULL;
-  Lent* lent = malloc(sizeof *lent);
-  if (!lent) return PyErr_NoMemory();
-  lent->block = as_block(self, base, size);
-  if (!lent->block) {
-    free(lent);
+  PyObject* block = PyErr_Occurred() ? NULL : as_block(self, base, size);
+  Lent* lent = block ? malloc(sizeof *lent) : NULL;
+  if (!lent) {
+    Py_DECREF(chunk);
+    if (block) PyErr_NoMemory();
+    Py_XDECREF(block);
     return NULL;
   }
   lent->heap = Py_NewRef(self->heap);
-  lent->chunk = Py_NewRef(chunk);
+  lent->block = block;
+  lent->chunk = chunk;
   for (int i = 0; i < ndim; ++i) lent->shape[i] = shape[i];
   lent->managed = (DLManagedTensor){
       .tensor = {.data = (void*)(address + base % self->chunk_span_),
                  .device = {(int32_t)self->device_type_, (int32_t)self->device_index_},
                  .ndim = ndim,
-                 .dtype = {(uint8_t)code, (uint8_t)bits, 1},
+                 .dtype = {(uint8_t)type, (uint8_t)bits, 1},
                  .shape = lent->shape},
       .context = lent,
       .deleter = let_go};
