@@ -63,7 +63,13 @@ class _Dispatch(torch.autograd.Function):
         topk_weights: Tensor | None,
         *rows: Tensor,
     ) -> tuple[Tensor, ...]:
-        delivery = calls.run_dispatch(rows, routing, topk_weights, engine, form)
+        path, delivery = engine.fast_path, None
+        if path is not None and len(rows) == 1:
+            served = path.dispatch_in_graph(form, rows[0], routing, topk_weights)
+            if served is not None:
+                delivery = Delivery((served.tokens,), served.row_weights, served.plan)
+        if delivery is None:
+            delivery = calls.run_dispatch(rows, routing, topk_weights, engine, form)
         delivered.append(delivery)
         ctx.plan, ctx.engine = delivery.plan, engine
         *_, ctx.needs_weights = ctx.needs_input_grad[:_NUM_OTHERS]
@@ -94,6 +100,11 @@ class _Combine(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.plan, ctx.engine, ctx.is_weighted = plan, engine, row_weights is not None
         ctx.save_for_backward(*rows, *(() if row_weights is None else (row_weights,)))
+        path, sums = engine.fast_path, None
+        if path is not None and len(rows) == 1:
+            sums = path.combine_in_graph(form, rows[0], row_weights, plan)
+        if sums is not None:
+            return (sums.detach(),)
         returned = calls.run_combine(rows, row_weights, plan, engine, form)
         return tuple(calls.as_results(returned.sums))
 

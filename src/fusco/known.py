@@ -47,8 +47,8 @@ class KnownCalls:
                 rows = as_tuple(x)
                 grads = calls.wanted_gradients(rows, topk_weights)
                 known = self._know(key, (grads, calls.form_of(rows, topk_weights, grads)))
-        elif known[0] == calls.NO_GRADIENTS and key not in self._told:
-            self._tell_dispatch(key, known[1], x, topk_idx, topk_weights)
+        elif key not in self._told:
+            self._tell_dispatch(key, known, x, topk_idx, topk_weights)
         return known
 
     def checked_combine(
@@ -71,20 +71,25 @@ class KnownCalls:
                     key, tuple([calls.form_of(rows, weights, each) for each in both])
                 )
         elif weighted and key not in self._told:
-            self._tell_combine(key, known[0], expert_outputs)
+            self._tell_combine(key, known, expert_outputs)
         return known
 
-    def _tell_dispatch(self, key: Any, form: str, x: Any, topk_idx: Any, weights: Any) -> None:
+    def _tell_dispatch(
+        self, key: Any, known: tuple[str, ...], x: Any, topk_idx: Any, weights: Any
+    ) -> None:
         """Tell the fast path of calls that have been served and come again."""
         self._told.add(key)
         if self._engine.fast_path is not None:
-            self._engine.fast_path.know_dispatch(form, x, topk_idx, weights)
+            grads, form = known
+            in_graph = grads != calls.NO_GRADIENTS
+            self._engine.fast_path.know_dispatch(form, x, topk_idx, weights, in_graph=in_graph)
 
-    def _tell_combine(self, key: Any, form: str, outputs: Any) -> None:
+    def _tell_combine(self, key: Any, known: tuple[str, ...], outputs: Any) -> None:
         """Likewise of combines."""
         self._told.add(key)
         if self._engine.fast_path is not None:
-            self._engine.fast_path.know_combine(form, outputs)
+            for in_graph, form in enumerate(known):
+                self._engine.fast_path.know_combine(form, outputs, in_graph=bool(in_graph))
 
     def _know(self, key: tuple[Any, ...], known: tuple[str, ...]) -> tuple[str, ...]:
         if len(self._known) < _MAX_KNOWN:

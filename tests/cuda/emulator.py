@@ -108,7 +108,8 @@ def _fast_path(stream: _Stream, *given: Any) -> FastPath:
         return run
 
     made = FastPath(*given)
-    made.dispatch, made.combine = keeping(made.dispatch), keeping(made.combine)
+    for name in ("dispatch", "combine", "dispatch_in_graph", "combine_in_graph"):
+        setattr(made, name, keeping(getattr(made, name)))
     return made
 
 

@@ -112,17 +112,26 @@ class Returned(NamedTuple):
 
 
 class FastPath(Protocol):
-    """A shorter way for plain calls whose like has been served before."""
+    """A shorter way for plain calls whose like has been served before; None: it does not serve one.
+
+    Forms of calls (`Call.form`) that are made in a graph of autograd say so.
+    """
 
     dispatch: Callable[[Any, Any, Any], Dispatched[Any] | None]
-    """Of `x`, `topk_idx` and `topk_weights`; None where it does not serve them."""
+    """Of `x`, `topk_idx` and `topk_weights`, of which no gradients are wanted."""
+    dispatch_in_graph: Callable[[str, Any, Any, Any], Dispatched[Any] | None]
+    """Of a form, and the same; what comes is in no graph yet."""
     combine: Callable[[Any, Any], Tensor | None]
-    """Of rows and what was dispatched; likewise."""
+    """Of rows and what was dispatched; no gradients are wanted. Weighted."""
+    combine_in_graph: Callable[[str, Any, Any, Any], Tensor | None]
+    """Of a form, rows, their weights, and the plan; what comes is in no graph yet."""
 
-    def know_dispatch(self, form: str, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> None:
+    def know_dispatch(
+        self, form: str, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, *, in_graph: bool
+    ) -> None:
         """Serve dispatches like this one from now on."""
 
-    def know_combine(self, form: str, rows: Tensor) -> None:
+    def know_combine(self, form: str, rows: Tensor, *, in_graph: bool) -> None:
         """Serve weighted combines like this one from now on."""
 
     def close(self) -> None:

@@ -110,7 +110,8 @@ def count_served(shuffle: Any) -> list[object] | None:
 
         return run
 
-    short.dispatch, short.combine = counting(short.dispatch), counting(short.combine)
+    for name in ("dispatch", "combine", "dispatch_in_graph", "combine_in_graph"):
+        setattr(short, name, counting(getattr(short, name)))
     return served
 
 
@@ -142,10 +143,15 @@ def _otherwise(device: str) -> list[Callable[..., tuple[Inputs, Any, Any]]]:
         return inputs, d, shuffle.combine(inputs.outputs[rank], d)
 
     def with_gradients(shuffle: Any, inputs: Any, rank: int) -> tuple[Inputs, Any, Any]:
-        x = inputs.x[rank].clone().requires_grad_()
-        d = shuffle.dispatch(x, inputs.topk_idx[rank], inputs.weights_of(rank))
-        y = shuffle.combine(inputs.outputs[rank], d)
-        expect(y.requires_grad, "the gradient is lost")
+        served = count_served(shuffle)
+        for _ in range(4):
+            x = inputs.x[rank].clone().requires_grad_()
+            d = shuffle.dispatch(x, inputs.topk_idx[rank], inputs.weights_of(rank))
+            y = shuffle.combine(inputs.outputs[rank], d)
+            expect(y.requires_grad and d.tokens.requires_grad, "the gradient is lost")
+            shuffle.combine(d.tokens, d).sum().backward()
+        if served is not None:
+            expect(len(served) >= 6, f"{len(served)} calls were served in short")
         return inputs, d, y.detach()
 
     def halves(shuffle: Any, inputs: Any, rank: int) -> tuple[Inputs, Any, Any]:

@@ -47,6 +47,8 @@ class FastPath:
             does; None where it does not serve them.
         combine: takes rows and what was dispatched, and returns what `Shuffle.combine` does, or
             None.
+        dispatch_in_graph, combine_in_graph: what operations that autograd knows do; see
+            `engines.base.FastPath`.
     """
 
     def __init__(self, module: Any, engine: Engine, works: Any) -> None:
@@ -104,8 +106,12 @@ class FastPath:
             )
         )
         self.dispatch, self.combine = self._served.dispatch, self._served.combine
+        self.dispatch_in_graph = self._served.dispatch_in_graph
+        self.combine_in_graph = self._served.combine_in_graph
 
-    def know_dispatch(self, form: str, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> None:
+    def know_dispatch(
+        self, form: str, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, *, in_graph: bool
+    ) -> None:
         """Serve dispatches like this one, which has been served before, from now on."""
         if x.dtype not in _KINDS or topk_idx.dtype != torch.int64 or x.dim() > self._max_dims:
             return
@@ -114,7 +120,10 @@ class FastPath:
         layout, type_and_bits = got.layout, _KINDS[x.dtype]
         tensors = (x, topk_idx, topk_weights)
         self._served.know_dispatch(
-            tuple([part for each in tensors for part in (each.shape, each.dtype)]),
+            (
+                form if in_graph else None,
+                *[part for each in tensors for part in (each.shape, each.dtype)],
+            ),
             SimpleNamespace(
                 **_words(call),
                 call=call,
@@ -138,11 +147,11 @@ class FastPath:
             ),
         )
 
-    def know_combine(self, form: str, rows: Tensor) -> None:
+    def know_combine(self, form: str, rows: Tensor, *, in_graph: bool) -> None:
         """Likewise for weighted combines."""
         part, kernel, returners = self._combiner.prepare(form, rows)
         self._served.know_combine(
-            (rows.shape[1:], rows.dtype),
+            (form if in_graph else None, rows.shape[1:], rows.dtype),
             SimpleNamespace(
                 **_words(Call(Operation.COMBINE, form=form)),
                 kind=Operation.COMBINE,
@@ -161,6 +170,7 @@ class FastPath:
         self._served.close()
         # They hold methods of this object.
         del self._served, self.dispatch, self.combine
+        del self.dispatch_in_graph, self.combine_in_graph
 
     def _finish(self, call: Call, ticket: int, block: Block) -> int | None:
         """Wait for a report that does not come at once, or is not good: how many rows come; None

@@ -93,45 +93,58 @@ static PyObject* launch_combine(FastPath* self, Combining* how, const Made* made
   return out;
 }
 
-static PyObject* combine(FastPath* self, PyObject* const* given, Py_ssize_t count) {
-  if (count != 2) return PyErr_Format(PyExc_TypeError, "combine takes a tensor and a Dispatched");
-  PyObject *rows = given[0], *dispatched = given[1];
+/* A weighted combine, which is known by its form where gradients are wanted. */
+static PyObject* serve_combine(FastPath* self, PyObject* form, PyObject* rows, PyObject* weights,
+                               PyObject* plan) {
   if ((PyObject*)Py_TYPE(rows) != self->tensor_type ||
-      (PyObject*)Py_TYPE(dispatched) != self->dispatched_type || self->is_closed)
+      (PyObject*)Py_TYPE(weights) != self->tensor_type || self->is_closed)
     Py_RETURN_NONE;
   PyObject *result = NULL, *row_shape = NULL;
-  PyObject* plan = PyObject_GetAttr(dispatched, n_plan);
-  PyObject* weights = PyObject_GetAttr(dispatched, n_row_weights);
-  PyObject* tokens = PyObject_GetAttr(dispatched, n_tokens);
   PyObject *shape = PyObject_GetAttr(rows, n_shape), *dtype = PyObject_GetAttr(rows, n_dtype);
-  PyObject* weights_shape = NULL;
+  PyObject* weights_shape = PyObject_GetAttr(weights, n_shape);
   uint64_t from[2];
   unsigned long long stream;
   Made made = {0};
-  if (!plan || !weights || !tokens || !shape || !dtype) goto done;
-  if ((PyObject*)Py_TYPE(weights) != self->tensor_type) goto done;
-  if ((PyObject*)Py_TYPE(tokens) != self->tensor_type) goto done;
-  if (!is_object(PyObject_GetAttr(tokens, n_requires_grad), Py_False)) goto done;
+  if (!shape || !dtype || !weights_shape) goto done;
   if (!is_object(PyObject_GetAttr(weights, n_dtype), self->float32)) goto done;
-  if (!(weights_shape = PyObject_GetAttr(weights, n_shape))) goto done;
   if (PyTuple_GET_SIZE(shape) > kMaxDims) goto done;
   if (!(row_shape = PySequence_GetSlice(shape, 1, kMaxDims))) goto done;
-  Combining* how = find(self->combinings, PyTuple_Pack(2, row_shape, dtype));
-  if (!how || !is_plain(self, rows, &from[0]) || !is_plain(self, weights, &from[1]) ||
-      !is_free(self, &stream) || !read_plan(self, plan, stream, &made) ||
-      !begins_with(shape, made.num_rows, 1) || !begins_with(weights_shape, made.num_rows, 0))
-    goto done;
-  result = launch_combine(self, how, &made, rows, row_shape, from, stream);
-  if (!result) goto failed;
+  Combining* how = find(self->combinings, PyTuple_Pack(3, form, row_shape, dtype));
+  if (how && is_plain(self, rows, &from[0]) && is_plain(self, weights, &from[1]) &&
+      is_free(self, &stream) && read_plan(self, plan, stream, &made) &&
+      begins_with(shape, made.num_rows, 1) && begins_with(weights_shape, made.num_rows, 0)) {
+    result = launch_combine(self, how, &made, rows, row_shape, from, stream);
+    goto end;
+  }
 done:
-  if (!result) result = leave();
-failed:
-  Py_XDECREF(plan);
-  Py_XDECREF(weights);
-  Py_XDECREF(tokens);
+  result = leave();
+end:
   Py_XDECREF(shape);
   Py_XDECREF(dtype);
   Py_XDECREF(weights_shape);
   Py_XDECREF(row_shape);
   return result;
+}
+
+static PyObject* combine(FastPath* self, PyObject* const* given, Py_ssize_t count) {
+  if (count != 2) return PyErr_Format(PyExc_TypeError, "combine takes a tensor and a Dispatched");
+  PyObject *rows = given[0], *dispatched = given[1];
+  if ((PyObject*)Py_TYPE(rows) != self->tensor_type ||
+      (PyObject*)Py_TYPE(dispatched) != self->dispatched_type)
+    Py_RETURN_NONE;
+  PyObject* plan = PyObject_GetAttr(dispatched, n_plan);
+  PyObject* weights = PyObject_GetAttr(dispatched, n_row_weights);
+  PyObject* tokens = PyObject_GetAttr(dispatched, n_tokens);
+  int is_served =
+      plan && weights && tokens && is_constant(rows) && is_constant(weights) && is_constant(tokens);
+  PyObject* result = is_served ? serve_combine(self, Py_None, rows, weights, plan) : leave();
+  Py_XDECREF(plan);
+  Py_XDECREF(weights);
+  Py_XDECREF(tokens);
+  return result;
+}
+
+static PyObject* combine_in_graph(FastPath* self, PyObject* const* given, Py_ssize_t count) {
+  if (count != 4) return PyErr_Format(PyExc_TypeError, "combine takes a form and 3 arguments");
+  return serve_combine(self, given[0], given[1], given[2], given[3]);
 }

@@ -156,12 +156,9 @@ static PyObject* as_dispatched(FastPath* self, Dispatching* how, PyObject* room,
   return result;
 }
 
-static PyObject* dispatch(FastPath* self, PyObject* const* given, Py_ssize_t count) {
-  if (count != 3) return PyErr_Format(PyExc_TypeError, "dispatch takes 3 tensors");
-  for (int i = 0; i < 3; ++i)
-    if ((PyObject*)Py_TYPE(given[i]) != self->tensor_type) Py_RETURN_NONE;
-  if (self->is_closed) Py_RETURN_NONE;
-  Dispatching* how = find(self->dispatchings, formats_of(given, 3));
+/* A dispatch of three tensors, which is known by its form where gradients are wanted. */
+static PyObject* serve_dispatch(FastPath* self, PyObject* form, PyObject* const* given) {
+  Dispatching* how = find(self->dispatchings, key_of(form, given, 3));
   uint64_t from[3];
   unsigned long long stream;
   if (!how || !is_plain(self, given[0], &from[0]) || !is_plain(self, given[1], &from[1]) ||
@@ -197,4 +194,23 @@ static PyObject* dispatch(FastPath* self, PyObject* const* given, Py_ssize_t cou
   }
   Py_XDECREF(plan);
   return result;
+}
+
+static int are_tensors(FastPath* self, PyObject* const* given, int count) {
+  for (int i = 0; i < count; ++i)
+    if ((PyObject*)Py_TYPE(given[i]) != self->tensor_type) return 0;
+  return !self->is_closed;
+}
+
+static PyObject* dispatch(FastPath* self, PyObject* const* given, Py_ssize_t count) {
+  if (count != 3) return PyErr_Format(PyExc_TypeError, "dispatch takes 3 tensors");
+  if (!are_tensors(self, given, 3)) Py_RETURN_NONE;
+  if (!is_constant(given[0]) || !is_constant(given[2])) return leave();
+  return serve_dispatch(self, Py_None, given);
+}
+
+static PyObject* dispatch_in_graph(FastPath* self, PyObject* const* given, Py_ssize_t count) {
+  if (count != 4) return PyErr_Format(PyExc_TypeError, "dispatch takes a form and 3 tensors");
+  if (!are_tensors(self, given + 1, 3)) Py_RETURN_NONE;
+  return serve_dispatch(self, given[0], given + 1);
 }

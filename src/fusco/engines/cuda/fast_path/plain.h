@@ -3,10 +3,14 @@
 
 #include "shared.h"
 
+/* Whether no gradient of a tensor is wanted. */
+static int is_constant(PyObject* tensor) {
+  return is_object(PyObject_GetAttr(tensor, n_requires_grad), Py_False);
+}
+
 /* Whether kernels can take a tensor as it is; then its address. */
 static int is_plain(FastPath* self, PyObject* tensor, uint64_t* address) {
   return is_object(PyObject_GetAttr(tensor, n_layout), self->strided) &&
-         is_object(PyObject_GetAttr(tensor, n_requires_grad), Py_False) &&
          as_number(call_method(tensor, n_get_device)) == self->tensor_index_ &&
          is_object(call_method(tensor, n_is_contiguous), Py_True) &&
          is_object(call_method(tensor, n_is_neg), Py_False) &&
@@ -55,13 +59,15 @@ static void* find(PyObject* known, PyObject* key) {
   return capsule ? PyCapsule_GetPointer(capsule, NULL) : NULL;
 }
 
-static PyObject* formats_of(PyObject* const* tensors, int count) {
-  PyObject* key = PyTuple_New(2 * count);
+/* What a dispatch is known by. */
+static PyObject* key_of(PyObject* form, PyObject* const* tensors, int count) {
+  PyObject* key = PyTuple_New(1 + 2 * count);
+  if (key) PyTuple_SET_ITEM(key, 0, Py_NewRef(form));
   for (int i = 0; key && i < count; ++i) {
     PyObject* shape = PyObject_GetAttr(tensors[i], n_shape);
     PyObject* dtype = PyObject_GetAttr(tensors[i], n_dtype);
-    PyTuple_SET_ITEM(key, 2 * i, shape);
-    PyTuple_SET_ITEM(key, 2 * i + 1, dtype);
+    PyTuple_SET_ITEM(key, 2 * i + 1, shape);
+    PyTuple_SET_ITEM(key, 2 * i + 2, dtype);
     if (!shape || !dtype) Py_CLEAR(key);
   }
   return key;
