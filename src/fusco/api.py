@@ -151,7 +151,9 @@ class Shuffle:
                 f"Shuffle: engine {meeting.engine!r} has no outputs of fixed size; leave out "
                 "max_recv_tokens, or use engine='cuda'"
             )
-        self._engine: Engine = make_engine(meeting.engine, world)
+        # What it keeps is used in every mode.
+        with torch.inference_mode(False):
+            self._engine: Engine = make_engine(meeting.engine, world)
         self._calls = KnownCalls(self._engine)
         ENGINES[self._key] = self._engine
 

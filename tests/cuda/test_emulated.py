@@ -23,7 +23,10 @@ from fusco.testing.ranks import RankPool, subgroup
 # Rows of bytes need not be units of 16 there, and the others are of no Shuffle, or of GPUs alone.
 NOT_THESE = {"bytes", "exchange", "nccl-group", "gpu-mistakes"}
 NAMES = [each.name for each in (*CHECKS, *GPU_CHECKS) if each.name not in NOT_THESE]
-IN_STEP = ("gradients", "compiled", "strided", "overflow", "graphs-overflow", "again-wide")
+IN_STEP = (
+    *("gradients", "compiled", "strided", "overflow", "graphs-overflow", "inference"),
+    "again-wide",
+)
 """Computing with what has arrived, which does not wait for it on a CPU; and reports that are there
 at once."""
 

@@ -118,6 +118,30 @@ def _growth(group: Group, engine: str) -> None:
         expect(not failures, "; ".join(failures))
 
 
+def _inference(group: Group, engine: str) -> None:
+    """What a Shuffle keeps is for every mode, also where it was made or has grown in inference."""
+    rank = dist.get_rank(group)
+    case = _case(group, engine)
+    inputs = [draw(case, number) for number in range(3)]
+    with torch.inference_mode():
+        shuffle = case.shuffle(group, engine)
+    with shuffle:
+        for _ in range(2):
+            kept = []
+            for each in inputs:
+                with torch.inference_mode():
+                    kept.append(expect_round_trip(shuffle, each, rank))
+                kept.append(expect_round_trip(shuffle, each, rank))
+            x = inputs[0].x[rank]
+            assert isinstance(x, torch.Tensor)
+            x = x.clone().requires_grad_()
+            d = shuffle.dispatch(x, inputs[0].topk_idx[rank], inputs[0].weights_of(rank))
+            shuffle.combine(d.tokens, d).sum().backward()
+            expect(
+                x.grad is not None and bool(x.grad.cpu().isfinite().all()), "there is no gradient"
+            )
+
+
 def _gradients(group: Group, engine: str) -> None:
     expect_gradients(_case(group, engine, dtype=torch.float64), group, engine)
 
@@ -229,6 +253,11 @@ CHECKS: tuple[Check, ...] = (
     Check(name="two-nodes", description="a plan of two levels, if ranks halve", fn=_nodes),
     Check(name="plan-reuse", description="a plan serves other rows and weights", fn=_plan_reuse),
     Check(name="growth", description="windows grow for a larger load", fn=_growth),
+    Check(
+        name="inference",
+        description="made and grown in torch's inference mode, and used outside",
+        fn=_inference,
+    ),
     Check(name="several", description="two Shuffles in turn on one group", fn=_several),
     Check(name="exchange", description="segments land where they belong", fn=_exchange),
     Check(name="repeatable", description="the same bits every time", fn=_repeatable),

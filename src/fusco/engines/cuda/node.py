@@ -85,6 +85,7 @@ class CudaNode(Node):
             block = self.reserve(need)
         return block
 
+    @torch.inference_mode(False)
     def _grow(self, operation: str, size: int) -> None:
         memory = self._on_all(
             operation,

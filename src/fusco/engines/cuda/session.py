@@ -247,6 +247,7 @@ class Session:
         text = f"{call.operation.text}: {error}"
         self.raise_everywhere(call.failed(WindowMemoryError(text)))
 
+    @torch.inference_mode(False)
     def grow(self, operation: str, need: int) -> None:
         """Add a chunk where a block of `need` bytes fits; all ranks call it with the same need."""
         self._num_growths += 1  # also of those that fail
