@@ -58,6 +58,8 @@ def _warm_fast_path() -> str:
     was_there = path.exists()
     if missing := problem():
         return f"{'host':<8}  not compiled, which is slower for small calls: {missing}"
+    if not path.exists():
+        raise fail(f"warmup: the fast path cannot be kept in {path.parent}", FAILURE)
     took = "was there" if was_there else f"{time.perf_counter() - begin:.2f} s"
     return f"{'host':<8}  {'fast path':<20}  {path.stat().st_size >> 10:>5} KiB  {took}"
 

@@ -174,9 +174,9 @@ class CudaEngine(Engine):
 
     def close(self, lost: int | None = None) -> None:
         works, self._works = self._works, None
-        if self.fast_path is not None:
-            self.fast_path.close()
-            self.fast_path = None
+        path, self.fast_path = self.fast_path, None
+        if path is not None:
+            path.close()
         if works is not None:
             works.session.close()
 

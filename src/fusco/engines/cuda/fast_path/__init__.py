@@ -2,7 +2,7 @@
 
 A small dispatch or combine takes a GPU less time than Python takes to ask for it. So calls whose
 like `dispatch.py` and `combine.py` have served before are served by `module.c`, which does the same
-and nothing else: plain tensors, one at a time, without gradients, on the same stream as before.
+and nothing else: plain tensors, one at a time, on the same stream as before.
 """
 
 from fusco.engines.cuda.fast_path.build import load, problem

@@ -56,8 +56,10 @@ def _load(path: Path) -> tuple[Any | None, str]:
     try:
         content = compile_library()
         publish(path, content)
+        with suppress(OSError, ImportError):
+            return _import(path), ""
         with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder) / path.name  # for it may be that nothing can be kept
+            copy = Path(folder) / path.name  # it could not be kept
             copy.write_bytes(content)
             return _import(copy), ""
     except subprocess.CalledProcessError as error:

@@ -168,9 +168,10 @@ class FastPath:
     def close(self) -> None:
         """Serve nothing any more, and keep no memory."""
         self._served.close()
-        # They hold methods of this object.
-        del self._served, self.dispatch, self.combine
-        del self.dispatch_in_graph, self.combine_in_graph
+        # They hold methods of this object; whoever has it still goes the long way.
+        del self._served
+        self.dispatch = self.combine = _serve_nothing
+        self.dispatch_in_graph = self.combine_in_graph = _serve_nothing
 
     def _finish(self, call: Call, ticket: int, block: Block) -> int | None:
         """Wait for a report that does not come at once, or is not good: how many rows come; None
@@ -188,6 +189,10 @@ class FastPath:
         room = Room(block, self._session.heap.free)
         (rows,), weights, _ = self._dispatcher.wrap(room, form, 0, plan)
         return Dispatched(tokens=rows, row_weights=weights, plan=plan)
+
+
+def _serve_nothing(*_: object) -> None:
+    pass
 
 
 def _words(call: Call) -> dict[str, int]:

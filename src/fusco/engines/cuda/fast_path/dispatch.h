@@ -49,8 +49,9 @@ static int is_spare_for(FastPath* self, const Dispatching* how, unsigned long lo
 
 /* Memory for the plan of the next call; there may be none. */
 static int make_spare(FastPath* self, Dispatching* how, unsigned long long stream) {
-  Py_XSETREF(self->spare, PyObject_CallNoArgs(how->make_block));
   Py_XSETREF(self->spare_mode, PyObject_CallNoArgs(self->is_inference));
+  Py_CLEAR(self->spare);
+  if (self->spare_mode && !self->is_closed) self->spare = PyObject_CallNoArgs(how->make_block);
   self->spare_of = how;
   self->spare_stream = stream;
   if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception)) return -1;

@@ -23,10 +23,11 @@ static void forget_combining(PyObject* capsule) {
   free(of);
 }
 
-/* Keep what is known of calls with tensors of these formats, in a capsule that this consumes. */
-static PyObject* keep(PyObject* known, PyObject* formats, PyObject* capsule) {
+/* Keep what is known of calls, in a capsule that this consumes, by a key: a form or None, and
+   formats of tensors. */
+static PyObject* keep(PyObject* known, PyObject* key, PyObject* capsule) {
   /* What is there stays, for the spare memory belongs to it. */
-  PyObject* kept = PyDict_SetDefault(known, formats, capsule);
+  PyObject* kept = PyDict_SetDefault(known, key, capsule);
   Py_DECREF(capsule);
   if (!kept) return NULL;
   Py_RETURN_NONE;
@@ -53,8 +54,8 @@ static int read_shape(PyObject* given, Dispatching* of) {
 }
 
 static PyObject* know_dispatch(FastPath* self, PyObject* arguments) {
-  PyObject *formats, *given, *capsule;
-  if (!PyArg_ParseTuple(arguments, "OO", &formats, &given)) return NULL;
+  PyObject *key, *given, *capsule;
+  if (!PyArg_ParseTuple(arguments, "OO", &key, &given)) return NULL;
   Dispatching* of = calloc(1, sizeof *of);
   if (!of) return PyErr_NoMemory();
   if (!(capsule = PyCapsule_New(of, NULL, forget_dispatching))) {
@@ -65,15 +66,15 @@ static PyObject* know_dispatch(FastPath* self, PyObject* arguments) {
   DISPATCHING_NUMBERS(SET_NUMBER)
   if (read_launch(given, "plan", &of->plan) && read_launch(given, "dispatch", &of->dispatch) &&
       read_shape(given, of))
-    return keep(self->dispatchings, formats, capsule);
+    return keep(self->dispatchings, key, capsule);
 failed:
   Py_DECREF(capsule);
   return NULL;
 }
 
 static PyObject* know_combine(FastPath* self, PyObject* arguments) {
-  PyObject *formats, *given, *capsule;
-  if (!PyArg_ParseTuple(arguments, "OO", &formats, &given)) return NULL;
+  PyObject *key, *given, *capsule;
+  if (!PyArg_ParseTuple(arguments, "OO", &key, &given)) return NULL;
   Combining* of = calloc(1, sizeof *of);
   if (!of) return PyErr_NoMemory();
   if (!(capsule = PyCapsule_New(of, NULL, forget_combining))) {
@@ -82,7 +83,7 @@ static PyObject* know_combine(FastPath* self, PyObject* arguments) {
   }
   COMBINING_OBJECTS(SET_OBJECT)
   COMBINING_NUMBERS(SET_NUMBER)
-  if (read_launch(given, "combine", &of->combine)) return keep(self->combinings, formats, capsule);
+  if (read_launch(given, "combine", &of->combine)) return keep(self->combinings, key, capsule);
 failed:
   Py_DECREF(capsule);
   return NULL;

@@ -59,7 +59,7 @@ static void* find(PyObject* known, PyObject* key) {
   return capsule ? PyCapsule_GetPointer(capsule, NULL) : NULL;
 }
 
-/* What a dispatch is known by. */
+/* What a dispatch is known by; the form is None where no gradients are wanted. */
 static PyObject* key_of(PyObject* form, PyObject* const* tensors, int count) {
   PyObject* key = PyTuple_New(1 + 2 * count);
   if (key) PyTuple_SET_ITEM(key, 0, Py_NewRef(form));

@@ -63,7 +63,7 @@ typedef struct {
   PyObject_HEAD int is_closed;
   OBJECTS(OBJECT_FIELD)
   NUMBERS(NUMBER_FIELD)
-  PyObject *dispatchings, *combinings; /* capsules, by the formats of tensors */
+  PyObject *dispatchings, *combinings; /* capsules, by what calls are known by */
   PyObject* spare;                     /* memory for the next plan */
   Dispatching* spare_of;
   PyObject* spare_mode; /* whether torch was in its inference mode */
