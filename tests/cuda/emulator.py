@@ -77,7 +77,7 @@ def _stand_ins(folder: Path, stream: _Stream) -> Iterator[tuple[Any, str, Any]]:
         yield module, "capture_on", lambda _: id(stream.graph)
     yield graphs, "captured_pool", lambda _: stream.graph and stream.graph.pool()
     yield Tensor, "cpu", lambda tensor: (stream.synchronize(), tensor)[1]
-    yield launch, "driver_address", lambda _: ctypes.cast(_launch, ctypes.c_void_p).value
+    yield launch, "_launch_function", lambda: _launch
     yield torch._C, "_cuda_getCurrentRawStream", lambda _: 1
     yield torch._C, "_cuda_getDevice", lambda: 0
     fakes = {

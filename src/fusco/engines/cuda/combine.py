@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -80,20 +81,12 @@ class Combiner:
         args.row_weights = _address(row_weights)
         _, _, args.pairs, args.links = Addresses.of(plan, stream)
         args.num_tokens = num_tokens
-        # Of fixed outputs nobody knows here how many rows there are.
-        is_known = session.world.max_recv_tokens is None
-        num_rows = plan.num_rows // session.num_ranks if is_known else 0
         for number, (part, each, out) in enumerate(zip(parts, rows, sums, strict=True)):
             args.part, args.is_last = number, number == len(rows) - 1
             args.rows, args.out = each.data_ptr(), out.data_ptr()
             kernel, args.row_bytes, args.returns_at, pieces = part
             args.piece_bytes, args.num_slots, shared_bytes = pieces
-            args.num_returners = num_returners(
-                session.num_sms * structs.PIPELINES,
-                num_tokens,
-                is_cut=pieces.piece_bytes < args.row_bytes,
-                num_rows=num_rows,
-            )
+            args.num_returners = self._num_returners(part, num_tokens, plan.num_rows)
             kernel(stream, session.num_sms, _NUM_THREADS, shared_bytes)
             args.row_values = args.pair_values = 0
         return Returned(sums=sums, pair_values=pair_values)
@@ -102,19 +95,19 @@ class Combiner:
         """For the fast path: the part, launch, and `num_returners` by numbers of tokens and
         of rows."""
         (part,) = self._parts.get(form) or self._parts_of(form, (rows,))
-        session, pieces = self._session, part.pieces
+        launch = part.kernel.prepare(self._session.num_sms, _NUM_THREADS, part.pieces.shared_bytes)
+        return part, launch, functools.partial(self._num_returners, part)
+
+    def _num_returners(self, part: _Part, num_tokens: int, num_rows: int) -> int:
+        session = self._session
+        # Of fixed outputs nobody knows here how many rows there are.
         is_known = session.world.max_recv_tokens is None
-
-        def returners(num_tokens: int, num_rows: int) -> int:
-            return num_returners(
-                session.num_sms * structs.PIPELINES,
-                num_tokens,
-                is_cut=pieces.piece_bytes < part.row_bytes,
-                num_rows=num_rows // session.num_ranks if is_known else 0,
-            )
-
-        launch = part.kernel.prepare(session.num_sms, _NUM_THREADS, pieces.shared_bytes)
-        return part, launch, returners
+        return num_returners(
+            session.num_sms * structs.PIPELINES,
+            num_tokens,
+            is_cut=part.pieces.piece_bytes < part.row_bytes,
+            num_rows=num_rows // session.num_ranks if is_known else 0,
+        )
 
     def _parts_of(self, form: str, rows: tuple[Tensor, ...]) -> list[_Part]:
         session = self._session

@@ -133,9 +133,9 @@ def _launch_function() -> Any:
     return ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
 
 
-def driver_address(name: str) -> int:
-    """Where a function of the driver is."""
-    address = ctypes.cast(getattr(ctypes.CDLL("libcuda.so.1"), name), ctypes.c_void_p).value
+def launch_address() -> int:
+    """Where the driver's function is, for others than Python to call."""
+    address = ctypes.cast(_launch_function(), ctypes.c_void_p).value
     assert address is not None
     return address
 

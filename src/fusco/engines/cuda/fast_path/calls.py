@@ -93,16 +93,16 @@ class FastPath:
                 device_type=_DEVICE_TYPES[session.device.type],
                 device_index=session.device_index,
                 tensor_index=session.one.get_device(),
-                launch=launch.driver_address("cuLaunchKernelEx"),
+                launch=launch.launch_address(),
                 failure=session.constants.failure,
                 reports=session.constants.reports,
                 chunk_span=CHUNK_SPAN,
                 static_rows=engine.world.max_recv_tokens or 0,
                 static_bytes=dispatcher.static_bytes,
-                call=_address(session.call),
-                plan_args=_address(dispatcher.plan_args),
-                dispatch_args=_address(dispatcher.args),
-                combine_args=_address(combiner.args),
+                call=ctypes.addressof(session.call),
+                plan_args=ctypes.addressof(dispatcher.plan_args),
+                dispatch_args=ctypes.addressof(dispatcher.args),
+                combine_args=ctypes.addressof(combiner.args),
             )
         )
         self.dispatch, self.combine = self._served.dispatch, self._served.combine
@@ -199,7 +199,3 @@ def _words(call: Call) -> dict[str, int]:
     """What a call is in a record."""
     _, operation, status, number, signature, *_ = map(int, call.head(0))
     return {"operation": operation, "status": status, "number": number, "signature": signature}
-
-
-def _address(arguments: Any) -> int:
-    return ctypes.addressof(arguments)
