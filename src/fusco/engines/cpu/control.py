@@ -220,6 +220,9 @@ class Control:
                 what = f"has died ({self._progress(other)})"
                 raise self._error(operation, self._ranks[other], what)
         state = look(self._peers[rank].mapping.address + self._layout.state)
+        # It may have come, and left, since the wait for it was given up.
+        if _wrap(self._seen(rank) - value) >= 0:
+            return
         if state >= _LOST:
             lost = state - _LOST
             what = f"is lost, as rank {self._ranks[rank]} has found"
