@@ -47,15 +47,42 @@ def test_a_rank_that_came_late_and_left_is_not_missed(
         first.meet(Stage.DONE, "combine")
 
 
+@pytest.mark.parametrize("has_ended", [False, True])
 @pytest.mark.parametrize(
     ("lost", "what"),
     [(None, "has closed its Shuffle"), (1, "has left after an error"), (0, "rank 0 is lost")],
 )
 def test_a_rank_that_left_before_it_came_is_named(
-    controls: list[Control], lost: int | None, what: str
+    controls: list[Control], lost: int | None, what: str, has_ended: bool
 ) -> None:
     first, second = controls
     second.reach(Stage.PUBLISHED)
     second.close(lost)
-    with pytest.raises(PeerError, match=what):
+    ended = mock.patch.object(first._peers[1], "has_ended", return_value=has_ended)
+    with ended, pytest.raises(PeerError, match=what):
         first.meet(Stage.DONE, "combine")
+
+
+def test_a_rank_that_ended_without_a_word_has_died(controls: list[Control]) -> None:
+    first, second = controls
+    first.reach(Stage.PUBLISHED)
+    second.reach(Stage.PUBLISHED)
+    ended = mock.patch.object(first._peers[1], "has_ended", return_value=True)
+    with ended, pytest.raises(PeerError, match="rank 1 has died"):
+        first.wait_all(Stage.DONE, "combine")
+    second.close(None)
+
+
+def test_a_rank_that_was_stopped_itself_looks_again(controls: list[Control]) -> None:
+    first, second = controls
+
+    def stop(*args: object) -> int:
+        behind: int = meet(*args)
+        second.reach(Stage.DONE)
+        return behind
+
+    meet = module.meet
+    clock = mock.Mock(side_effect=range(0, 1_000_000, 1000))
+    with mock.patch.object(module, "meet", side_effect=stop), mock.patch("time.monotonic", clock):
+        first.meet(Stage.DONE, "combine")
+    second.close(None)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 import fusco
 from fusco.engines.cpu import node
-from fusco.engines.two_level import session
 from fusco.testing.cases import Case, draw, expect_round_trip, expect_same
 from fusco.testing.ranks import RankPool, subgroup
 
@@ -104,14 +103,14 @@ def test_rows_with_gaps_are_copied_once(pool: RankPool) -> None:
     assert pool.run(given_with_gaps) == [[]] * pool.num_ranks
 
 
-def no_transport(rank: int) -> tuple[str, float]:
-    """What the making of a Shuffle raises where one rank has no memory for its slices, and after
-    how long."""
+def make_without(rank: int, what: str) -> tuple[str, float]:
+    """What the making of a Shuffle raises where one rank cannot make a part of it, and after how
+    long."""
     group = subgroup(range(CASE.num_ranks))
     if group is None:
         return "", 0.0
     problem = torch.OutOfMemoryError("none left")
-    fails = mock.patch.object(session, "SliceTransport", side_effect=problem)
+    fails = mock.patch(f"fusco.engines.{what}", side_effect=problem)
     text, begin_s = "", time.monotonic()
     with fails if rank == CULPRIT else contextlib.nullcontext():
         try:
@@ -124,8 +123,9 @@ def no_transport(rank: int) -> tuple[str, float]:
     return text, took_s
 
 
-def test_all_raise_what_one_cannot_make(pool: RankPool) -> None:
-    for text, took_s in pool.run(no_transport)[: CASE.num_ranks]:
+@pytest.mark.parametrize("what", ["two_level.session.SliceTransport", "cpu.session.Window"])
+def test_all_raise_what_one_cannot_make(pool: RankPool, what: str) -> None:
+    for text, took_s in pool.run(make_without, what)[: CASE.num_ranks]:
         assert f"rank {CULPRIT}: none left" in text
         assert took_s < PROMPT_S
 

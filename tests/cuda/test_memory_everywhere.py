@@ -18,7 +18,7 @@ class Bulletin:
         self._problems = problems  # rank 1's, by step
         self.said: list[str] = []
 
-    def swap(self, topic: str, text: str) -> list[str]:
+    def swap(self, topic: str, text: str, _: float | None = None) -> list[str]:
         self.said.append(text)
         return [text, self._problems.get(topic.rsplit(", ")[-1], "")]
 
@@ -30,6 +30,7 @@ def fail() -> Any:
 def session(bulletin: Bulletin, *, can_allocate: bool = True, can_map: bool = True) -> Any:
     return SimpleNamespace(
         bulletin=bulletin,
+        world=SimpleNamespace(timeout_s=1.0),
         _allocate=lambda size: "memory" if can_allocate else fail(),
         _allocator=SimpleNamespace(connect=lambda memory: "mapped" if can_map else fail()),
     )

@@ -24,6 +24,8 @@ from fusco.types import Ablation, Dispatched, Segments, Stats
 Result = TypeVar("Result")
 TEXT_BYTES = 2048
 """Longest text a rank can tell the others when something is wrong; the rest is cut."""
+COMPILE_S = 180.0
+"""The least bound of the waits while a Shuffle is made: kernels compile once a machine."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -45,18 +45,24 @@ class Bulletin:
         # Not all stores take an empty text.
         self.store.set(self._key(topic, self._rank), f"{text}.")
 
-    def read(self, topic: str, rank: int) -> str:
+    def read(self, topic: str, rank: int, timeout_s: float | None = None) -> str:
         """What a rank has posted.
+
+        Args:
+            topic: under which.
+            rank: of the group.
+            timeout_s: bound of this wait, seconds; None: that of every other.
 
         Raises:
             PeerError: it did not post in time.
         """
         key = self._key(topic, rank)
+        timeout_s = timeout_s or self.timeout_s
         try:
-            self.store.wait([key], timedelta(seconds=self.timeout_s))
+            self.store.wait([key], timedelta(seconds=timeout_s))
         except RuntimeError as error:
             raise PeerError(
-                f"{topic}: rank {rank} did not answer within {self.timeout_s:g} s "
+                f"{topic}: rank {rank} did not answer within {timeout_s:g} s "
                 f"(waited for by rank {self._rank}); the group cannot go on without it, restart "
                 "the ranks",
                 operation=topic,
@@ -64,10 +70,10 @@ class Bulletin:
             ) from error
         return bytes(self.store.get(key)).decode()[:-1]
 
-    def swap(self, topic: str, text: str) -> list[str]:
-        """Post, and read what all post, by rank."""
+    def swap(self, topic: str, text: str, timeout_s: float | None = None) -> list[str]:
+        """Post, and `read` what all post, by rank."""
         self.post(topic, text)
-        return [self.read(topic, rank) for rank in range(self._num_ranks)]
+        return [self.read(topic, rank, timeout_s) for rank in range(self._num_ranks)]
 
     def _key(self, topic: str, rank: int) -> str:
         return f"{self.name}/{topic}/{rank}"

@@ -21,6 +21,8 @@ from fusco.layout.records import ALIKE, HEADER, Field, Status
 
 _SPINS = 2000
 _STAGES = 1 << 16
+_GRACE_S = 0.75
+"""How long a rank that has waited in vain waits for a word of whom the other has missed itself."""
 
 
 class Stage(IntEnum):
@@ -200,37 +202,43 @@ class Control:
     def _wait_on(self, behind: int, ranks: slice, stage: int, operation: str) -> None:
         """What is left to do of a wait for some ranks that was not over at once."""
         value, flags, waited = self._value(stage), self._flags[ranks], self._waited[ranks]
-        deadline = time.monotonic() + self._timeout_s
+        deadline = time.monotonic() + self._timeout_s + _GRACE_S
         while behind >= 0:
-            rank = behind + (ranks.start or 0)
-            self._look_after(rank, value, operation)
-            if time.monotonic() > deadline:
+            self._look_after(behind + (ranks.start or 0), value, operation)
+            is_late = time.monotonic() > deadline
+            # Also in the end, for it may be this rank that was stopped for so long.
+            behind = wait(flags, value, 1, waited)
+            if is_late and behind >= 0:
+                rank = behind + (ranks.start or 0)
                 what = f"did not arrive within {self._timeout_s:g} s"
                 raise self._error(operation, self._ranks[rank], f"{what} ({self._progress(rank)})")
-            behind = wait(flags, value, 1, waited)
         for rank, seconds in zip(self._ranks[ranks], waited.tolist(), strict=True):
             self._wait_s[rank] += seconds
         waited[:] = 0
 
     def _look_after(self, rank: int, value: int, operation: str) -> None:
-        """Raise if the rank waited for will never come, naming the rank to blame."""
+        """Raise if the rank waited for, or one that has ended, will never come, naming the rank to
+        blame."""
         for other, peer in enumerate(self._peers):
-            # A rank that has done its part may end before others have.
-            if peer.has_ended() and _wrap(self._seen(other) - value) < 0:
+            has_ended = peer.has_ended()
+            if other != rank and not has_ended:
+                continue
+            state = look(peer.mapping.address + self._layout.state)
+            # Looked at last: it may have come, left and ended since the wait for it was given up.
+            if _wrap(self._seen(other) - value) >= 0:
+                continue
+            blamed, what = self._ranks[other], ""
+            if state >= _LOST:
+                blamed = state - _LOST
+                what = f"is lost, as rank {self._ranks[other]} has found"
+                if blamed == self._ranks[other]:
+                    what = "has left after an error of its own"
+            elif state == _CLOSED:
+                what = "has closed its Shuffle"
+            elif has_ended:
                 what = f"has died ({self._progress(other)})"
-                raise self._error(operation, self._ranks[other], what)
-        state = look(self._peers[rank].mapping.address + self._layout.state)
-        # It may have come, and left, since the wait for it was given up.
-        if _wrap(self._seen(rank) - value) >= 0:
-            return
-        if state >= _LOST:
-            lost = state - _LOST
-            what = f"is lost, as rank {self._ranks[rank]} has found"
-            if lost == self._ranks[rank]:
-                what = "has left after an error of its own"
-            raise self._error(operation, lost, what)
-        if state == _CLOSED:
-            raise self._error(operation, self._ranks[rank], "has closed its Shuffle")
+            if what:
+                raise self._error(operation, blamed, what)
 
     def _error(self, operation: str, rank: int, what: str) -> PeerError:
         here = f"rank {self._ranks[self._rank]} waited in operation {self.epoch}"

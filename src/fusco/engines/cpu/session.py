@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from fusco.engines.agreement import Call, Made, disagreement, make_on_all
-from fusco.engines.base import World
+from fusco.engines.base import COMPILE_S, World
 from fusco.engines.cpu.control import Control, Stage
 from fusco.engines.cpu.kernels.reduce import new_terms
 from fusco.engines.cpu.kernels.warm import warm_up
@@ -28,8 +28,6 @@ from fusco.transports.mailbox import Mailbox
 
 _INITIAL_WINDOW_BYTES = 1 << 20
 _BASE, _CAPACITY = int(Field.BASE), int(Field.CAPACITY)
-_COMPILE_S = 180.0
-"""The least bound of the waits while a Shuffle is made: kernels compile once a machine."""
 _warm_up_once = functools.cache(warm_up)
 
 
@@ -84,7 +82,7 @@ class Session:
         self.world = world
         self._ranks = tuple(range(world.topology.num_ranks)) if ranks is None else ranks
         self.rank = self._ranks.index(world.topology.rank)
-        mailbox = Mailbox(world.group, max(world.timeout_s, _COMPILE_S), wait_s, world.channel)
+        mailbox = Mailbox(world.group, max(world.timeout_s, COMPILE_S), wait_s, world.channel)
         # One rank compiles the kernels, then the others find them on disk.
         self._on_all(mailbox, lambda: None if self.rank else _warm_up_once())
         self.window, self.control = self._on_all(mailbox, lambda: self._make_memory(wait_s))
@@ -121,9 +119,12 @@ class Session:
         def open_all(files: list[int]) -> list[Mapping]:
             return [Mapping.open(*each) for each in zip(processes, files, strict=True)]
 
-        opened, mapped = self._on_all(mailbox, lambda: (open_all(controls), open_all(windows)))
-        self.control.connect(opened, processes)
-        return mapped
+        def connect() -> list[Mapping]:
+            self.control.connect(open_all(controls), processes)
+            return open_all(windows)
+
+        # Once all have connected any may end.
+        return self._on_all(mailbox, connect)
 
     def agree(self, call: Call, block: Block, payload: npt.NDArray[np.int64]) -> Agreement:
         """Publish what this rank is about to do and where it can receive; what all say.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fusco.engines.agreement import Call, make_on_all
-from fusco.engines.base import VALUE_ROW_BYTES, World
+from fusco.engines.base import COMPILE_S, VALUE_ROW_BYTES, World
 from fusco.engines.mail import share_records, share_text
 from fusco.engines.node import Node, NodeBlocks
 from fusco.engines.sliced import SlicedPlanner
@@ -75,11 +76,36 @@ class Session:
         make_planner: Callable[[World], SlicedPlanner],
         wait_s: list[float],
     ) -> None:
-        topology = world.topology
         self.world = world
         self.mailbox = Mailbox(world.group, world.timeout_s, wait_s, world.channel)
+        self.epoch = 0
+        self._process = os.getpid()
+        self.is_closed = False
+        with contextlib.ExitStack() as made:
+            self._make_on_all(lambda: self._make(make_node, make_planner, made))
+            made.pop_all()
+
+    def _make_on_all(self, make: Callable[[], None]) -> None:
+        world = self.world
+        bound_s = max(world.timeout_s, COMPILE_S)
+        patient = Mailbox(world.group, bound_s, self.mailbox.wait_s, world.channel)
+        _, problems = make_on_all(make, lambda text: share_text(patient, text, "Shuffle"))
+        if problems:
+            raise EngineUnavailableError(
+                "Shuffle: engine 'two_level' cannot be made on all ranks "
+                f"({problems}); use engine='reference'"
+            )
+
+    def _make(
+        self,
+        make_node: Callable[[World, list[float], tuple[int, ...]], Node],
+        make_planner: Callable[[World], SlicedPlanner],
+        made: contextlib.ExitStack,
+    ) -> None:
+        world, topology = self.world, self.world.topology
         mates = (rank for rank, node in enumerate(topology.node_of_rank) if node == topology.node)
-        self.node = make_node(world, wait_s, tuple(mates))
+        self.node = make_node(world, self.mailbox.wait_s, tuple(mates))
+        made.callback(self.node.close)
         self.planner = make_planner(world)
         most_segments = 1 if world.ablation.deduplicate else world.top_k
         wanted = slice_bytes(self.node.device, topology.num_nodes)
@@ -90,24 +116,8 @@ class Session:
         # No slice is larger than all there is to send.
         tokens = min(tokens, max(world.max_tokens, 1))
         self.size = SliceSize(tokens=tokens, rows=tokens * most_segments)
-        slot_bytes = align(self.size.rows * row_bytes)
-        self.transport = self._on_all(lambda: self._make_transport(slot_bytes))
-        self.epoch = 0
-        self._process = os.getpid()
-        self.is_closed = False
-
-    def _on_all(self, make: Callable[[], SliceTransport]) -> SliceTransport:
-        """What is made, if all ranks make theirs; else all raise the same error."""
-        made, problems = make_on_all(make, lambda text: share_text(self.mailbox, text, "Shuffle"))
-        if made is None or problems:
-            if made is not None:
-                made.close(is_lost=False)
-            self.node.close()
-            raise EngineUnavailableError(
-                "Shuffle: engine 'two_level' cannot join the nodes of all ranks "
-                f"({problems}); use engine='reference'"
-            )
-        return made
+        self.transport = self._make_transport(align(self.size.rows * row_bytes))
+        made.callback(self.transport.close, is_lost=False)
 
     def _make_transport(self, slot_bytes: int) -> SliceTransport:
         world = self.world
