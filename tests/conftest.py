@@ -29,7 +29,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 @pytest.fixture(scope="session")
 def pool() -> Iterator[RankPool]:
     """Eight ranks that live as long as the session; tests take subgroups of them."""
-    with RankPool(8, timeout_s=120.0) as ranks:
+    with RankPool(8, timeout_s=240.0) as ranks:
         yield ranks
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,7 +34,7 @@ CASE = Case(
     dtype=torch.bfloat16,
     ranks_per_node=2,
 )
-TIMEOUT_S = 3.0
+TIMEOUT_S = 4.0
 SLACK_S = 12.0
 
 
@@ -87,8 +89,12 @@ def test_lost_packets_and_a_slow_link_change_no_bit(cluster: Cluster, hosts: Ran
     hosts.run(round_trips, CASE, 2)
 
 
-def until_lost(rank: int) -> tuple[int, float, str]:
-    """Dispatch and combine until a rank is lost: which, after how long, and what is said."""
+def until_lost(rank: int, begun: Path) -> tuple[int, float, str]:
+    """Dispatch and combine until a rank is lost: which, after how long, and what is said.
+
+    Args:
+        begun: what to make when the first round has gone well.
+    """
     case = replace(CASE, num_tokens=(400,) * 5)
     inputs = draw(case)
     shuffle = shuffle_of(case, timeout_s=TIMEOUT_S)
@@ -96,6 +102,7 @@ def until_lost(rank: int) -> tuple[int, float, str]:
         began = time.monotonic()
         try:
             expect_round_trip(shuffle, inputs, rank)
+            begun.touch()
         except fusco.PeerError as error:
             took_s = time.monotonic() - began
             expect(f"rank {error.rank}" in str(error), "the text names the rank")
@@ -103,17 +110,30 @@ def until_lost(rank: int) -> tuple[int, float, str]:
     raise AssertionError("nobody was lost")
 
 
-def break_after(seconds: float, fault: Callable[[], None]) -> threading.Timer:
-    timer = threading.Timer(seconds, fault)
-    timer.start()
-    return timer
+@contextlib.contextmanager
+def broken_after(begun: Path, fault: Callable[[], None]) -> Iterator[None]:
+    """Something breaks within the rounds that follow the first."""
+
+    def wait_and_break() -> None:
+        while not begun.exists() and not is_over.wait(0.02):
+            pass
+        if not is_over.wait(0.5):
+            fault()
+
+    is_over = threading.Event()
+    thread = threading.Thread(target=wait_and_break)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
 
 
-def test_a_cut_link_is_an_error_in_time(cluster: Cluster, hosts: RankPool) -> None:
-    hosts.run(round_trips, CASE, 1)
-    timer = break_after(2.0, lambda: cluster.cut(2))
-    found = hosts.run(until_lost)
-    timer.join()
+def test_a_cut_link_is_an_error_in_time(cluster: Cluster, hosts: RankPool, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    with broken_after(begun, lambda: cluster.cut(2)):
+        found = hosts.run(until_lost, begun)
     for _, took_s, text in found:
         assert took_s < TIMEOUT_S + SLACK_S, text
     # The rank that is cut off sees all others fall silent, and one that waits for a rank which
@@ -121,13 +141,15 @@ def test_a_cut_link_is_an_error_in_time(cluster: Cluster, hosts: RankPool) -> No
     assert [lost for lost, _, _ in found].count(2) >= 2, found
 
 
-def test_a_killed_host_is_named_by_all_survivors(hosts: RankPool) -> None:
-    hosts.run(round_trips, CASE, 1)
-    pids = hosts.pids[2:4]
-    timer = break_after(2.0, lambda: [os.kill(pid, signal.SIGKILL) for pid in pids] and None)
-    with pytest.raises(RankFailure) as caught:
-        hosts.run(until_lost)
-    timer.join()
+def test_a_killed_host_is_named_by_all_survivors(hosts: RankPool, tmp_path: Path) -> None:
+    begun, pids = tmp_path / "begun", hosts.pids[2:4]
+
+    def kill() -> None:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+
+    with broken_after(begun, kill), pytest.raises(RankFailure) as caught:
+        hosts.run(until_lost, begun)
     assert sorted(caught.value.errors) == [2, 3]
     for lost, took_s, text in caught.value.results.values():
         assert lost in (2, 3), text

@@ -13,7 +13,7 @@ from fusco.testing.ranks import RankPool, subgroup
 
 NUM_RANKS = 4
 NUM_BYTES = 5000
-TIMEOUT_S = 1.5
+TIMEOUT_S = 4.0
 
 
 def segments(offset: list[int], size: list[int]) -> fusco.Segments:

@@ -53,7 +53,7 @@ def files() -> set[str]:
 
 
 CASE = Case(num_tokens=(5, 8, 3), hidden_size=16, top_k=2, num_experts=6)
-INTERRUPT_S, LATE_S, PROMPT_S = 0.3, 1.0, 10.0
+INTERRUPT_S, LATE_S, PROMPT_S = 0.3, 2.5, 60.0
 
 
 def interrupted(rank: int, engine: str, operation: str) -> list[tuple[str, str]]:
@@ -82,13 +82,13 @@ def interrupted(rank: int, engine: str, operation: str) -> list[tuple[str, str]]
             "exchange": exchange,
         }
         for turn in range(2):
-            if turn == 0 and rank == CULPRIT:
-                signal.signal(signal.SIGALRM, interrupt)
-                signal.setitimer(signal.ITIMER_REAL, INTERRUPT_S)
-            elif turn == 0:
+            if turn == 0 and rank != CULPRIT:
                 time.sleep(LATE_S)
             started = time.monotonic()
             try:
+                if turn == 0 and rank == CULPRIT:
+                    signal.signal(signal.SIGALRM, interrupt)
+                    signal.setitimer(signal.ITIMER_REAL, INTERRUPT_S)
                 calls[operation]()
                 raised.append(("nothing", ""))
             except (fusco.FuscoError, KeyboardInterrupt) as error:

@@ -29,7 +29,7 @@ def counted(rank: int, engine: str) -> list[dict[str, object]]:
         shuffle.combine(inputs.outputs[rank], d)
         seen.append(asdict(shuffle.stats()))
         if rank == 1:
-            time.sleep(0.3)
+            time.sleep(1.5)
         again = shuffle.dispatch(leaf, topk_weights=inputs.weights_of(rank), plan=d.plan)
         assert isinstance(again.tokens, torch.Tensor)
         shuffle.combine(again.tokens, again).sum().backward()
@@ -59,7 +59,7 @@ def test_stats(pool: RankPool, host_engine: str) -> None:
             a <= b for a, b in zip(once["bytes_to_peer"], more["bytes_to_peer"], strict=True)
         )  # type: ignore[call-overload]
     waited = by_rank[0][2]["wait_s"][1] - by_rank[0][1]["wait_s"][1]
-    assert waited > 0.2, "rank 1 came 0.3 s late"
+    assert waited > 0.2, "rank 1 came 1.5 s late"
 
 
 def profiled(rank: int, engine: str) -> list[str]:

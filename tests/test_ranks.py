@@ -42,7 +42,7 @@ def test_groups_and_subgroups_reduce(pool: RankPool) -> None:
 
 
 def test_failures_are_told_apart_and_the_pool_starts_again() -> None:
-    with RankPool(2, timeout_s=60.0, grace_s=1.0) as ranks:
+    with RankPool(2, timeout_s=60.0, grace_s=30.0) as ranks:
         with pytest.raises(RankFailure, match="rank 1: KeyError: 'rank 1'") as raised:
             ranks.run(raise_on, 1)
         assert raised.value.results == {0: 0}

@@ -91,7 +91,7 @@ def lose_the_last(rank: int, folder: Path, *, has_failed: bool) -> str:
     inputs = draw(case)
     with (
         emulated(folder, in_step=False),
-        case.shuffle(group, "reference", timeout_s=1.0) as shuffle,
+        case.shuffle(group, "reference", timeout_s=5.0) as shuffle,
     ):
         weights = inputs.weights_of(rank)
         for _ in range(3):  # from then on on the fast path

@@ -58,7 +58,7 @@ class Rank:
 
     def __init__(self, rank: int, board: Board, max_recv_tokens: int | None = None) -> None:
         topology = SimpleNamespace(rank=rank, num_ranks=2, num_experts=4)
-        world = SimpleNamespace(topology=topology, timeout_s=1.0, max_recv_tokens=max_recv_tokens)
+        world = SimpleNamespace(topology=topology, timeout_s=60.0, max_recv_tokens=max_recv_tokens)
         names = [name for name, _ in structs.Failure._fields_]
         self._place = {name: at for at, name in enumerate(names)}
         self.told = np.zeros(len(names), dtype=np.int64)

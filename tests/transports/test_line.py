@@ -68,7 +68,7 @@ def fail_to_make_a_line(rank: int) -> str:
         begin_s = time.monotonic()
         with pytest.raises(fusco.EngineUnavailableError, match="GLOO_SOCKET_IFNAME") as found:
             Mailbox(group, 1.0)
-        assert time.monotonic() - begin_s < 10
+        assert time.monotonic() - begin_s < 60
     return str(found.value)
 
 
@@ -81,15 +81,15 @@ def hear_late(rank: int) -> float:
     group = subgroup((0, 1))
     if group is None:
         return 0.0
-    mailbox = Mailbox(group, 2.0)
+    mailbox = Mailbox(group, 5.0)
     letter = torch.zeros(1, dtype=torch.int64)
     nothing = torch.empty(0)
     letters = Letters(mailbox, [nothing, letter] if rank == 0 else [nothing, nothing], "test")
     progress = Progress(mailbox, [1 - rank], "test")
     progress.reach(0)
-    time.sleep(2.5)
+    time.sleep(5.5)
     if rank == 1:
-        time.sleep(1.0)
+        time.sleep(0.5)
         letters.send([torch.tensor([7]), nothing])
     letters.wait()
     progress.finish()

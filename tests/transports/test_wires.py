@@ -91,10 +91,10 @@ def test_a_step_is_one_operation(batches: Batches) -> None:
     wire.flush(0)
     assert batches.asked == [[("irecv", 1), ("irecv", 2), ("isend", 2)]]
     for moving in first:
-        wire.wait(moving, 1.0)
+        wire.wait(moving, 60.0)
     wire.flush(2)  # nothing
     wire.flush(1)
-    wire.wait(later, 1.0)
+    wire.wait(later, 60.0)
     assert batches.asked[1:] == [[("irecv", 1)]]
 
 
@@ -106,7 +106,7 @@ def test_a_wait_is_bounded_and_ends_what_is_under_way(batches: Batches) -> None:
     begin_s = time.perf_counter()
     with pytest.raises(RuntimeError, match="timed out"):
         wire.wait(moving, 0.2)
-    assert 0.2 <= time.perf_counter() - begin_s < 5
+    assert 0.2 <= time.perf_counter() - begin_s < 60
     assert batches.num_aborts == 1
 
 

@@ -26,7 +26,7 @@ from fusco.testing.ranks import BACKENDS
 NUM_RANKS = 3
 CULPRIT = 1
 SURVIVORS = tuple(rank for rank in range(NUM_RANKS) if rank != CULPRIT)
-TIMEOUT_S = 4.0
+TIMEOUT_S = 6.0
 # On top of the timeout: a loaded machine, and an interpreter that unloads torch.
 _SLACK_S = 20.0
 _START_S = 120.0
@@ -117,6 +117,7 @@ def _main(rank: int, program: Program) -> None:
         world_size=NUM_RANKS,
         timeout=timedelta(seconds=60),
     )
+    dist.barrier()  # not all have started at once
     shuffle = fusco.Shuffle(
         num_experts=6,
         hidden_size=8,

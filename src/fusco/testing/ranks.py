@@ -154,10 +154,14 @@ class RankPool:
         request = pickle.dumps((fn, args))
         if not self._workers:
             self._start()
-        for worker in self._workers:
-            # A worker that died between two calls is reported by _collect, with its exit code.
-            with contextlib.suppress(BrokenPipeError):
-                worker.pipe.send_bytes(request)
+        try:
+            for worker in self._workers:
+                # A worker that died between two calls is reported by _collect, with its exit code.
+                with contextlib.suppress(BrokenPipeError):
+                    worker.pipe.send_bytes(request)
+        except BaseException:
+            self._end()
+            raise
         return self._collect(getattr(fn, "__qualname__", repr(fn)))
 
     def close(self) -> None:
@@ -306,7 +310,7 @@ class _Worker:
             if self.pipe.poll():
                 reply: _Returned | RankError = pickle.loads(self.pipe.recv_bytes())
                 return reply
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # OSError: it ended within an answer
             self.process.join()
             ended = True
         if not ended:
