@@ -72,7 +72,7 @@ def test_one_rank_alone_returns_nothing() -> None:
         ({"imbalance": "2"}, "imbalance"),
         ({"num_ranks": 33}, "num_ranks: got 33, expected at most 32"),
         ({"num_experts": 255}, "num_experts"),
-        ({"hidden_size": -1}, "hidden_size"),
+        ({"hidden_size": -1}, "buffer_size_hint: hidden_size"),
         ({"dtype": "bfloat16"}, "dtype"),
         ({"top_k": 33}, "top_k: got 33, expected at most 32"),
         ({"num_ranks": 40, "num_experts": 320}, "num_ranks: got 40, expected at most 32"),

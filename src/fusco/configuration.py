@@ -38,11 +38,11 @@ class Configuration:
         for name in (*_COUNTS, *_OPTIONAL_COUNTS):
             object.__setattr__(self, name, as_integer(getattr(self, name)))
 
-    def check(self, num_ranks: int, dtype: object) -> None:
-        """Raise an InputError for what is wrong in itself."""
+    def check(self, num_ranks: int, dtype: object, operation: str = "Shuffle") -> None:
+        """Raise an InputError for what is wrong in itself; `operation` is who was given it."""
         if not isinstance(dtype, torch.dtype):
             raise input_error(
-                "Shuffle",
+                operation,
                 "dtype",
                 got=repr(dtype),
                 expected="a torch.dtype",
@@ -53,21 +53,21 @@ class Configuration:
             type(v) is bool for v in vars(given).values()
         ):
             raise input_error(
-                "Shuffle",
+                operation,
                 "ablation",
                 got=repr(given),
                 expected="a fusco.Ablation of True and False, or None",
                 remedy="pass for example fusco.Ablation(fusion=False)",
             )
         for name in _COUNTS:
-            _check_count(name, getattr(self, name))
+            _check_count(operation, name, getattr(self, name))
         for name in _OPTIONAL_COUNTS:
             if getattr(self, name) is not None:
-                _check_count(name, getattr(self, name))
+                _check_count(operation, name, getattr(self, name))
         if self.placement is None:
             if self.num_experts % num_ranks:
                 raise input_error(
-                    "Shuffle",
+                    operation,
                     "num_experts",
                     got=str(self.num_experts),
                     expected=f"a multiple of the {num_ranks} ranks",
@@ -77,7 +77,7 @@ class Configuration:
         if not isinstance(self.placement, tuple) or len(self.placement) != self.num_experts:
             is_list = isinstance(self.placement, tuple)
             raise input_error(
-                "Shuffle",
+                operation,
                 "placement",
                 got=f"{len(self.placement)} entries" if is_list else type(self.placement).__name__,
                 expected=f"a list of {self.num_experts} ranks, one an expert",
@@ -87,7 +87,7 @@ class Configuration:
             if _is_integer(rank) and 0 <= rank < num_ranks:
                 continue
             raise input_error(
-                "Shuffle",
+                operation,
                 "placement",
                 got=f"rank {rank!r}",
                 expected=f"ranks of the group, 0 to {num_ranks - 1}",
@@ -123,10 +123,10 @@ def _is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_count(name: str, value: object) -> None:
+def _check_count(operation: str, name: str, value: object) -> None:
     if not _is_integer(value) or value < 1:
         raise input_error(
-            "Shuffle",
+            operation,
             name,
             got=repr(value),
             expected="an integer above 0",

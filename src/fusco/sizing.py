@@ -12,6 +12,8 @@ from fusco.configuration import Configuration, as_integer
 from fusco.errors import input_error
 from fusco.layout.compact import BLOCK_ALIGNMENT, WindowLayout, chunk_bytes, part_starts
 
+_NAME = "buffer_size_hint"
+
 
 @dataclass(frozen=True, kw_only=True)
 class BufferSizes:
@@ -96,7 +98,7 @@ def buffer_size_hint(
                 raise _bad(name, number, f"at most {CudaEngine.most[name]}")
 
     check_served(num_ranks=num_ranks)
-    layer.check(num_ranks, dtype)
+    layer.check(num_ranks, dtype, _NAME)
     check_served(top_k=layer.top_k, num_experts=layer.num_experts)
     row_bytes, unit = layer.hidden_size * dtype.itemsize, CudaEngine.row_unit_bytes
     if row_bytes % unit:
@@ -123,7 +125,7 @@ def buffer_size_hint(
 
 def _bad(name: str, value: object, expected: str) -> Exception:
     return input_error(
-        "buffer_size_hint",
+        _NAME,
         name,
         got=repr(value),
         expected=expected,

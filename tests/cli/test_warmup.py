@@ -81,7 +81,7 @@ def test_a_kernel_that_cannot_be_kept(monkeypatch: pytest.MonkeyPatch, folder: P
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.warns(UserWarning, match="kernels are compiled anew"):
+    with pytest.warns(UserWarning, match="kernels and the fast path are compiled anew"):
         result = CliRunner().invoke(app, ["warmup", "--arch", "sm_90a"])
     assert result.exit_code == 1
     assert f"kernel reach cannot be kept in {folder}" in result.stderr

@@ -148,8 +148,8 @@ def publish(path: Path, content: bytes) -> None:
             file.replace(path)
     except OSError as error:
         warnings.warn(
-            f"kernels are compiled anew by every process, for they cannot be kept: {error}; "
-            f"set {env.CACHE_DIR.name} to a folder that can be written",
+            "kernels and the fast path are compiled anew by every process, for they cannot be "
+            f"kept: {error}; set {env.CACHE_DIR.name} to a folder that can be written",
             stacklevel=2,
         )
 
