@@ -72,7 +72,7 @@ def test_links_are_shaped_counted_and_lossy() -> None:
 
 @pytest.mark.cluster
 def test_what_a_crash_left_is_removed() -> None:
-    process = multiprocessing.get_context("fork").Process(target=_crash)
+    process = multiprocessing.get_context("spawn").Process(target=_crash)
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
