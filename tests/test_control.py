@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -83,6 +84,7 @@ def test_a_rank_that_was_stopped_itself_looks_again(controls: list[Control]) -> 
 
     meet = module.meet
     clock = mock.Mock(side_effect=range(0, 1_000_000, 1000))
-    with mock.patch.object(module, "meet", side_effect=stop), mock.patch("time.monotonic", clock):
+    late = mock.patch.object(module, "time", SimpleNamespace(monotonic=clock))
+    with mock.patch.object(module, "meet", side_effect=stop), late:
         first.meet(Stage.DONE, "combine")
     second.close(None)

@@ -19,7 +19,7 @@ from fusco.testing.ranks import RankPool, subgroup
 
 CASE = Case(num_tokens=(50, 90, 0, 70), ranks_per_node=2)
 CULPRIT = 1
-PROMPT_S = 20.0
+PROMPT_S = 60.0
 
 
 def strided(rows: Any) -> Tensor:
@@ -128,6 +128,26 @@ def test_all_raise_what_one_cannot_make(pool: RankPool, what: str) -> None:
     for text, took_s in pool.run(make_without, what)[: CASE.num_ranks]:
         assert f"rank {CULPRIT}: none left" in text
         assert took_s < PROMPT_S
+
+
+def lost_while_made(rank: int) -> tuple[str, float]:
+    """What the making of a Shuffle raises where a rank misses another, and after how long."""
+    missed = fusco.PeerError("Shuffle: rank 0 is gone", operation="Shuffle", rank=0)
+    fails = mock.patch("fusco.engines.cpu.node.Session", side_effect=missed)
+    begin_s = time.monotonic()
+    with fails if rank == CULPRIT else contextlib.nullcontext():
+        try:
+            CASE.shuffle(None, "two_level")
+        except fusco.PeerError as error:
+            return str(error), time.monotonic() - begin_s
+    return "", 0.0
+
+
+def test_a_rank_lost_while_a_shuffle_is_made_is_missed_by_all() -> None:
+    with RankPool(CASE.num_ranks) as ranks:
+        for text, took_s in ranks.run(lost_while_made):
+            assert "rank 0" in text or f"rank {CULPRIT}" in text
+            assert took_s < PROMPT_S
 
 
 def many_slices(rank: int) -> None:

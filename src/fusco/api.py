@@ -57,7 +57,8 @@ class Shuffle:
         placement: `[E]`, the rank of each expert, a list, array or tensor; None: equal contiguous
             blocks. A rank's local experts are in ascending order of id.
         expert_alignment: every expert's rows are padded with zeros to a multiple of it.
-        timeout_s: bound of every wait in seconds; None: the group's.
+        timeout_s: bound of every wait in seconds; None: the group's. Ranks that make their part of
+            an engine, and may compile kernels, are waited for at least 180.
         max_recv_tokens: room for so many rows on every rank, always: dispatch returns outputs of
             that size without waiting for the GPU, and can be captured in a CUDA graph. Rows behind
             the last are not written, nor are their gradients. If a rank would receive more, every

@@ -25,8 +25,9 @@ from fusco.testing.check import Verdict
 from fusco.testing.gpu.runner import run_check
 from fusco.testing.ranks import RankPool, subgroup
 
-COMPILER = next(filter(None, map(shutil.which, build._COMPILERS)), None)
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C compiler is here")
+pytestmark = pytest.mark.skipif(
+    not any(map(shutil.which, build._COMPILERS)), reason="no C compiler is here"
+)
 STRICT = ("-Wall", "-Wextra", "-Werror")
 # What the interface of Python's modules itself does not heed.
 LAX = ("-Wno-missing-field-initializers", "-Wno-cast-function-type")
@@ -78,24 +79,9 @@ def test_what_it_depends_on_is_in_its_name(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_without_a_compiler_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(build, "_COMPILERS", ("a-compiler-of-nobody",))
     assert build.load() is None
     assert "no C compiler is here" in problem()
-
-
-@pytest.mark.parametrize(
-    ("given", "told"),
-    [
-        ("a-compiler-of-nobody -m64", "no C compiler is here, of a-compiler-of-nobody"),
-        (f"{COMPILER} -fno-such-option", "-fno-such-option"),
-        ("'cc", "quotation"),
-    ],
-)
-def test_the_compiler_may_be_given(given: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CC", given)
-    assert build.load() is None
-    assert told in problem()
 
 
 def test_what_does_not_compile_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,6 +69,8 @@ def make_on_all(
     make: Callable[[], Made],
     swap: Callable[[str], Sequence[str]],
     ranks: Sequence[int] | None = None,
+    *,
+    untold: tuple[type[Exception], ...] = (),
 ) -> tuple[Made | None, str]:
     """Make something on every rank, or learn on every rank that it is not there on some.
 
@@ -76,6 +78,7 @@ def make_on_all(
         make: makes it, or raises.
         swap: tells all ranks a text and returns everybody's, in their order.
         ranks: all of them; None: those of the group.
+        untold: errors that are raised at once, since the others cannot be told.
 
     Returns:
         what this rank made, None where it could not; and what went wrong on which ranks, empty
@@ -84,6 +87,8 @@ def make_on_all(
     made, problem = None, ""
     try:
         made = make()
+    except untold:
+        raise
     except Exception as error:  # noqa: BLE001 (whatever it is, the others wait for this rank)
         problem = str(error) or type(error).__name__
     texts = swap(problem)

@@ -307,12 +307,13 @@ class _Worker:
         # Asked first, so that an answer sent just before the end is not taken for a death.
         ended = not self.process.is_alive()
         try:
-            if self.pipe.poll():
-                reply: _Returned | RankError = pickle.loads(self.pipe.recv_bytes())
-                return reply
+            answer = self.pipe.recv_bytes() if self.pipe.poll() else None
         except (EOFError, OSError):  # OSError: it ended within an answer
             self.process.join()
-            ended = True
+            answer, ended = None, True
+        if answer is not None:
+            reply: _Returned | RankError = pickle.loads(answer)
+            return reply
         if not ended:
             return None
         message = f"the worker ended with exit code {self.process.exitcode}"

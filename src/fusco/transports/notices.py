@@ -109,9 +109,8 @@ class Notices:
     def hang_up(self) -> None:
         """End this rank's connections, so that nobody waits for it any more. Who was told of a
         lost rank finds that out only when a wait ends."""
-        if self._has_told:
-            # Once it has ended what still arrives resets a connection, and loses what was told.
-            time.sleep(_GRACE_S)
+        # Once it has ended what still arrives resets a connection, and loses what was told.
+        time.sleep(_GRACE_S)
         for work in self._works:
             # NOTE: a wait that times out is the one thing that makes gloo close connections.
             with contextlib.suppress(RuntimeError):

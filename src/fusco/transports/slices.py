@@ -110,7 +110,7 @@ class SliceTransport:
         """The memory of the ring, the same for messages of any size."""
         return self._leaving.numel() + self._arriving.numel()
 
-    def close(self, *, is_lost: bool) -> None:
+    def close(self, *, is_lost: bool = False) -> None:
         """Give the ring up; where a rank was lost also what is under way."""
         if is_lost and self._wire is not None:
             self._wire.abort()

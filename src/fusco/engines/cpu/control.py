@@ -21,8 +21,6 @@ from fusco.layout.records import ALIKE, HEADER, Field, Status
 
 _SPINS = 2000
 _STAGES = 1 << 16
-_GRACE_S = 0.75
-"""How long a rank that has waited in vain waits for a word of whom the other has missed itself."""
 
 
 class Stage(IntEnum):
@@ -202,16 +200,16 @@ class Control:
     def _wait_on(self, behind: int, ranks: slice, stage: int, operation: str) -> None:
         """What is left to do of a wait for some ranks that was not over at once."""
         value, flags, waited = self._value(stage), self._flags[ranks], self._waited[ranks]
-        deadline = time.monotonic() + self._timeout_s + _GRACE_S
+        deadline, is_late = time.monotonic() + self._timeout_s, False
         while behind >= 0:
-            self._look_after(behind + (ranks.start or 0), value, operation)
-            is_late = time.monotonic() > deadline
-            # Also in the end, for it may be this rank that was stopped for so long.
-            behind = wait(flags, value, 1, waited)
-            if is_late and behind >= 0:
-                rank = behind + (ranks.start or 0)
+            rank = behind + (ranks.start or 0)
+            self._look_after(rank, value, operation)
+            if is_late:
                 what = f"did not arrive within {self._timeout_s:g} s"
                 raise self._error(operation, self._ranks[rank], f"{what} ({self._progress(rank)})")
+            # Once more in the end, for it may be this rank that was stopped for so long.
+            is_late = time.monotonic() > deadline
+            behind = wait(flags, value, 1, waited)
         for rank, seconds in zip(self._ranks[ranks], waited.tolist(), strict=True):
             self._wait_s[rank] += seconds
         waited[:] = 0

@@ -22,6 +22,7 @@ from fusco.errors import (
     DisagreementError,
     EngineUnavailableError,
     InputError,
+    PeerError,
     WindowMemoryError,
 )
 from fusco.layout.blocks import Ints, Sections
@@ -32,6 +33,7 @@ from fusco.transports.slices import SliceTransport
 from fusco.transports.wires import Wire, open_wire, slice_bytes
 
 Made = TypeVar("Made")
+Part = TypeVar("Part", Node, SliceTransport)
 
 DEPTH = 3
 """Slices on their way to and from each peer: one is loaded, one travels, one waits."""
@@ -81,31 +83,20 @@ class Session:
         self.epoch = 0
         self._process = os.getpid()
         self.is_closed = False
-        with contextlib.ExitStack() as made:
-            self._make_on_all(lambda: self._make(make_node, make_planner, made))
-            made.pop_all()
-
-    def _make_on_all(self, make: Callable[[], None]) -> None:
-        world = self.world
-        bound_s = max(world.timeout_s, COMPILE_S)
-        patient = Mailbox(world.group, bound_s, self.mailbox.wait_s, world.channel)
-        _, problems = make_on_all(make, lambda text: share_text(patient, text, "Shuffle"))
-        if problems:
-            raise EngineUnavailableError(
-                "Shuffle: engine 'two_level' cannot be made on all ranks "
-                f"({problems}); use engine='reference'"
-            )
+        with contextlib.ExitStack() as undo:
+            self._make(make_node, make_planner, undo)
+            undo.pop_all()
 
     def _make(
         self,
         make_node: Callable[[World, list[float], tuple[int, ...]], Node],
         make_planner: Callable[[World], SlicedPlanner],
-        made: contextlib.ExitStack,
+        undo: contextlib.ExitStack,
     ) -> None:
         world, topology = self.world, self.world.topology
         mates = (rank for rank, node in enumerate(topology.node_of_rank) if node == topology.node)
-        self.node = make_node(world, self.mailbox.wait_s, tuple(mates))
-        made.callback(self.node.close)
+        self.node = self._on_all(lambda: make_node(world, self.mailbox.wait_s, tuple(mates)))
+        undo.callback(self.node.close)
         self.planner = make_planner(world)
         most_segments = 1 if world.ablation.deduplicate else world.top_k
         wanted = slice_bytes(self.node.device, topology.num_nodes)
@@ -116,8 +107,30 @@ class Session:
         # No slice is larger than all there is to send.
         tokens = min(tokens, max(world.max_tokens, 1))
         self.size = SliceSize(tokens=tokens, rows=tokens * most_segments)
-        self.transport = self._make_transport(align(self.size.rows * row_bytes))
-        made.callback(self.transport.close, is_lost=False)
+        slot_bytes = align(self.size.rows * row_bytes)
+        self.transport = self._on_all(lambda: self._make_transport(slot_bytes))
+
+    def _on_all(self, make: Callable[[], Part]) -> Part:
+        """What is made, if all ranks make theirs; else all raise the same error."""
+        world = self.world
+        bound_s = max(world.timeout_s, COMPILE_S)
+        mailbox = Mailbox(world.group, bound_s, self.mailbox.wait_s, world.channel)
+        try:
+            made, problems = make_on_all(
+                make, lambda text: share_text(mailbox, text, "Shuffle"), untold=(PeerError,)
+            )
+        except PeerError as error:
+            mailbox.notices.tell(error.rank)
+            mailbox.notices.hang_up()
+            raise
+        if made is None or problems:
+            if made is not None:
+                made.close()
+            raise EngineUnavailableError(
+                f"Shuffle: engine 'two_level' cannot be made on all ranks ({problems}); use "
+                "engine='reference'"
+            )
+        return made
 
     def _make_transport(self, slot_bytes: int) -> SliceTransport:
         world = self.world

@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
-import os
 import platform
-import shlex
 import shutil
 import subprocess
 import sys
@@ -66,7 +64,7 @@ def _load(path: Path) -> tuple[Any | None, str]:
             return _import(copy), ""
     except subprocess.CalledProcessError as error:
         return None, f"{error}: {error.stderr.decode(errors='replace').strip()[-_MOST_SAID:]}"
-    except (OSError, ImportError, ValueError, subprocess.SubprocessError) as error:
+    except (OSError, ImportError, subprocess.SubprocessError) as error:
         return None, str(error)
 
 
@@ -97,10 +95,11 @@ def compile_library(*options: str) -> bytes:
 
     Raises:
         FileNotFoundError: there is no compiler.
-        ValueError: `CC` is no command.
         OSError, subprocess.SubprocessError: it fails.
     """
-    compiler = _compiler()
+    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    if compiler is None:
+        raise FileNotFoundError(f"no C compiler is here, of {', '.join(_COMPILERS)}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         # C has no types of enumerations before C23.
@@ -109,22 +108,12 @@ def compile_library(*options: str) -> bytes:
         includes = [f"-I{each}" for each in dict.fromkeys(headers)]
         source, library = _folder() / "module.c", folder / "module.so"
         subprocess.run(
-            [*compiler, *_OPTIONS, *options, *includes, str(source), "-o", str(library)],
+            [compiler, *_OPTIONS, *options, *includes, str(source), "-o", str(library)],
             check=True,
             capture_output=True,
             timeout=_TIMEOUT_S,
         )
         return library.read_bytes()
-
-
-def _compiler() -> list[str]:
-    """The first that is here, or what `CC` says, as where setuptools builds extensions."""
-    given, *options = shlex.split(os.environ.get("CC", "")) or [""]
-    names = (given,) if given else _COMPILERS
-    compiler = next(filter(None, map(shutil.which, names)), None)
-    if compiler is None:
-        raise FileNotFoundError(f"no C compiler is here, of {', '.join(names)}")
-    return [compiler, *options]
 
 
 def _folder() -> Path:
