@@ -30,7 +30,7 @@ def fail() -> Any:
 def session(bulletin: Bulletin, *, can_allocate: bool = True, can_map: bool = True) -> Any:
     return SimpleNamespace(
         bulletin=bulletin,
-        world=SimpleNamespace(timeout_s=1.0),
+        world=SimpleNamespace(making_timeout_s=1.0),
         _allocate=lambda size: "memory" if can_allocate else fail(),
         _allocator=SimpleNamespace(connect=lambda memory: "mapped" if can_map else fail()),
     )

@@ -24,8 +24,7 @@ from fusco.types import Ablation, Dispatched, Segments, Stats
 Result = TypeVar("Result")
 TEXT_BYTES = 2048
 """Longest text a rank can tell the others when something is wrong; the rest is cut."""
-COMPILE_S = 180.0
-"""The least bound of the waits while a Shuffle is made: kernels compile once a machine."""
+_COMPILE_S = 180.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,6 +59,11 @@ class World:
     timeout_s: float
     ablation: Ablation
     channel: int = 0
+
+    @property
+    def making_timeout_s(self) -> float:
+        """Bound of the waits while an engine is made, seconds: kernels compile once a machine."""
+        return max(self.timeout_s, _COMPILE_S)
 
     @property
     def payload(self) -> int:

@@ -159,10 +159,10 @@ class RankPool:
                 # A worker that died between two calls is reported by _collect, with its exit code.
                 with contextlib.suppress(BrokenPipeError):
                     worker.pipe.send_bytes(request)
+            return self._collect(getattr(fn, "__qualname__", repr(fn)))
         except BaseException:
             self._end()
             raise
-        return self._collect(getattr(fn, "__qualname__", repr(fn)))
 
     def close(self) -> None:
         """End the workers. Idempotent, and bounded: a worker that does not finish is killed."""
@@ -215,27 +215,22 @@ class RankPool:
         errors: dict[int, RankError] = {}
         deadline = time.monotonic() + self.timeout_s
         waiting = dict(enumerate(self._workers))
-        try:
-            while waiting and (left_s := deadline - time.monotonic()) > 0:
-                wait([h for worker in waiting.values() for h in worker.handles], left_s)
-                for rank, worker in list(waiting.items()):
-                    reply = worker.reply()
-                    if reply is None:
-                        continue
-                    del waiting[rank]
-                    if isinstance(reply, RankError):
-                        errors[rank] = reply
-                        deadline = min(deadline, time.monotonic() + self.grace_s)
-                    else:
-                        results[rank] = reply.value
-        except BaseException:
-            self._end()
-            raise
+        while waiting and (left_s := deadline - time.monotonic()) > 0:
+            wait([h for worker in waiting.values() for h in worker.handles], left_s)
+            for rank, worker in list(waiting.items()):
+                reply = worker.reply()
+                if reply is None:
+                    continue
+                del waiting[rank]
+                if isinstance(reply, RankError):
+                    errors[rank] = reply
+                    deadline = min(deadline, time.monotonic() + self.grace_s)
+                else:
+                    results[rank] = reply.value
         for rank in waiting:
             message = f"had not returned from {call} when the wait for it ended"
             errors[rank] = RankError(type_name="TimeoutError", message=message, traceback="")
         if errors:
-            self._end()
             raise RankFailure(call, errors, results)
         return [results[rank] for rank in range(self.num_ranks)]
 

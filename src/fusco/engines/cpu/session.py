@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from fusco.engines.agreement import Call, Made, disagreement, make_on_all
-from fusco.engines.base import COMPILE_S, World
+from fusco.engines.base import World
 from fusco.engines.cpu.control import Control, Stage
 from fusco.engines.cpu.kernels.reduce import new_terms
 from fusco.engines.cpu.kernels.warm import warm_up
@@ -82,7 +82,7 @@ class Session:
         self.world = world
         self._ranks = tuple(range(world.topology.num_ranks)) if ranks is None else ranks
         self.rank = self._ranks.index(world.topology.rank)
-        mailbox = Mailbox(world.group, max(world.timeout_s, COMPILE_S), wait_s, world.channel)
+        mailbox = Mailbox(world.group, world.making_timeout_s, wait_s, world.channel)
         # One rank compiles the kernels, then the others find them on disk.
         self._on_all(mailbox, lambda: None if self.rank else _warm_up_once())
         self.window, self.control = self._on_all(mailbox, lambda: self._make_memory(wait_s))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fusco.engines.agreement import Call, Made, make_on_all
-from fusco.engines.base import COMPILE_S, World
+from fusco.engines.base import World
 from fusco.engines.cuda.failures import Failures
 from fusco.engines.cuda.jit import Variant, element_of
 from fusco.engines.cuda.kernels import structs
@@ -95,8 +95,8 @@ class Session:
 
     def make_ready(self, topic: str, make: Callable[[], Made], remedy: str) -> Made:
         """What a rank needs before any may begin, or an error on every rank."""
-        bound_s = max(self.world.timeout_s, COMPILE_S)
-        made, problems = make_on_all(make, lambda text: self.bulletin.swap(topic, text, bound_s))
+        timeout_s = self.world.making_timeout_s
+        made, problems = make_on_all(make, lambda text: self.bulletin.swap(topic, text, timeout_s))
         if problems:
             raise EngineUnavailableError(
                 f"Shuffle: engine 'cuda' has no {topic} on all ranks ({problems}); {remedy}, or "

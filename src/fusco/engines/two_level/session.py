@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fusco.engines.agreement import Call, make_on_all
-from fusco.engines.base import COMPILE_S, VALUE_ROW_BYTES, World
+from fusco.engines.base import VALUE_ROW_BYTES, World
 from fusco.engines.mail import share_records, share_text
 from fusco.engines.node import Node, NodeBlocks
 from fusco.engines.sliced import SlicedPlanner
@@ -78,25 +77,11 @@ class Session:
         make_planner: Callable[[World], SlicedPlanner],
         wait_s: list[float],
     ) -> None:
+        topology = world.topology
         self.world = world
         self.mailbox = Mailbox(world.group, world.timeout_s, wait_s, world.channel)
-        self.epoch = 0
-        self._process = os.getpid()
-        self.is_closed = False
-        with contextlib.ExitStack() as undo:
-            self._make(make_node, make_planner, undo)
-            undo.pop_all()
-
-    def _make(
-        self,
-        make_node: Callable[[World, list[float], tuple[int, ...]], Node],
-        make_planner: Callable[[World], SlicedPlanner],
-        undo: contextlib.ExitStack,
-    ) -> None:
-        world, topology = self.world, self.world.topology
         mates = (rank for rank, node in enumerate(topology.node_of_rank) if node == topology.node)
-        self.node = self._on_all(lambda: make_node(world, self.mailbox.wait_s, tuple(mates)))
-        undo.callback(self.node.close)
+        self.node = self._on_all(lambda: make_node(world, wait_s, tuple(mates)))
         self.planner = make_planner(world)
         most_segments = 1 if world.ablation.deduplicate else world.top_k
         wanted = slice_bytes(self.node.device, topology.num_nodes)
@@ -108,13 +93,19 @@ class Session:
         tokens = min(tokens, max(world.max_tokens, 1))
         self.size = SliceSize(tokens=tokens, rows=tokens * most_segments)
         slot_bytes = align(self.size.rows * row_bytes)
-        self.transport = self._on_all(lambda: self._make_transport(slot_bytes))
+        try:
+            self.transport = self._on_all(lambda: self._make_transport(slot_bytes))
+        except BaseException:
+            self.node.close()
+            raise
+        self.epoch = 0
+        self._process = os.getpid()
+        self.is_closed = False
 
     def _on_all(self, make: Callable[[], Part]) -> Part:
         """What is made, if all ranks make theirs; else all raise the same error."""
-        world = self.world
-        bound_s = max(world.timeout_s, COMPILE_S)
-        mailbox = Mailbox(world.group, bound_s, self.mailbox.wait_s, world.channel)
+        world, wait_s = self.world, self.mailbox.wait_s
+        mailbox = Mailbox(world.group, world.making_timeout_s, wait_s, world.channel)
         try:
             made, problems = make_on_all(
                 make, lambda text: share_text(mailbox, text, "Shuffle"), untold=(PeerError,)
