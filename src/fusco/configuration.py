@@ -71,7 +71,7 @@ class Configuration:
                     "num_experts",
                     got=str(self.num_experts),
                     expected=f"a multiple of the {num_ranks} ranks",
-                    remedy="or pass placement=, the rank of each expert",
+                    remedy="a Shuffle takes others with placement=, the rank of each expert",
                 )
             return
         if not isinstance(self.placement, tuple) or len(self.placement) != self.num_experts:
